@@ -1,0 +1,89 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the curriculum-learned masked autoencoder (CL-MAE)."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+from clmae.configuration.configuration_mae import MAEConfig
+
+CURRICULUM_SHAPES = ("linear", "cosine", "constant")
+KL_REDUCTIONS = ("mean", "sum")
+
+
+class CLMAEConfig(MAEConfig):
+    r"""Configuration of [`CLMAEModel`], [`CLMAEForPreTraining`] and their siblings (Madan et al., arXiv 2308.16572).
+
+    Everything of [`MAEConfig`], and the masking module, its losses and its curriculum. The masking module is as wide
+    as the encoder.
+
+    Args:
+        masker_num_hidden_layers (`int`, *optional*, defaults to 5): Blocks of the masking module.
+        masker_num_attention_heads (`int`, *optional*, defaults to 4): Its attention heads; must divide `hidden_size`.
+        masker_intermediate_size (`int`, *optional*): Width of its MLP; `4 * hidden_size` if not given.
+        masker_layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of its LayerNorms.
+        gauss_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the term that pushes the keep
+            probabilities away from 1/2.
+        gauss_sigma (`float`, *optional*, defaults to 0.12): Width of that term's Gaussian.
+        kl_loss_weight (`float`, *optional*): Weight of the term that holds the mask ratio; 25.6 for the reduction
+            `"mean"`, 0.1 for `"sum"` (equal at the authors' 256 images per device) if not given.
+        kl_reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` over the batch, or the authors' `"sum"`.
+        diversity_loss_weight (`float`, *optional*, defaults to 2.0): Weight of the term that keeps the masks of
+            different images apart.
+        diversity_scale (`float`, *optional*, defaults to 0.1): Factor of the distance in that term's exponent.
+        curriculum_shape (`str`, *optional*, defaults to `"linear"`): How the factor λ_CL goes from start to end over
+            the run: `"linear"`, `"cosine"`, or `"constant"` (stays at `curriculum_start`).
+        curriculum_start (`float`, *optional*, defaults to 1.0): λ_CL at the first step; positive is a partner.
+        curriculum_end (`float`, *optional*, defaults to -1.0): λ_CL at the last step; negative is an adversary.
+
+    Raises:
+        ValueError: A field has the wrong type or value; the message names field, value and remedy.
+    """
+
+    model_type = "cl_mae"
+
+    masker_num_hidden_layers: int = 5
+    masker_num_attention_heads: int = 4
+    masker_intermediate_size: int | None = None
+    masker_layer_norm_eps: float = 1e-5
+    gauss_loss_weight: float = 1.0
+    gauss_sigma: float = 0.12
+    kl_loss_weight: float | None = None
+    kl_reduction: str = "mean"
+    diversity_loss_weight: float = 2.0
+    diversity_scale: float = 0.1
+    curriculum_shape: str = "linear"
+    curriculum_start: float = 1.0
+    curriculum_end: float = -1.0
+
+    _stacks: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        *MAEConfig._stacks,
+        ("hidden_size", "masker_num_attention_heads", "masker_num_hidden_layers"),
+    )
+
+    def _fill_defaults(self) -> None:
+        super()._fill_defaults()
+        if self.masker_intermediate_size is None:
+            self.masker_intermediate_size = 4 * self.hidden_size
+        if self.kl_loss_weight is None:
+            self.kl_loss_weight = 25.6 if self.kl_reduction == "mean" else 0.1
+
+    def _check_fields(self) -> None:
+        self._check_int("masker_num_hidden_layers")
+        self._check_int("masker_num_attention_heads")
+        self._check_int("masker_intermediate_size", optional=True)
+        self._check_number("masker_layer_norm_eps", 0.0, 1.0, open_low=True)
+        self._check_number("gauss_sigma", 0.0, math.inf, open_low=True)
+        for name in ("gauss_loss_weight", "diversity_loss_weight", "diversity_scale"):
+            self._check_number(name, 0.0, math.inf)
+        if self.kl_loss_weight is not None:
+            self._check_number("kl_loss_weight", 0.0, math.inf)
+        for name in ("curriculum_start", "curriculum_end"):
+            self._check_number(name, -math.inf, math.inf)
+        self._check_choice("kl_reduction", KL_REDUCTIONS)
+        self._check_choice("curriculum_shape", CURRICULUM_SHAPES)
+        super()._check_fields()
+
+
+__all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "CLMAEConfig"]

@@ -1,0 +1,284 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the masked autoencoder (MAE), and what every family shares."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any, ClassVar
+
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+MASK_SAMPLERS = ("random", "block", "grid")
+POOLINGS = ("mean", "cls")
+
+# Encoder (width, blocks, heads) and decoder (width, blocks, heads). base, large and huge: MAE (arXiv 2111.06377),
+# section 4; tiny and small: the encoders of DeiT (arXiv 2012.12877), with a decoder in proportion.
+SIZES: dict[str, dict[str, int]] = {
+    name: dict(
+        hidden_size=encoder[0],
+        num_hidden_layers=encoder[1],
+        num_attention_heads=encoder[2],
+        decoder_hidden_size=decoder[0],
+        decoder_num_hidden_layers=decoder[1],
+        decoder_num_attention_heads=decoder[2],
+    )
+    for name, encoder, decoder in (
+        ("tiny", (192, 12, 3), (128, 4, 4)),
+        ("small", (384, 12, 6), (256, 4, 8)),
+        ("base", (768, 12, 12), (512, 8, 16)),
+        ("large", (1024, 24, 16), (512, 8, 16)),
+        ("huge", (1280, 32, 16), (512, 8, 16)),
+    )
+}
+_SIZE_PATCH = {"huge": 14}  # the published huge model has patches of 14 pixels, the others of 16
+
+
+def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """`(height, width)` of a size given as one number or as two."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _nearest_multiple(value: int, step: int) -> int:
+    return step * max(1, round(value / step))
+
+
+class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""Configuration of [`MAEModel`], [`MAEForPreTraining`] and their siblings (He et al., arXiv 2111.06377).
+
+    The defaults are ViT-B/16 at 224 pixels with the paper's decoder. Every field is checked when the configuration
+    is made.
+
+    Args:
+        hidden_size (`int`, *optional*, defaults to 768): Encoder width; divisible by `num_attention_heads` and by 4.
+        num_hidden_layers (`int`, *optional*, defaults to 12): Encoder blocks.
+        num_attention_heads (`int`, *optional*, defaults to 12): Attention heads in each encoder block.
+        intermediate_size (`int`, *optional*): Width of the encoder's MLP; `4 * hidden_size` if not given.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of every MLP, a name known to transformers.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of class and mask tokens.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6): Epsilon of the encoder's and decoder's LayerNorms.
+        image_size (`int` or two, *optional*, defaults to 224): Image height and width in pixels.
+        patch_size (`int` or two, *optional*, defaults to 16): Patch height and width; must divide `image_size`.
+        num_channels (`int`, *optional*, defaults to 3): Channels of an image; any number from 1.
+        qkv_bias (`bool`, *optional*, defaults to `True`): Whether queries, keys and values have a bias.
+        drop_path_rate (`float`, *optional*, defaults to 0.0): Stochastic depth of the last encoder block, rising
+            linearly from 0 at the first; for fine-tuning (MAE pretrains without). In [0, 1).
+        pooling (`str`, *optional*, defaults to `"mean"`): What `pooler_output` and the classifier look at: the
+            `"mean"` of the patch tokens or the `"cls"` token.
+        decoder_hidden_size (`int`, *optional*, defaults to 512): Decoder width; divisible by its heads and by 4.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to 8): Decoder blocks.
+        decoder_num_attention_heads (`int`, *optional*, defaults to 16): Attention heads in each decoder block.
+        decoder_intermediate_size (`int`, *optional*): Width of the decoder's MLP; `4 * decoder_hidden_size` if not given.
+        mask_ratio (`float`, *optional*, defaults to 0.75): Share of the patches that is masked, in [0, 1);
+            `int(N * (1 - mask_ratio))` of the N patches stay visible, at least one and not all.
+        mask_sampler (`str`, *optional*, defaults to `"random"`): `"random"`, `"block"` or `"grid"` (MAE, figure 6).
+        norm_pix_loss (`bool`, *optional*, defaults to `True`): Reconstruct each patch normalised by its own mean and
+            variance (MAE, section 3: better representations; the released models' recipe) instead of raw pixels.
+        apply_layernorm (`bool`, *optional*, defaults to `True`): Backbone: apply the final LayerNorm to feature maps.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`): Backbone: give feature maps as
+            `(batch_size, hidden_size, height, width)` instead of `(batch_size, 1 + num_patches, hidden_size)`.
+        out_features, out_indices (`list`, *optional*): Backbone: which of `"stem", "stage1", ...` to return.
+
+    Raises:
+        ValueError: A field has the wrong type or value; the message names field, value and remedy.
+
+    Example:
+
+    ```python
+    >>> from clmae import MAEConfig, MAEForPreTraining
+
+    >>> config = MAEConfig.from_size("tiny", image_size=32, patch_size=4)
+    >>> config.num_patches
+    64
+    >>> model = MAEForPreTraining(config)
+    ```
+    """
+
+    model_type = "mae"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    drop_path_rate: float = 0.0
+    pooling: str = "mean"
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int | None = None
+    mask_ratio: float = 0.75
+    mask_sampler: str = "random"
+    norm_pix_loss: bool = True
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    # The transformer stacks of the family: (width, heads) fields, checked alike. The first width is also divisible
+    # by 4 for the sin-cos positions, as is every other stack's that has positions of its own.
+    _stacks: ClassVar[tuple[tuple[str, str, str], ...]] = (
+        ("hidden_size", "num_attention_heads", "num_hidden_layers"),
+        ("decoder_hidden_size", "decoder_num_attention_heads", "decoder_num_hidden_layers"),
+    )
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Checked before anything is derived, so that a wrong value is reported and not its consequence.
+        self._check_fields()
+        self._check_unknown(kwargs)
+        self._fill_defaults()
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def _fill_defaults(self) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+
+    # -- derived sizes ------------------------------------------------------------------------------------------
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patch grid `(h, w)` at the configured image size."""
+        (height, width), (patch_height, patch_width) = pair(self.image_size), pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """Patches N of an image of the configured size."""
+        return math.prod(self.grid_size)
+
+    @property
+    def patch_dim(self) -> int:
+        """Pixel values in a patch: `p_h * p_w * num_channels`."""
+        return math.prod(pair(self.patch_size)) * self.num_channels
+
+    def num_visible(self, num_patches: int) -> int:
+        """Patches K of `num_patches` that stay visible, `int(N * (1 - mask_ratio))` (METHODS: MAE's own rounding)."""
+        return int(num_patches * (1 - self.mask_ratio))
+
+    @classmethod
+    def from_size(cls, size: str, **kwargs: Any) -> MAEConfig:
+        """A named size, with any field overridden: `MAEConfig.from_size("small", image_size=96, patch_size=8)`.
+
+        Args:
+            size (`str`): `"tiny"` (192 wide, 12 blocks, 3 heads), `"small"` (384, 12, 6), `"base"` (768, 12, 12),
+                `"large"` (1024, 24, 16) or `"huge"` (1280, 32, 16; patches of 14 pixels).
+            kwargs: Fields that differ from the preset.
+
+        Raises:
+            ValueError: The size has no such name, or a field is wrong.
+        """
+        if size not in SIZES:
+            raise ValueError(f"`model_size` is {size!r}; choose one of {', '.join(SIZES)}.")
+        preset = {**SIZES[size], "patch_size": _SIZE_PATCH.get(size, 16)}
+        return cls(**{**preset, **kwargs})
+
+    # -- checks -------------------------------------------------------------------------------------------------
+
+    def _check_fields(self) -> None:
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
+            self._check_int(name)
+        for name in ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"):
+            self._check_int(name)
+        for name in ("intermediate_size", "decoder_intermediate_size"):
+            self._check_int(name, optional=True)
+        for name in ("qkv_bias", "norm_pix_loss", "apply_layernorm", "reshape_hidden_states"):
+            self._check_bool(name)
+        self._check_number("initializer_range", 0.0, math.inf)
+        self._check_number("layer_norm_eps", 0.0, 1.0, open_low=True)
+        self._check_number("drop_path_rate", 0.0, 1.0, open_high=True)
+        self._check_number("mask_ratio", 0.0, 1.0, open_high=True)
+        self._check_choice("mask_sampler", MASK_SAMPLERS)
+        self._check_choice("pooling", POOLINGS)
+        self._check_widths()
+        self._check_geometry()
+
+    def _check_unknown(self, kwargs: dict[str, Any]) -> None:
+        # Configurations keep unknown entries (transformers' convention), but a misspelt field would be lost silently.
+        known = [f.name for f in dataclasses.fields(self)]
+        for name in kwargs:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if close and not hasattr(type(self), name):
+                raise ValueError(f"`{name}` is no field of {type(self).__name__}; did you mean `{close[0]}`?")
+
+    def _check_widths(self) -> None:
+        for width_name, heads_name, _ in self._stacks:
+            width, heads = getattr(self, width_name), getattr(self, heads_name)
+            if width % heads:
+                raise ValueError(
+                    f"`{width_name}` is {width}, which `{heads_name}` = {heads} does not divide; "
+                    f"take {_nearest_multiple(width, math.lcm(heads, 4))}, or another number of heads."
+                )
+            if width % 4:
+                raise ValueError(
+                    f"`{width_name}` is {width}; the sin-cos position embeddings need a multiple of 4: "
+                    f"take {_nearest_multiple(width, math.lcm(heads, 4))}."
+                )
+
+    def _check_geometry(self) -> None:
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            values = [value] if isinstance(value, int) else value
+            good = isinstance(values, (list, tuple)) and (isinstance(value, int) or len(values) == 2)
+            if not good or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+                raise ValueError(f"`{name}` is {value!r}; give a positive int, or two as (height, width).")
+        for side, size, patch in zip(("height", "width"), pair(self.image_size), pair(self.patch_size), strict=True):
+            if size % patch:
+                below, above = size // patch * patch, -(-size // patch) * patch
+                options = " or ".join(str(v) for v in (below, above) if v)
+                raise ValueError(
+                    f"`image_size` is {self.image_size} and `patch_size` {self.patch_size}: the {side} {size} is not a "
+                    f"multiple of {patch}; take {options}, or another patch size."
+                )
+        visible = self.num_visible(self.num_patches)
+        if not 0 < visible < self.num_patches:
+            raise ValueError(
+                f"`mask_ratio` is {self.mask_ratio}, which leaves {visible} of {self.num_patches} patches visible; "
+                f"at least one must be visible and one masked: take a ratio between {1 / self.num_patches:.4g} and "
+                f"{1 - 1 / self.num_patches:.4g}, or smaller patches."
+            )
+
+    def _check_int(self, name: str, minimum: int = 1, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if optional and value is None:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
+
+    def _check_number(
+        self, name: str, low: float, high: float, open_low: bool = False, open_high: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if (
+            not number
+            or not (low < value if open_low else low <= value)
+            or not (value < high if open_high else value <= high)
+        ):
+            interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
+            raise ValueError(f"`{name}` is {value!r}; give a number in {interval}.")
+
+    def _check_bool(self, name: str) -> None:
+        if not isinstance(getattr(self, name), bool):
+            raise ValueError(f"`{name}` is {getattr(self, name)!r}; give true or false.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
+
+
+__all__ = ["MASK_SAMPLERS", "POOLINGS", "SIZES", "MAEConfig", "pair"]
