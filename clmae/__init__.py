@@ -1,0 +1,59 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Masked-image pretraining for transformers. Importing this registers the families with the Auto classes."""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    BitImageProcessor,
+    BitImageProcessorPil,
+)
+
+from clmae.configuration import CLMAEConfig, MAEConfig
+from clmae.modeling import (
+    CLMAEBackbone,
+    CLMAEForImageClassification,
+    CLMAEForPreTraining,
+    CLMAEModel,
+    MAEBackbone,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEModel,
+)
+
+__version__ = "0.1.0"
+
+# (config, encoder, pretraining, classifier, backbone) of each family, by its name on the command line.
+FAMILIES = {
+    "mae": (MAEConfig, MAEModel, MAEForPreTraining, MAEForImageClassification, MAEBackbone),
+    "cl_mae": (CLMAEConfig, CLMAEModel, CLMAEForPreTraining, CLMAEForImageClassification, CLMAEBackbone),
+}
+
+for _config, *_models in FAMILIES.values():
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    for _auto, _model in zip(
+        (AutoModel, AutoModelForPreTraining, AutoModelForImageClassification, AutoBackbone), _models, strict=True
+    ):
+        _auto.register(_config, _model, exist_ok=True)
+    AutoImageProcessor.register(
+        _config,
+        image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil},
+        exist_ok=True,
+    )
+
+__all__ = [
+    "FAMILIES",
+    "CLMAEBackbone",
+    "CLMAEConfig",
+    "CLMAEForImageClassification",
+    "CLMAEForPreTraining",
+    "CLMAEModel",
+    "MAEBackbone",
+    "MAEConfig",
+    "MAEForImageClassification",
+    "MAEForPreTraining",
+    "MAEModel",
+]

@@ -70,7 +70,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_hidden_size (`int`, *optional*, defaults to 512): Decoder width; divisible by its heads and by 4.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 8): Decoder blocks.
         decoder_num_attention_heads (`int`, *optional*, defaults to 16): Attention heads in each decoder block.
-        decoder_intermediate_size (`int`, *optional*): Width of the decoder's MLP; `4 * decoder_hidden_size` if not given.
+        decoder_intermediate_size (`int`, *optional*): Width of its MLP; `4 * decoder_hidden_size` if not given.
         mask_ratio (`float`, *optional*, defaults to 0.75): Share of the patches that is masked, in [0, 1);
             `int(N * (1 - mask_ratio))` of the N patches stay visible, at least one and not all.
         mask_sampler (`str`, *optional*, defaults to `"random"`): `"random"`, `"block"` or `"grid"` (MAE, figure 6).

@@ -1,0 +1,36 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Networks, masks and losses: one `modeling_<family>.py` a family."""
+
+from clmae.modeling.modeling_cl_mae import (
+    CLMAEBackbone,
+    CLMAEForImageClassification,
+    CLMAEForPreTraining,
+    CLMAEForPreTrainingOutput,
+    CLMAEModel,
+    CLMAEPreTrainedModel,
+)
+from clmae.modeling.modeling_mae import (
+    MAEBackbone,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEForPreTrainingOutput,
+    MAEModel,
+    MAEModelOutput,
+    MAEPreTrainedModel,
+)
+
+__all__ = [
+    "CLMAEBackbone",
+    "CLMAEForImageClassification",
+    "CLMAEForPreTraining",
+    "CLMAEForPreTrainingOutput",
+    "CLMAEModel",
+    "CLMAEPreTrainedModel",
+    "MAEBackbone",
+    "MAEForImageClassification",
+    "MAEForPreTraining",
+    "MAEForPreTrainingOutput",
+    "MAEModel",
+    "MAEModelOutput",
+    "MAEPreTrainedModel",
+]

@@ -1,0 +1,280 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The curriculum-learned masked autoencoder (Madan et al., arXiv 2308.16572): MAE and a module that chooses its masks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.utils.generic import can_return_tuple
+
+from clmae.configuration.configuration_cl_mae import CLMAEConfig
+from clmae.configuration.configuration_mae import pair
+from clmae.modeling.losses import (
+    diversity_loss,
+    gather_across_processes,
+    gauss_loss,
+    kl_loss,
+    patch_errors,
+    patch_targets,
+    scale_gradient,
+    sum_across_processes,
+    world_size,
+)
+from clmae.modeling.masking import keep_lowest
+from clmae.modeling.modeling_mae import (
+    MAEBackbone,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEForPreTrainingOutput,
+    MAELayer,
+    MAEModel,
+    MAEPreTrainedModel,
+    check_pixel_values,
+    sample_masking,
+)
+
+MASKINGS = ("learned", "random")
+
+
+@dataclass
+class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
+    """What [`CLMAEForPreTraining`] returns: [`MAEForPreTrainingOutput`] and the masking module's side.
+
+    The loss terms stand before their weights, and are `None` where pass B was not computed.
+
+    Args:
+        loss (`torch.FloatTensor`, a scalar): `L_rec + L_mask`, or `L_rec` alone without pass B.
+        soft_reconstruction_loss (`torch.FloatTensor`, a scalar): L_soft, reconstruction under the soft mask.
+        gauss_loss (`torch.FloatTensor`, a scalar): L_gauss, distance of the keep probabilities from 0 and 1.
+        kl_loss (`torch.FloatTensor`, a scalar): L_kl, departure from the mask ratio.
+        diversity_loss (`torch.FloatTensor`, a scalar): L_div, likeness of the masks of different images.
+        keep_probabilities (`torch.FloatTensor` of shape `(batch_size, num_patches)`): m in (0, 1), float32 or wider;
+            `None` with `masking="random"` unless pass B was computed.
+    """
+
+    soft_reconstruction_loss: torch.FloatTensor | None = None
+    gauss_loss: torch.FloatTensor | None = None
+    kl_loss: torch.FloatTensor | None = None
+    diversity_loss: torch.FloatTensor | None = None
+    keep_probabilities: torch.FloatTensor | None = None
+
+
+class MaskingModule(nn.Module):
+    """From patch tokens to the probability that each patch stays visible (CL-MAE, section 3)."""
+
+    def __init__(self, config: CLMAEConfig):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.layers = nn.ModuleList(
+            MAELayer(
+                config,
+                config.hidden_size,
+                config.masker_num_attention_heads,
+                config.masker_intermediate_size,
+                config.masker_layer_norm_eps,
+            )
+            for _ in range(config.masker_num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.masker_layer_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.num_patches)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Keep probabilities m `(B, N)` in (0, 1) of patch tokens `(B, N, D)`, in float32 or wider."""
+        hidden_states = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        class_token = self.layernorm(hidden_states[:, 0])
+        # Not in half precision: rounded logits tie, and a tie would be decided by the patch's place.
+        with torch.autocast(class_token.device.type, enabled=False):
+            dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
+            logits = nn.functional.linear(class_token.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
+        return logits.sigmoid()
+
+
+class CLMAEPreTrainedModel(MAEPreTrainedModel):
+    """What transformers needs to know about every CL-MAE model."""
+
+    config_class = CLMAEConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MaskingModule):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+
+
+class CLMAEModel(CLMAEPreTrainedModel, MAEModel):
+    """The ViT encoder of a CL-MAE: the same as [`MAEModel`]. The masking module serves pretraining only."""
+
+
+class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
+    """Autoencoder and masking module, trained together.
+
+    Pass A trains encoder and decoder under the mask that the module chooses; pass B trains the module through the
+    frozen autoencoder, towards masks that are easier (curriculum factor > 0) or harder (< 0) to reconstruct. One
+    `loss.backward()` does both: each gradient reaches its own half of the parameters alone.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^fc_norm\."]
+
+    def __init__(self, config: CLMAEConfig):
+        super().__init__(config)
+        self.masking_module = MaskingModule(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        masking: str = "learned",
+        curriculum_factor: torch.Tensor | float | None = None,
+        compute_masker_loss: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
+    ) -> CLMAEForPreTrainingOutput:
+        """Reconstructs masked patches and, in training, judges the masks.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+            noise (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); fixes the
+                mask with `masking="random"`, and is not used with `"learned"`.
+            masking (`str`, *optional*, defaults to `"learned"`): The masking module's masks, or `"random"` ones by
+                `config.mask_sampler`.
+            curriculum_factor (`float` or 0-d `torch.Tensor`, *optional*): λ_CL. A tensor does not make a compiled
+                model recompile as it changes. `config.curriculum_start` if not given.
+            compute_masker_loss (`bool`, *optional*): Whether to do pass B; in training with learned masks, if not given.
+            interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one (with
+                `masking="random"`: the masking module has one output a patch).
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: `masking` has no such value, or the images another shape than the configuration says.
+        """
+        if masking not in MASKINGS:
+            raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        learned = masking == "learned"
+        if compute_masker_loss is None:
+            compute_masker_loss = self.training and learned
+        embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+        targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
+
+        keep = None
+        if learned or compute_masker_loss:
+            keep = self.keep_probabilities(embeddings, grid_size, with_gradient=compute_masker_loss)
+        if learned:
+            # The largest m stay visible; choosing has no gradient.
+            chosen = keep_lowest(-keep.detach(), self.config.num_visible(keep.shape[1]))
+        else:
+            if noise is None:
+                noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
+            chosen = sample_masking(self.config, noise, grid_size)
+
+        # Pass B first: its graph is gone before pass A builds its own, so the peak is the larger of the two.
+        terms = self.masker_terms(embeddings, keep, targets, grid_size) if compute_masker_loss else {}
+        encoded, logits, reconstruction_loss = self.autoencode(embeddings, chosen, targets, grid_size, **kwargs)
+        loss = reconstruction_loss
+        if terms:
+            loss = loss + self.masker_loss(terms, curriculum_factor)
+        return CLMAEForPreTrainingOutput(
+            loss=loss,
+            reconstruction_loss=reconstruction_loss,
+            logits=logits,
+            mask=chosen.mask,
+            ids_restore=chosen.ids_restore,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            keep_probabilities=keep,
+            **terms,
+        )
+
+    def keep_probabilities(
+        self, embeddings: torch.Tensor, grid_size: tuple[int, int], with_gradient: bool
+    ) -> torch.Tensor:
+        """m `(B, N)` of all tokens `(B, 1 + N, D)`; no gradient goes back into the embeddings."""
+        if grid_size != self.config.grid_size:
+            raise ValueError(
+                f"`masking='learned'` needs images of {self.config.image_size} pixels: the masking module has one output "
+                f"for each of {self.config.num_patches} patches. Resize the images, or pass `masking='random'`."
+            )
+        with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
+            return self.masking_module(embeddings[:, 1:].detach())
+
+    def masker_terms(
+        self, embeddings: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """The four terms of L_mask, before their weights."""
+        config = self.config
+        return {
+            "soft_reconstruction_loss": self.soft_reconstruction_loss(embeddings, keep, targets, grid_size),
+            "gauss_loss": gauss_loss(keep, config.gauss_sigma),
+            "kl_loss": kl_loss(keep, config.mask_ratio, config.kl_reduction),
+            "diversity_loss": diversity_loss(gather_across_processes(keep), config.diversity_scale),
+        }
+
+    def masker_loss(
+        self, terms: dict[str, torch.Tensor], curriculum_factor: torch.Tensor | float | None
+    ) -> torch.Tensor:
+        """`L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`."""
+        config = self.config
+        factor = config.curriculum_start if curriculum_factor is None else curriculum_factor
+        return (
+            factor * terms["soft_reconstruction_loss"]
+            + config.gauss_loss_weight * terms["gauss_loss"]
+            + config.kl_loss_weight * terms["kl_loss"]
+            + config.diversity_loss_weight * terms["diversity_loss"]
+        )
+
+    def soft_reconstruction_loss(
+        self, embeddings: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """`L_soft = Σ (1 − m_i)·e_i / Σ (1 − m_i)` over the global batch, with a gradient for m alone.
+
+        Every patch token is scaled by its m and encoded; all go to the decoder, without mask tokens.
+
+        The gradient is taken here, with respect to m only, and handed on by a term of value 0. So autograd computes
+        no weight gradients in this pass, frees its graph at once, and touches no gradient hook of the backbone: the
+        separation holds under gradient checkpointing, DDP and accumulation by construction. (Calling the backbone
+        with detached weights through `torch.func.functional_call` breaks under checkpointing; switching
+        `requires_grad` off and on inside `forward` does too, and splits compiled graphs.)
+        """
+        differentiate = torch.is_grad_enabled() and keep.requires_grad
+        leaf = keep.detach().requires_grad_(differentiate)
+        embeddings = embeddings.detach()
+        scaled = embeddings[:, 1:] * leaf.unsqueeze(-1).to(embeddings.dtype)
+        encoded = self.vit(inputs_embeds=torch.cat([embeddings[:, :1], scaled], dim=1))
+        errors = patch_errors(self.decoder(encoded.last_hidden_state, None, grid_size), targets)
+        numerator = ((1 - leaf) * errors).sum()
+        totals = torch.stack([numerator.detach(), (1 - leaf.detach()).sum()])
+        total, weight = sum_across_processes(totals) if self.training else totals
+        value = total / weight
+        if not differentiate:
+            return value
+        (gradient,) = torch.autograd.grad(numerator, leaf)
+        # d(A / S) = dA / S + A / S² · dm, since S = Σ (1 − m).
+        gradient = gradient / weight + total / weight**2
+        return value + scale_gradient(((keep - keep.detach()) * gradient).sum(), world_size() if self.training else 1)
+
+
+class CLMAEForImageClassification(CLMAEPreTrainedModel, MAEForImageClassification):
+    """The encoder of a CL-MAE and a linear classifier, as [`MAEForImageClassification`]."""
+
+
+class CLMAEBackbone(CLMAEPreTrainedModel, MAEBackbone):
+    """The encoder of a CL-MAE as a backbone, as [`MAEBackbone`]."""
+
+
+__all__ = [
+    "CLMAEBackbone",
+    "CLMAEForImageClassification",
+    "CLMAEForPreTraining",
+    "CLMAEForPreTrainingOutput",
+    "CLMAEModel",
+    "CLMAEPreTrainedModel",
+]

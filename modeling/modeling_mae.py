@@ -1,0 +1,609 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The masked autoencoder (He et al., arXiv 2111.06377): the ViT encoder and the decoder that every family shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from clmae.configuration.configuration_mae import MAEConfig, pair
+from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
+from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
+
+# -- outputs ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MAEModelOutput(ModelOutput):
+    """What the encoder returns.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, 1 + n, hidden_size)`): Class token and the n
+            patch tokens that were seen, after the final LayerNorm.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, hidden_size)`): Mean of the patch tokens, or the
+            class token, as `config.pooling` says.
+        mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 = masked, 0 = visible; where `noise` asked
+            for masking.
+        ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Rank of each patch by its score.
+        hidden_states (`tuple` of `(batch_size, 1 + n, hidden_size)`): Embeddings and each block's output, before the
+            final LayerNorm; with `output_hidden_states=True`.
+        attentions (`tuple` of `(batch_size, num_heads, 1 + n, 1 + n)`): With `output_attentions=True`.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    mask: torch.FloatTensor | None = None
+    ids_restore: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MAEForPreTrainingOutput(ModelOutput):
+    """What the autoencoder returns.
+
+    Args:
+        loss (`torch.FloatTensor`, a scalar): What is minimised.
+        reconstruction_loss (`torch.FloatTensor`, a scalar): L_rec, mean squared error over the masked patches.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_patches, p_h * p_w * num_channels)`): Predicted
+            patches, visible ones too; normalised per patch where `config.norm_pix_loss`.
+        mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 = masked, 0 = visible.
+        ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Rank of each patch by its score.
+        hidden_states, attentions (`tuple`): The encoder's, as in [`MAEModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    mask: torch.FloatTensor | None = None
+    ids_restore: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# -- positions --------------------------------------------------------------------------------------------------------
+
+
+def sincos_positions(width: int, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Fixed 2-D sin-cos positions `(1, 1 + h * w, width)`, float32, the class token's zero (MAE, appendix A.1).
+
+    A patch's vector is `[sin(x) | cos(x) | sin(y) | cos(y)]`, each `width / 4` wide, frequencies
+    `10000^(−i / (width / 4))`, x the column and y the row. Column first is the layout of all released MAE weights.
+    """
+    frequencies = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid_size)
+    y, x = (axis.reshape(-1, 1) * frequencies for axis in torch.meshgrid(rows, columns, indexing="ij"))
+    positions = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+    return torch.cat([positions.new_zeros(1, width), positions]).float().unsqueeze(0)
+
+
+def resize_positions(
+    positions: torch.Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
+) -> torch.Tensor:
+    """Positions `(1, 1 + h * w, width)` for another patch grid, bicubic in two dimensions; the class token's stays."""
+    if new_grid_size == grid_size:
+        return positions
+    class_position, patches = positions[:, :1], positions[:, 1:]
+    patches = patches.reshape(1, *grid_size, -1).permute(0, 3, 1, 2).float()
+    patches = nn.functional.interpolate(patches, size=new_grid_size, mode="bicubic", align_corners=False)
+    patches = patches.flatten(2).transpose(1, 2).to(positions.dtype)
+    return torch.cat([class_position, patches], dim=1)
+
+
+# -- blocks -----------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain attention; `query`, `key`, `value` are `(batch_size, num_heads, length, head_dim)`. Gives the weights too."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=_softmax_dtype(query)).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _softmax_dtype(query: torch.Tensor) -> torch.dtype:
+    # At least float32, as the fused kernels; float64 stays, for exact tests.
+    return torch.promote_types(query.dtype, torch.float32)
+
+
+class MAEAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface (eager, sdpa, flash, flex)."""
+
+    def __init__(self, config: MAEConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            projection(hidden_states).view(shape).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
+
+
+class MAEMLP(nn.Module):
+    """The block's two-layer perceptron."""
+
+    def __init__(self, config: MAEConfig, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class MAELayer(GradientCheckpointingLayer):
+    """A pre-norm transformer block, used by encoder, decoder and masking module alike."""
+
+    def __init__(
+        self,
+        config: MAEConfig,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        layer_norm_eps: float,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.attention = MAEAttention(config, hidden_size, num_heads)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.mlp = MAEMLP(config, hidden_size, intermediate_size)
+        self.drop_path_rate = drop_path_rate
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = hidden_states + self._drop_path(attended)
+        return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+    def _drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+        # Stochastic depth (arXiv 1603.09382): the branch is dropped per sample, the kept ones scaled up.
+        if self.drop_path_rate == 0.0 or not self.training:
+            return branch
+        keep = 1 - self.drop_path_rate
+        return branch * (branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep) / keep)
+
+
+class MAEPatchEmbeddings(nn.Module):
+    """Pixels `(B, C, H, W)` to patch tokens `(B, N, hidden_size)` by a convolution with kernel = stride = patch."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        patch_size = pair(config.patch_size)
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class MAEEmbeddings(nn.Module):
+    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = MAEPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(
+            torch.zeros(1, 1 + config.num_patches, config.hidden_size), requires_grad=False
+        )
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        positions = resize_positions(self.position_embeddings, self.config.grid_size, grid_size)
+        patches = self.patch_embeddings(pixel_values) + positions[:, 1:]
+        class_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
+        return torch.cat([class_token, patches], dim=1)
+
+
+def check_pixel_values(
+    config: MAEConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None
+) -> tuple[int, int]:
+    """The patch grid `(h, w)` of `pixel_values`; ValueError where they are not what the configuration expects."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {config.num_channels}, height, "
+            f"width): the model was made with `num_channels` = {config.num_channels}."
+        )
+    size, patch_size = tuple(pixel_values.shape[2:]), pair(config.patch_size)
+    if size != pair(config.image_size) and not interpolate_pos_encoding:
+        raise ValueError(
+            f"`pixel_values` are {size[0]}x{size[1]} pixels, the model was made for {pair(config.image_size)[0]}x"
+            f"{pair(config.image_size)[1]}: resize the images, or pass `interpolate_pos_encoding=True`."
+        )
+    if size[0] % patch_size[0] or size[1] % patch_size[1]:
+        raise ValueError(
+            f"`pixel_values` are {size[0]}x{size[1]} pixels, no multiple of the patch size {patch_size[0]}x"
+            f"{patch_size[1]}: resize or crop the images."
+        )
+    return size[0] // patch_size[0], size[1] // patch_size[1]
+
+
+class MAEDecoder(nn.Module):
+    """Visible tokens to predicted patches `(B, N, p_h * p_w * C)`."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__()
+        self.config = config
+        width = config.decoder_hidden_size
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, width), requires_grad=False)
+        self.decoder_layers = nn.ModuleList(
+            MAELayer(
+                config,
+                width,
+                config.decoder_num_attention_heads,
+                config.decoder_intermediate_size,
+                config.layer_norm_eps,
+            )
+            for _ in range(config.decoder_num_hidden_layers)
+        )
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, config.patch_dim)
+
+    def forward(
+        self, hidden_states: torch.Tensor, ids_keep: torch.Tensor | None, grid_size: tuple[int, int]
+    ) -> torch.Tensor:
+        """Predicts every patch.
+
+        Args:
+            hidden_states (`(B, 1 + K, hidden_size)`): The encoder's output, class token first.
+            ids_keep (`(B, K)` or `None`): Which patches those are; `None`: all of them, in order (no mask tokens).
+            grid_size (`tuple[int, int]`): The patch grid.
+        """
+        hidden_states = self.decoder_embed(hidden_states)
+        if ids_keep is not None:
+            # The mask token everywhere, the visible tokens written over it: no unshuffling.
+            batch_size, _, width = hidden_states.shape
+            tokens = self.mask_token.to(hidden_states.dtype).expand(batch_size, math.prod(grid_size), width)
+            tokens = tokens.scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, width), hidden_states[:, 1:])
+            hidden_states = torch.cat([hidden_states[:, :1], tokens], dim=1)
+        hidden_states = hidden_states + resize_positions(self.decoder_pos_embed, self.config.grid_size, grid_size)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states)
+        return self.decoder_pred(self.decoder_norm(hidden_states[:, 1:]))
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+class MAEPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about every model of the families."""
+
+    config_class = MAEConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # The Trainer divides the loss by the accumulation steps itself; no model here takes `num_items_in_batch`.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["MAEEmbeddings", "MAELayer", "MAEDecoder"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MAELayer, "attentions": MAEAttention}
+    _input_embed_layer = "patch_embeddings"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # transformers.initialization leaves weights alone that were loaded; so only its functions are used, on whole
+        # parameters (a view loses the mark).
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            # Xavier on the flattened weight, as for a linear layer on patches (MAE, appendix A.1).
+            bound = math.sqrt(6 / (module.weight[0].numel() + module.weight.shape[0]))
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, MAEEmbeddings):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.copy_(module.position_embeddings, sincos_positions(self.config.hidden_size, self.config.grid_size))
+        elif isinstance(module, MAEDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+            width = self.config.decoder_hidden_size
+            init.copy_(module.decoder_pos_embed, sincos_positions(width, self.config.grid_size))
+
+    def _check_output_attentions(self, kwargs: dict[str, Any]) -> None:
+        # The fused kernels have no attention weights to give; transformers would return an empty tuple.
+        wanted = kwargs.get("output_attentions", self.config.output_attentions)
+        if wanted and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"`output_attentions=True` needs the eager attention, but `attn_implementation` is "
+                f"{self.config._attn_implementation!r}: load the model with `attn_implementation='eager'`."
+            )
+
+
+class MAEModel(MAEPreTrainedModel):
+    """The ViT encoder. It sees **all** patches, unless `noise` asks for masking.
+
+    Args:
+        config ([`MAEConfig`]): The configuration.
+        add_final_layernorm (`bool`, *optional*, defaults to `True`): Without it, `last_hidden_state` is the last
+            block's output (for classifiers that normalise after pooling).
+    """
+
+    # What a checkpoint of the whole autoencoder has beyond the encoder.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^classifier\.", r"^fc_norm\."]
+
+    def __init__(self, config: MAEConfig, add_final_layernorm: bool = True):
+        super().__init__(config)
+        self.embeddings = MAEEmbeddings(config)
+        last = max(1, config.num_hidden_layers - 1)
+        self.layers = nn.ModuleList(
+            MAELayer(
+                config,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.intermediate_size,
+                config.layer_norm_eps,
+                drop_path_rate=config.drop_path_rate * i / last,
+            )
+            for i in range(config.num_hidden_layers)
+        )
+        self.layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if add_final_layernorm else nn.Identity()
+        )
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        noise: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
+    ) -> MAEModelOutput:
+        """Encodes images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+            noise (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1). If given,
+                only the patches that `config.mask_sampler` picks by it are encoded.
+            inputs_embeds (`torch.FloatTensor` of shape `(batch_size, 1 + n, hidden_size)`, *optional*): Class token
+                and any selection of patch tokens, as [`MAEEmbeddings`] makes them, instead of `pixel_values`.
+            interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: The images have another shape than the configuration says, or not exactly one of
+                `pixel_values` and `inputs_embeds` was given.
+        """
+        if (pixel_values is None) == (inputs_embeds is None):
+            raise ValueError("give either `pixel_values` or `inputs_embeds`, not both or neither.")
+        self._check_output_attentions(kwargs)
+        masking = None
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(pixel_values, interpolate_pos_encoding)
+            if noise is not None:
+                grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+                masking = sample_masking(self.config, noise, grid_size)
+                inputs_embeds = select_visible(inputs_embeds, masking)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = hidden_states[:, 1:].mean(1) if self.config.pooling == "mean" else hidden_states[:, 0]
+        return MAEModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=pooled,
+            mask=masking.mask if masking else None,
+            ids_restore=masking.ids_restore if masking else None,
+        )
+
+
+def sample_masking(config: MAEConfig, noise: torch.Tensor, grid_size: tuple[int, int]) -> Masking:
+    """The masking that `config.mask_sampler` makes of uniform `noise` `(batch_size, num_patches)`."""
+    num_patches = math.prod(grid_size)
+    if noise.ndim != 2 or noise.shape[1] != num_patches:
+        raise ValueError(
+            f"`noise` has shape {tuple(noise.shape)}; expected (batch_size, {num_patches}): one number a patch."
+        )
+    num_visible = config.num_visible(num_patches)
+    if not 0 < num_visible < num_patches:
+        raise ValueError(
+            f"`mask_ratio` = {config.mask_ratio} leaves {num_visible} of these images' {num_patches} patches visible; "
+            "use larger images or another ratio."
+        )
+    return keep_lowest(SAMPLERS[config.mask_sampler](noise, grid_size, num_visible), num_visible)
+
+
+def select_visible(embeddings: torch.Tensor, masking: Masking) -> torch.Tensor:
+    """Class token and visible patch tokens `(B, 1 + K, D)` of all tokens `(B, 1 + N, D)`."""
+    return torch.cat([embeddings[:, :1], gather_tokens(embeddings[:, 1:], masking.ids_keep)], dim=1)
+
+
+class MAEForPreTraining(MAEPreTrainedModel):
+    """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^masking_module\.", r"^classifier\.", r"^fc_norm\."]
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.vit = MAEModel(config)
+        self.decoder = MAEDecoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
+    ) -> MAEForPreTrainingOutput:
+        """Reconstructs masked patches.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+            noise (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); fixes the
+                mask. Drawn from PyTorch's global generator if not given.
+            interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Example:
+
+        ```python
+        >>> outputs = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))(torch.rand(2, 3, 32, 32))
+        >>> outputs.logits.shape, outputs.mask.mean()
+        (torch.Size([2, 64, 48]), tensor(0.7500))
+        ```
+        """
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+        if noise is None:
+            noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
+        masking = sample_masking(self.config, noise, grid_size)
+        targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
+        encoded, logits, loss = self.autoencode(embeddings, masking, targets, grid_size, **kwargs)
+        return MAEForPreTrainingOutput(
+            loss=loss,
+            reconstruction_loss=loss,
+            logits=logits,
+            mask=masking.mask,
+            ids_restore=masking.ids_restore,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def autoencode(
+        self,
+        embeddings: torch.Tensor,
+        masking: Masking,
+        targets: torch.Tensor,
+        grid_size: tuple[int, int],
+        **kwargs: Any,
+    ) -> tuple[MAEModelOutput, torch.Tensor, torch.Tensor]:
+        """Encodes the visible of all tokens `(B, 1 + N, D)`, decodes: the encoder's output, logits and L_rec."""
+        encoded = self.vit(inputs_embeds=select_visible(embeddings, masking), **kwargs)
+        logits = self.decoder(encoded.last_hidden_state, masking.ids_keep, grid_size)
+        return encoded, logits, masked_mean(patch_errors(logits, targets), masking.mask)
+
+
+class MAEForImageClassification(MAEPreTrainedModel):
+    """The encoder and a linear classifier.
+
+    `config.pooling` `"mean"`: mean of the patch tokens, then LayerNorm (MAE's fine-tuning, appendix A.1); `"cls"`: the
+    class token after the encoder's LayerNorm.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^vit\.layernorm\."]
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        mean_pooling = config.pooling == "mean"
+        self.vit = MAEModel(config, add_final_layernorm=not mean_pooling)
+        self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if mean_pooling else nn.Identity()
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """Classifies images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
+            labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Classes; other shapes as
+                `config.problem_type` says. With them, the output has a `loss`.
+            interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+        """
+        outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(self.fc_norm(outputs.pooler_output))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MAEBackbone(BackboneMixin, MAEModel):
+    """The encoder as a backbone: feature maps `(batch_size, hidden_size, h, w)` of the blocks in `out_features`."""
+
+    def __init__(self, config: MAEConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+    ) -> BackboneOutput:
+        """Feature maps of images `(batch_size, num_channels, height, width)`; arguments as [`MAEModel`]'s."""
+        wanted = kwargs.pop("output_hidden_states", None)
+        wanted = self.config.output_hidden_states if wanted is None else wanted
+        outputs = super().forward(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **kwargs
+        )
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        feature_maps = []
+        for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True):
+            if stage in self.out_features:
+                feature_map = self.layernorm(hidden_state) if self.config.apply_layernorm else hidden_state
+                if self.config.reshape_hidden_states:
+                    feature_map = feature_map[:, 1:].transpose(1, 2).unflatten(2, grid_size).contiguous()
+                feature_maps.append(feature_map)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps),
+            hidden_states=outputs.hidden_states if wanted else None,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "MAEBackbone",
+    "MAEForImageClassification",
+    "MAEForPreTraining",
+    "MAEForPreTrainingOutput",
+    "MAEModel",
+    "MAEModelOutput",
+    "MAEPreTrainedModel",
+]
