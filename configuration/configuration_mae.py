@@ -243,6 +243,11 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"`image_size` is {self.image_size} and `patch_size` {self.patch_size}: the {side} {size} is not a "
                     f"multiple of {patch}; take {options}, or another patch size."
                 )
+        if self.norm_pix_loss and self.patch_dim < 2:
+            raise ValueError(
+                "`norm_pix_loss` is true, but a patch has one value and so no variance; set it to false, or take a "
+                f"larger `patch_size` than {self.patch_size}."
+            )
         visible = self.num_visible(self.num_patches)
         if not 0 < visible < self.num_patches:
             raise ValueError(

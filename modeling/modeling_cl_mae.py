@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""The curriculum-learned masked autoencoder (Madan et al., arXiv 2308.16572): MAE and a module that chooses its masks."""
+"""The curriculum-learned masked autoencoder (Madan et al., arXiv 2308.16572): MAE that learns its masks."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
                 `config.mask_sampler`.
             curriculum_factor (`float` or 0-d `torch.Tensor`, *optional*): λ_CL. A tensor does not make a compiled
                 model recompile as it changes. `config.curriculum_start` if not given.
-            compute_masker_loss (`bool`, *optional*): Whether to do pass B; in training with learned masks, if not given.
+            compute_masker_loss (`bool`, *optional*): Whether to do pass B; if not given: in training with learned
+                masks.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one (with
                 `masking="random"`: the masking module has one output a patch).
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
@@ -200,8 +201,8 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         """m `(B, N)` of all tokens `(B, 1 + N, D)`; no gradient goes back into the embeddings."""
         if grid_size != self.config.grid_size:
             raise ValueError(
-                f"`masking='learned'` needs images of {self.config.image_size} pixels: the masking module has one output "
-                f"for each of {self.config.num_patches} patches. Resize the images, or pass `masking='random'`."
+                f"`masking='learned'` needs images of {self.config.image_size} pixels: the masking module has one "
+                f"output for each of {self.config.num_patches} patches. Resize the images, or pass `masking='random'`."
             )
         with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
             return self.masking_module(embeddings[:, 1:].detach())

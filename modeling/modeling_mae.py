@@ -117,7 +117,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention; `query`, `key`, `value` are `(batch_size, num_heads, length, head_dim)`. Gives the weights too."""
+    """Plain attention on `(batch_size, num_heads, length, head_dim)` tensors; gives the weights too."""
     weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=_softmax_dtype(query)).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -237,8 +237,8 @@ def check_pixel_values(
     """The patch grid `(h, w)` of `pixel_values`; ValueError where they are not what the configuration expects."""
     if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {config.num_channels}, height, "
-            f"width): the model was made with `num_channels` = {config.num_channels}."
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {config.num_channels}, "
+            f"height, width): the model was made with `num_channels` = {config.num_channels}."
         )
     size, patch_size = tuple(pixel_values.shape[2:]), pair(config.patch_size)
     if size != pair(config.image_size) and not interpolate_pos_encoding:
@@ -487,7 +487,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
         Example:
 
         ```python
-        >>> outputs = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))(torch.rand(2, 3, 32, 32))
+        >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
+        >>> outputs = model(torch.rand(2, 3, 32, 32))
         >>> outputs.logits.shape, outputs.mask.mean()
         (torch.Size([2, 64, 48]), tensor(0.7500))
         ```

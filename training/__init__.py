@@ -1,0 +1,17 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""What happens over time: data, curriculum, and the Trainer that drives it."""
+
+from clmae.training.arguments import PretrainingArguments
+from clmae.training.callbacks import DifficultyCallback, InterruptCallback, PictureCallback
+from clmae.training.curriculum import curriculum_factor, keep_probability_statistics
+from clmae.training.trainer import CurriculumTrainer
+
+__all__ = [
+    "CurriculumTrainer",
+    "DifficultyCallback",
+    "InterruptCallback",
+    "PictureCallback",
+    "PretrainingArguments",
+    "curriculum_factor",
+    "keep_probability_statistics",
+]

@@ -1,0 +1,49 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae <command>`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from clmae.cli.options import UsageError, nearest
+
+USAGE = """\
+usage: clmae COMMAND ...
+
+examples:
+  clmae pretrain --family cl_mae --model_size small --dataset ./my_photos --output_dir out/cl-mae
+  clmae evaluate knn --model out/cl-mae --dataset uoft-cs/cifar10
+  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png
+
+commands:
+  pretrain          pretrain a masked autoencoder on images
+  evaluate knn      judge an encoder by its nearest neighbours
+  evaluate linear   judge an encoder by a linear probe
+  visualize         draw masks and reconstructions
+
+`clmae COMMAND --help` explains a command's options.
+"""
+
+COMMANDS = ("pretrain", "evaluate", "visualize")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code: 0 done, 2 wrong use or bad input, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    name, *rest = argv
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+        # Imported only now: `clmae --help` does not wait for torch.
+        return importlib.import_module(f"clmae.cli.{name}").run(rest)
+    except ValueError as error:  # UsageError among them: what the user gave cannot be worked with
+        print(f"clmae: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("clmae: interrupted", file=sys.stderr)
+        return 130

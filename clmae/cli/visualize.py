@@ -1,0 +1,61 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae visualize`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForPreTraining
+
+from clmae.cli.options import UsageError, parse
+from clmae.training.images import decode_image, sample_generator
+from clmae.training.pictures import reconstruction_figure, save_figure
+
+EXAMPLES = "  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png"
+
+
+@dataclass
+class VisualizeArguments:
+    """What to draw."""
+
+    model: str = field(metadata={"help": "Folder or Hub id of a pretrained masked autoencoder."})
+    images: list[str] = field(metadata={"help": "Image files."})
+    output: str = field(default="masks.png", metadata={"help": "PNG file to write."})
+    seed: int = field(default=0, metadata={"help": "Of the random masks, for a model that does not learn its masks."})
+
+
+def run(argv: Sequence[str]) -> int:
+    """Draws images, masks, reconstructions and keep probabilities into one PNG file."""
+    (args,) = parse(
+        {"options": VisualizeArguments},
+        argv,
+        prog="clmae visualize",
+        description="Draw masks and reconstructions of images.",
+        examples=EXAMPLES,
+    )
+    if Path(args.output).suffix.lower() != ".png":
+        raise UsageError(f"`output` is {args.output!r}; give the name of a .png file.")
+    model, processor = load_autoencoder(args.model)
+    pictures = []
+    for path in args.images:
+        try:
+            pictures.append(Image.fromarray(decode_image(path, model.config.num_channels)))
+        except ValueError as error:
+            raise UsageError(f"`images`: {path}: {error}") from error
+    pixel_values = processor(images=pictures, return_tensors="pt").pixel_values
+    noise = torch.rand(len(pictures), model.config.num_patches, generator=sample_generator(args.seed, 0, 0))
+    figure = reconstruction_figure(model, pixel_values, noise, processor.image_mean, processor.image_std)
+    print(f"wrote {save_figure(figure, args.output)}")
+    return 0
+
+
+def load_autoencoder(name: str) -> tuple[torch.nn.Module, object]:
+    """A pretrained autoencoder and its image processor, from a folder or the Hub."""
+    try:
+        return AutoModelForPreTraining.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"`model` {name!r} cannot be loaded: {error}") from error

@@ -1,0 +1,205 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Configurations: sizes, defaults, round trips, and every complaint with its field, value and remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from transformers import AutoConfig
+
+from clmae.configuration import CLMAEConfig, MAEConfig
+
+NAN, INF = float("nan"), float("inf")
+
+# (fields, what the message must hold: the field, its value, the remedy)
+BAD_MAE = [
+    (dict(hidden_size=0), ("`hidden_size`", "0", "int of at least 1")),
+    (dict(hidden_size=32.0), ("`hidden_size`", "32.0", "int of at least 1")),
+    (dict(hidden_size=None), ("`hidden_size`", "None", "int of at least 1")),
+    (dict(num_hidden_layers="12"), ("`num_hidden_layers`", "'12'", "int of at least 1")),
+    (dict(num_attention_heads=-3), ("`num_attention_heads`", "-3", "int of at least 1")),
+    (dict(num_channels=True), ("`num_channels`", "True", "int of at least 1")),
+    (dict(intermediate_size=0), ("`intermediate_size`", "0", "int of at least 1")),
+    (dict(decoder_hidden_size=0), ("`decoder_hidden_size`", "0", "int of at least 1")),
+    (dict(decoder_num_hidden_layers=0), ("`decoder_num_hidden_layers`", "0", "int of at least 1")),
+    (dict(decoder_num_attention_heads=0), ("`decoder_num_attention_heads`", "0", "int of at least 1")),
+    (dict(decoder_intermediate_size=2.5), ("`decoder_intermediate_size`", "2.5", "int of at least 1")),
+    (dict(qkv_bias=1), ("`qkv_bias`", "1", "true or false")),
+    (dict(norm_pix_loss="yes"), ("`norm_pix_loss`", "'yes'", "true or false")),
+    (dict(apply_layernorm=None), ("`apply_layernorm`", "None", "true or false")),
+    (dict(reshape_hidden_states=0), ("`reshape_hidden_states`", "0", "true or false")),
+    (dict(initializer_range=NAN), ("`initializer_range`", "nan", "[0, inf)")),
+    (dict(layer_norm_eps=0), ("`layer_norm_eps`", "0", "(0, 1]")),
+    (dict(drop_path_rate=1.0), ("`drop_path_rate`", "1.0", "[0, 1)")),
+    (dict(mask_ratio=1.0), ("`mask_ratio`", "1.0", "[0, 1)")),
+    (dict(mask_ratio=-0.1), ("`mask_ratio`", "-0.1", "[0, 1)")),
+    (dict(mask_ratio="0.75"), ("`mask_ratio`", "'0.75'", "[0, 1)")),
+    (dict(mask_ratio=0.0), ("`mask_ratio`", "0.0", "196 of 196 patches visible", "take a ratio between")),
+    (dict(mask_ratio=0.999), ("`mask_ratio`", "0.999", "0 of 196 patches visible", "take a ratio between")),
+    (dict(mask_sampler="blocks"), ("`mask_sampler`", "'blocks'", "random, block, grid")),
+    (dict(pooling="max"), ("`pooling`", "'max'", "mean, cls")),
+    (dict(hidden_size=770), ("`hidden_size`", "770", "`num_attention_heads` = 12", "take 768")),
+    (dict(hidden_size=30, num_attention_heads=3), ("`hidden_size`", "30", "multiple of 4", "take 24")),
+    (dict(decoder_hidden_size=500), ("`decoder_hidden_size`", "500", "`decoder_num_attention_heads` = 16", "take 496")),
+    (dict(decoder_hidden_size=18, decoder_num_attention_heads=9), ("`decoder_hidden_size`", "18", "take 36")),
+    (dict(image_size=0), ("`image_size`", "0", "positive int, or two")),
+    (dict(image_size="224"), ("`image_size`", "'224'", "positive int, or two")),
+    (dict(image_size=(224,)), ("`image_size`", "(224,)", "positive int, or two")),
+    (dict(patch_size=(16, 16, 3)), ("`patch_size`", "(16, 16, 3)", "positive int, or two")),
+    (dict(patch_size=(16, 0)), ("`patch_size`", "(16, 0)", "positive int, or two")),
+    (dict(image_size=230), ("`image_size`", "230", "`patch_size` 16", "height", "take 224 or 240")),
+    (dict(image_size=(224, 230)), ("`image_size`", "(224, 230)", "width", "take 224 or 240")),
+    (dict(image_size=8), ("`image_size`", "8", "take 16, or another patch size")),
+    (dict(image_size=8, patch_size=1, num_channels=1), ("`norm_pix_loss`", "true", "set it to false", "`patch_size`")),
+    (dict(hiden_size=768), ("`hiden_size`", "did you mean `hidden_size`")),
+    (dict(num_channel=3), ("`num_channel`", "did you mean `num_channels`")),
+    (dict(out_features=["stage13"]), ("out_features", "stage13", "stage12")),
+    (dict(out_indices=[13]), ("out_indices", "13", "stage12")),
+]
+BAD_CL_MAE = [
+    (dict(masker_num_hidden_layers=0), ("`masker_num_hidden_layers`", "0", "int of at least 1")),
+    (dict(masker_num_attention_heads=0), ("`masker_num_attention_heads`", "0", "int of at least 1")),
+    (dict(masker_num_attention_heads=5), ("`hidden_size`", "768", "`masker_num_attention_heads` = 5", "take 760")),
+    (dict(masker_intermediate_size=-1), ("`masker_intermediate_size`", "-1", "int of at least 1")),
+    (dict(masker_layer_norm_eps=0.0), ("`masker_layer_norm_eps`", "0.0", "(0, 1]")),
+    (dict(gauss_loss_weight=-1), ("`gauss_loss_weight`", "-1", "[0, inf)")),
+    (dict(gauss_sigma=0), ("`gauss_sigma`", "0", "(0, inf)")),
+    (dict(kl_loss_weight=-0.5), ("`kl_loss_weight`", "-0.5", "[0, inf)")),
+    (dict(kl_reduction="max"), ("`kl_reduction`", "'max'", "mean, sum")),
+    (dict(diversity_loss_weight=INF), ("`diversity_loss_weight`", "inf", "[0, inf)")),
+    (dict(diversity_scale="0.1"), ("`diversity_scale`", "'0.1'", "[0, inf)")),
+    (dict(curriculum_shape="step"), ("`curriculum_shape`", "'step'", "linear, cosine, constant")),
+    (dict(curriculum_start=True), ("`curriculum_start`", "True", "give a number")),
+    (dict(curriculum_end=NAN), ("`curriculum_end`", "nan", "give a number")),
+    (dict(curiculum_end=-1.0), ("`curiculum_end`", "did you mean `curriculum_end`")),
+]
+
+
+@pytest.mark.parametrize(("fields", "parts"), BAD_MAE, ids=lambda v: str(v)[:60])
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig])
+def test_bad_field(config_class, fields, parts):
+    with pytest.raises(ValueError) as error:
+        config_class(**fields)
+    assert [part for part in parts if part not in str(error.value)] == [], str(error.value)
+
+
+@pytest.mark.parametrize(("fields", "parts"), BAD_CL_MAE, ids=lambda v: str(v)[:60])
+def test_bad_cl_mae_field(fields, parts):
+    with pytest.raises(ValueError) as error:
+        CLMAEConfig(**fields)
+    assert [part for part in parts if part not in str(error.value)] == [], str(error.value)
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match=r"'giant'; choose one of tiny, small, base, large, huge"):
+        MAEConfig.from_size("giant")
+
+
+@pytest.mark.parametrize("image_size", [16, 32, 224])
+def test_the_ratios_that_the_message_names_are_accepted(image_size):
+    with pytest.raises(ValueError, match="take a ratio between") as error:
+        MAEConfig(image_size=image_size, patch_size=4, mask_ratio=0.0)
+    low, high = (float(v) for v in re.search(r"between (\S+) and ([\d.]+),", str(error.value)).groups())
+    for ratio in (low, high):
+        MAEConfig(image_size=image_size, patch_size=4, mask_ratio=ratio)
+
+
+def test_unknown_entries_that_resemble_no_field_are_kept():
+    # transformers' convention: a configuration of a later version, or a user's own note, survives loading.
+    assert CLMAEConfig(note="trained on a Tuesday").note == "trained on a Tuesday"
+    assert MAEConfig(num_labels=7).num_labels == 7
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig])
+@pytest.mark.parametrize(
+    ("size", "encoder", "patch_size"),
+    [
+        ("tiny", (192, 12, 3), 16),
+        ("small", (384, 12, 6), 16),
+        ("base", (768, 12, 12), 16),
+        ("large", (1024, 24, 16), 16),
+        ("huge", (1280, 32, 16), 14),
+    ],
+)
+def test_preset(config_class, size, encoder, patch_size):
+    config = config_class.from_size(size)
+    assert type(config) is config_class
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == encoder
+    assert (config.image_size, config.patch_size) == (224, patch_size)
+    assert config.intermediate_size == 4 * config.hidden_size
+    assert config.decoder_intermediate_size == 4 * config.decoder_hidden_size
+    if size in ("base", "large", "huge"):  # the published decoder
+        decoder = config.decoder_hidden_size, config.decoder_num_hidden_layers, config.decoder_num_attention_heads
+        assert decoder == (512, 8, 16)
+
+
+def test_preset_fields_can_be_overridden():
+    config = CLMAEConfig.from_size("huge", image_size=(32, 64), patch_size=4, num_hidden_layers=3, mask_ratio=0.6)
+    assert (config.hidden_size, config.num_hidden_layers, config.patch_size) == (1280, 3, 4)
+    assert config.mask_ratio == 0.6
+
+
+def test_defaults_are_the_papers():
+    config = CLMAEConfig()
+    assert (config.mask_ratio, config.mask_sampler, config.layer_norm_eps) == (0.75, "random", 1e-6)
+    assert (config.masker_num_hidden_layers, config.masker_num_attention_heads) == (5, 4)
+    assert (config.masker_intermediate_size, config.masker_layer_norm_eps) == (4 * 768, 1e-5)
+    assert (config.gauss_loss_weight, config.gauss_sigma) == (1.0, 0.12)
+    assert (config.diversity_loss_weight, config.diversity_scale) == (2.0, 0.1)
+    assert (config.curriculum_shape, config.curriculum_start, config.curriculum_end) == ("linear", 1.0, -1.0)
+
+
+def test_kl_weight_follows_the_reduction():
+    assert CLMAEConfig().kl_loss_weight == 25.6
+    assert CLMAEConfig(kl_reduction="sum").kl_loss_weight == 0.1
+    assert CLMAEConfig(kl_reduction="sum", kl_loss_weight=3.0).kl_loss_weight == 3.0
+    assert CLMAEConfig(kl_loss_weight=0).kl_loss_weight == 0
+
+
+def test_derived_sizes():
+    config = MAEConfig(image_size=(32, 48), patch_size=(4, 8), num_channels=5)
+    assert config.grid_size == (8, 6)
+    assert config.num_patches == 48
+    assert config.patch_dim == 4 * 8 * 5
+    assert MAEConfig().num_visible(196) == 49
+    assert MAEConfig(mask_ratio=0.6).num_visible(16) == 6  # int(6.4)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig])
+def test_round_trip_through_json(config_class, tmp_path):
+    own = {} if config_class is MAEConfig else dict(kl_reduction="sum", curriculum_shape="cosine", curriculum_end=-0.5)
+    config = config_class.from_size(
+        "tiny", image_size=(32, 64), patch_size=(4, 8), num_labels=3, out_features=["stage1", "stage12"], **own
+    )
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["model_type"] == config_class.model_type
+    for loaded in (config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is config_class
+        expected = {**config.to_dict(), "image_size": [32, 64], "patch_size": [4, 8]}
+        assert {**loaded.to_dict(), "_name_or_path": ""} == expected
+        assert loaded.grid_size == config.grid_size
+        assert loaded.out_indices == [1, 12]
+
+
+def test_a_bad_file_is_refused(tmp_path):
+    MAEConfig().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "mask_ratio": 2.0}))
+    with pytest.raises(ValueError, match="`mask_ratio` is 2.0"):
+        MAEConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig])
+def test_an_override_at_loading_is_checked(config_class, tmp_path):
+    config_class().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`mask_ratio` is 1.5"):
+        config_class.from_pretrained(tmp_path, mask_ratio=1.5)

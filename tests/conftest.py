@@ -1,0 +1,55 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Tiny configurations and images for every test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import clmae
+from clmae.configuration.configuration_mae import pair
+
+TINY = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    decoder_hidden_size=16,
+    decoder_num_hidden_layers=2,
+    decoder_num_attention_heads=2,
+    decoder_intermediate_size=32,
+    image_size=16,
+    patch_size=4,
+)
+TINY_MASKER = dict(masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """One seed for every test, and one thread: tiny models are slower on several."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> Callable[..., clmae.MAEConfig]:
+    """`tiny_config(family, **fields)`: 16 patches of 4 pixels, 32 wide, 2 blocks in each network."""
+
+    def make(family: str = "mae", **fields) -> clmae.MAEConfig:
+        masker = TINY_MASKER if family == "cl_mae" else {}
+        return clmae.FAMILIES[family][0](**{**TINY, **masker, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., torch.Tensor]:
+    """`make_images(config, batch_size)`: normally distributed `pixel_values` of the configured shape."""
+
+    def make(config: clmae.MAEConfig, batch_size: int = 2, dtype=torch.float32, seed: int = 1) -> torch.Tensor:
+        shape = (batch_size, config.num_channels, *pair(config.image_size))
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+    return make

@@ -1,0 +1,111 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Who may import whom: configuration <- modeling <- training <- evaluation <- clmae, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("configuration", "modeling", "training", "evaluation", "clmae")  # each may import those before it, and itself
+# What travels to the Hub depends on nothing else; the configuration not even on torch.
+THIRD_PARTY = {"configuration": {"transformers"}, "modeling": {"transformers", "torch"}}
+SOURCES = {
+    "clmae" + ("" if room == "clmae" else f".{room}") + ("" if path.stem == "__init__" else f".{path.stem}"): path
+    for room in ROOMS
+    for path in sorted((ROOT / room).glob("*.py"))
+}
+
+
+def imported(source: str) -> list[str]:
+    """Dotted names of everything that `source` imports, at any depth; relative imports keep their dots."""
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names]
+    return names
+
+
+def room_of(name: str) -> str:
+    """The room that a dotted name under `clmae` belongs to; the front door is `clmae` itself."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "clmae"
+
+
+def complaints(room: str, source: str) -> list[str]:
+    """What the imports of one module of `room` break."""
+    found = []
+    for name in imported(source):
+        package = name.split(".")[0]
+        if name.startswith("."):
+            found.append(f"{name}: relative; write clmae.<room>.<module>")
+        elif package in ROOMS and package != "clmae":
+            found.append(f"{name}: the same module twice; write clmae.{name}")
+        elif package == "clmae" and ROOMS.index(room_of(name)) > ROOMS.index(room):
+            found.append(f"{name}: upwards from {room}")
+        elif package != "clmae" and room in THIRD_PARTY:
+            allowed = THIRD_PARTY[room] | sys.stdlib_module_names
+            found += [] if package in allowed else [f"{name}: {room} may import only {sorted(THIRD_PARTY[room])}"]
+    return found
+
+
+def module_of(name: str) -> str | None:
+    """The module of this package that holds the dotted `name`, or `None`."""
+    return next((name.rsplit(".", i)[0] for i in range(name.count(".") + 1) if name.rsplit(".", i)[0] in SOURCES), None)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports(module):
+    assert complaints(room_of(module), SOURCES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source"),
+    [
+        ("configuration", "import torch"),
+        ("configuration", "def f():\n    from torch import nn"),
+        ("configuration", "from clmae.modeling import MAEModel"),
+        ("modeling", "import numpy as np"),
+        ("modeling", "from clmae.training.curriculum import CurriculumTrainer"),
+        ("modeling", "from clmae import MAEConfig"),
+        ("modeling", "from modeling.losses import kl_loss"),
+        ("modeling", "from . import losses"),
+        ("training", "import clmae.evaluation.knn"),
+        ("evaluation", "import clmae"),
+        ("clmae", "import training"),
+    ],
+)
+def test_the_rule_finds_what_breaks_it(room, source):
+    assert len(complaints(room, source)) == 1
+
+
+def test_there_is_something_to_check():
+    assert {room_of(module) for module in SOURCES} >= {"configuration", "modeling", "clmae"}
+
+
+def test_no_import_cycles():
+    edges = {
+        module: {module_of(name) for name in imported(path.read_text())} - {None} for module, path in SOURCES.items()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join([*trail, module])
+        if module not in done:
+            for needed in sorted(edges[module]):
+                visit(needed, (*trail, module))
+            done.add(module)
+
+    for module in SOURCES:
+        visit(module, ())
+
+
+def test_tests_import_the_installed_names():
+    for path in (ROOT / "tests").rglob("*.py"):
+        packages = {name.split(".")[0] for name in imported(path.read_text())}
+        assert not packages & set(ROOMS[:-1]), path

@@ -1,0 +1,113 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`PretrainingArguments`: transformers' `TrainingArguments` with the defaults of masked-image pretraining."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """`TrainingArguments` with MAE's recipe (arXiv 2111.06377, appendix A.1) as defaults, and what a curriculum needs.
+
+    Defaults that differ: AdamW betas (0.9, 0.95), weight decay 0.05, cosine schedule with 5 % warm-up (the paper's 40
+    of 800 epochs), no gradient clipping (it would let the masking module's gradient scale the autoencoder's step),
+    `dataloader_drop_last`, the last two checkpoints kept, and `learning_rate` computed from `base_learning_rate`.
+
+    Raises:
+        ValueError: One of the fields below is out of range; the message names it.
+    """
+
+    base_learning_rate: float = field(
+        default=1.5e-4,
+        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate as it is, instead of base_learning_rate * total batch / 256."},
+    )
+    masker_learning_rate_multiplier: float = field(
+        default=1.0, metadata={"help": "Masking module's learning rate, as a multiple of the autoencoder's."}
+    )
+    masker_update_interval: int = field(
+        default=1, metadata={"help": "Update the masking module at every k-th step only (cheaper)."}
+    )
+    difficulty_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Measure mask difficulty (loss under learned masks / under random masks) on fixed held-out images "
+            "every that many steps; 0: never."
+        },
+    )
+    picture_steps: int = field(
+        default=1000,
+        metadata={"help": "Draw masks and reconstructions of held-out images every that many steps; 0: never."},
+    )
+    num_probe_images: int = field(
+        default=64, metadata={"help": "Held-out images on which difficulty is measured; the first 8 are drawn."}
+    )
+
+    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation images a device and step."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Weight decay; none on biases, norms and other 1-D parameters."}
+    )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule, by transformers' name."}
+    )
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not clip."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every that many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest is deleted."})
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Leave out an epoch's last batch if it is not full."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns that the model's forward does not name."}
+    )
+    # The filter reads the loss back at every step, and hides a diverging run.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave nan and inf losses out of the logged mean."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_own_fields()
+        own_rate = self.learning_rate is None
+        if own_rate:
+            self.learning_rate = self.base_learning_rate
+        super().__post_init__()
+        if own_rate:
+            # Only now is the number of processes known.
+            self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
+
+    @property
+    def total_train_batch_size(self) -> int:
+        """Images an optimiser step: devices x images a device x accumulation steps."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def _check_own_fields(self) -> None:
+        for name in ("base_learning_rate", "masker_learning_rate_multiplier"):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` is {value}; give a finite number of at least 0.")
+        if self.learning_rate is not None and (not math.isfinite(self.learning_rate) or self.learning_rate < 0):
+            raise ValueError(
+                f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."
+            )
+        minima = {
+            "masker_update_interval": 1,
+            "difficulty_steps": 0,
+            "picture_steps": 0,
+            "num_probe_images": 1,
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+        }
+        for name, minimum in minima.items():
+            value = getattr(self, name)
+            if value < minimum:
+                raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")

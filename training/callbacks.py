@@ -1,0 +1,140 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""What happens beside the steps: epochs told to the sampler, difficulty measured, pictures drawn, Ctrl-C heeded."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
+
+logger = logging.get_logger(__name__)
+
+
+class _TrainerAware(TrainerCallback):
+    """A callback that needs the trainer, which transformers does not hand to callbacks."""
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+
+class EpochCallback(_TrainerAware):
+    """Tells the sampler which epoch begins; accelerate does not reach it through every wrapper."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See the class."""
+        sampler = getattr(self.trainer, "epoch_sampler", None)
+        if sampler is not None:
+            # state.epoch counts steps as fractions; a sum of them may fall short of a whole by rounding.
+            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class DifficultyCallback(_TrainerAware):
+    """Logs `mask_difficulty` before the first step, every `difficulty_steps`, and after the last."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See the class."""
+        if state.global_step == 0:
+            self._log()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See the class."""
+        if state.global_step % args.difficulty_steps == 0 or state.global_step == state.max_steps:
+            self._log()
+
+    def _log(self) -> None:
+        self.trainer.log({"mask_difficulty": self.trainer.measure_difficulty()})
+
+
+class PictureCallback(_TrainerAware):
+    """Draws held-out images, their masks and reconstructions, at first, every `picture_steps` and at the end.
+
+    PNG files in `output_dir/pictures/`, and the same pictures in TensorBoard where it is reported to. At the end also
+    the curves of the whole run, `pictures/curves.png`.
+    """
+
+    num_images = 8
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See the class."""
+        if state.global_step == 0:
+            self._draw(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """See the class."""
+        if state.global_step % args.picture_steps == 0 or state.global_step == state.max_steps:
+            self._draw(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See the class."""
+        if state.is_world_process_zero:
+            save_figure(curves_figure(state.log_history), Path(args.output_dir) / "pictures" / "curves.png")
+
+    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero:
+            return
+        batch = {name: values[: self.num_images] for name, values in self.trainer.held_out_batch().items()}
+        processor = self.trainer.processing_class
+        figure = reconstruction_figure(
+            self.trainer.model,
+            **batch,
+            image_mean=getattr(processor, "image_mean", None),
+            image_std=getattr(processor, "image_std", None),
+            title=f"step {state.global_step}",
+        )
+        save_figure(figure, Path(args.output_dir) / "pictures" / f"step-{state.global_step:06d}.png")
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_image("reconstructions", figure_to_array(figure), state.global_step, dataformats="HWC")
+
+
+class InterruptCallback(TrainerCallback):
+    """On the first Ctrl-C: finish the step, save a checkpoint, stop. On the second: stop at once.
+
+    `interrupted` tells afterwards. For one process; under several the launcher ends them all.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._previous: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes over SIGINT."""
+        if args.world_size == 1:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stops the run, with a checkpoint."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Gives SIGINT back."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            signal.signal(signal.SIGINT, self._previous)
+            raise KeyboardInterrupt
+        self.interrupted = True
+        logger.warning("Interrupted: finishing this step and saving a checkpoint. Ctrl-C again stops at once.")

@@ -1,0 +1,48 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The curriculum factor λ_CL over time, and the numbers that show what the masking module is doing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end: float) -> float:
+    """λ_CL at optimiser step `step` of `total_steps` (CL-MAE, section 3).
+
+    `start` at step 0 and `end` at the last step, `total_steps - 1`. With p = step / (total_steps − 1):
+
+    - `"linear"`: `start + (end − start)·p`
+    - `"cosine"`: `start + (end − start)·(1 − cos(πp))/2`
+    - `"constant"`: `start`
+
+    Being a function of the step alone, it is the same within an accumulated batch and after a resume.
+    """
+    progress = min(max(step / max(total_steps - 1, 1), 0.0), 1.0)
+    if shape == "constant":
+        return start
+    if shape == "cosine":
+        progress = (1 - math.cos(math.pi * progress)) / 2
+    elif shape != "linear":
+        raise ValueError(f"`curriculum_shape` is {shape!r}; choose one of linear, cosine, constant.")
+    # Written so that both ends are exact.
+    return start * (1 - progress) + end * progress
+
+
+def keep_probability_statistics(keep: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What m `(batch_size, num_patches)` looks like, as 0-d tensors.
+
+    - `keep_mean`, `keep_std`: mean (to be near 1 − r) and spread over all values;
+    - `keep_low`, `keep_high`: share below 0.1 and above 0.9 (their sum near 1: saturated);
+    - `keep_spread`: mean over patches of the standard deviation between images (near 0: the module has collapsed to
+      one mask for all); 0 for a single image.
+    """
+    keep = keep.detach().float()
+    return {
+        "keep_mean": keep.mean(),
+        "keep_std": keep.std(correction=0),
+        "keep_low": (keep < 0.1).float().mean(),
+        "keep_high": (keep > 0.9).float().mean(),
+        "keep_spread": keep.std(dim=0, correction=0).mean(),
+    }
