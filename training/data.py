@@ -21,12 +21,13 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.training.images import (
     ImageDecodeError,
-    center_crop_box,
+    center_view,
     crop_and_resize,
     decode_image,
     normalize,
     random_resized_crop_box,
     read_image_bytes,
+    resized_side,
     sample_generator,
 )
 
@@ -211,13 +212,18 @@ def _group_by_split(images: list[tuple[str, ...]]) -> dict[str, list[tuple[str, 
 # -- columns ----------------------------------------------------------------------------------------------------
 
 
-def _features(dataset: AnyDataset) -> dict[str, Any]:
+def _resolved(dataset: AnyDataset) -> AnyDataset:
+    """The data set, knowing its features: those of a stream without any are inferred from its head."""
     if dataset.features is not None:
-        return dataset.features
-    resolved = dataset._resolve_features().features  # a stream that does not know its columns: reads its head
-    if resolved is None:
-        raise ValueError("`dataset` is an empty stream: there is no image in it.")
-    return resolved
+        return dataset
+    try:
+        return dataset._resolve_features()
+    except StopIteration:
+        raise ValueError("`dataset` is an empty stream: there is no image in it.") from None
+    except Exception as error:
+        raise ValueError(
+            f"`dataset` is a stream that does not say what its columns hold: pass `features` to it. ({error})"
+        ) from error
 
 
 def _array_dtype(feature: Any) -> np.dtype | None:
@@ -239,7 +245,8 @@ def _is_encoded_image(feature: Any) -> bool:
 
 def _prepare_images(dataset: AnyDataset, column: str | None) -> ImageSource:
     """The data set with its image column undecoded, and the name of that column."""
-    features = _features(dataset)
+    dataset = _resolved(dataset)
+    features = dataset.features
     if column is None:
         found = [name for name in features if _is_encoded_image(features[name])]
         found = found or [name for name in features if _array_dtype(features[name]) is not None]
@@ -277,7 +284,7 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
     Raises:
         ValueError: There is none, there are several, or the one named holds no integers.
     """
-    features = _features(dataset)
+    features = _resolved(dataset).features
     if name is not None:
         if name not in features:
             raise ValueError(f"`label_column` is {name!r}, but the columns are {_describe(features)}.")
@@ -380,7 +387,7 @@ class _ImageViews:
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of raise, skip.")
         dataset, image_column = _prepare_images(dataset, image_column)
-        self._array_dtype = _array_dtype(_features(dataset)[image_column])
+        self._array_dtype = _array_dtype(dataset.features[image_column])
         self.dataset = dataset.select_columns([image_column])  # so that no other column is read or decoded
         if self._array_dtype is not None:
             self.dataset = self.dataset.with_format("numpy")
@@ -402,18 +409,15 @@ class _ImageViews:
         return image
 
     def _sample(self, image: np.ndarray, epoch: int, key: int) -> dict[str, torch.Tensor]:
-        height, width = image.shape[:2]
-        flip = False
         if self.train:
             generator = sample_generator(self.seed, epoch, key, "augmentation")
-            box = random_resized_crop_box(height, width, generator, self.crop_scale)
-            flip = self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5
+            box = random_resized_crop_box(*image.shape[:2], generator, self.crop_scale)
+            pixels = crop_and_resize(image, box, self.image_size)
+            if self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5:
+                pixels = pixels.flip(-1)
         else:
             epoch = 0  # the same masks at every evaluation
-            box = center_crop_box(height, width, self.image_size, self.crop_ratio)
-        pixels = crop_and_resize(image, box, self.image_size)
-        if flip:
-            pixels = pixels.flip(-1)
+            pixels = center_view(image, self.image_size, self.crop_ratio)
         generator = sample_generator(self.seed, epoch, key, "noise")
         return {
             "pixel_values": normalize(pixels, self.mean, self.std),
@@ -530,7 +534,8 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, the augmentation and the noise of the next pass."""
-        self.dataset.set_epoch(epoch)  # held in shared memory: running workers see it
+        if self.train:  # evaluation reads in one order: its masks, and those who look at its first batch, stay put
+            self.dataset.set_epoch(epoch)  # held in shared memory: running workers see it
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         epoch = self.dataset.epoch
@@ -592,9 +597,9 @@ def make_image_processor(
 ) -> BitImageProcessor:
     """The image processor that shows an image as [`ImageDataset`] with `train=False` does; saved beside a model.
 
-    Square sizes: resize the shortest side, crop the centre. Other sizes: resize to both sides, crop the centre, which
-    is the same view for images of the target's proportions and a squeezed one for others (no stock processor takes
-    the largest box of another shape). It is a stock class, so that a saved model needs no code of ours: 16-bit and
+    Square sizes: the same to the pixel. Other sizes: resize to both sides, crop the centre, which is the same view for
+    images of the target's proportions and a squeezed one for others (no stock processor takes the largest box of
+    another shape). It is a stock class, so that a saved model needs no code of ours: 16-bit and
     float images go through [`decode_image`] first, and with one channel it takes grey images only.
 
     Args:
@@ -604,7 +609,7 @@ def make_image_processor(
         crop_ratio (`float`): Share of the sides that is shown, in (0, 1].
     """
     height, width = pair(image_size)
-    resized = {"height": round(height / crop_ratio), "width": round(width / crop_ratio)}
+    resized = {"height": resized_side(height, crop_ratio), "width": resized_side(width, crop_ratio)}
     return BitImageProcessor(
         do_convert_rgb=num_channels == 3,
         size={"shortest_edge": resized["height"]} if height == width else resized,
@@ -770,7 +775,7 @@ def _hold_out_of_stream(
     Left out by content and not with `skip`: workers share the number to skip among their own parts of the stream, so
     that what they skip is not what was held out.
     """
-    features = datasets.Features({column: _features(stream)[column]})
+    features = datasets.Features({column: stream.features[column]})
     rows = list(islice(stream.select_columns([column]), count))
     if len(rows) < count:
         rows = rows[: max(1, len(rows) // 10)] if len(rows) > 1 else []

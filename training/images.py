@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Box = tuple[int, int, int, int]
 """A part of an image in pixels: `(top, left, height, width)`."""
@@ -103,6 +103,8 @@ def _decode_pil(source: bytes | bytearray | memoryview | Image.Image, num_channe
         return _to_array(_flatten(image, num_channels).convert(_PIL_MODES[num_channels]))
     except (ImageDecodeError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise ImageDecodeError("it cannot be decoded: it is in no image format that PIL knows.") from error
     except Exception as error:  # the many decoders inside PIL raise almost anything on broken input
         raise ImageDecodeError(f"it cannot be decoded: {_reason(error)}") from error
 
@@ -189,7 +191,7 @@ def _spread(array: np.ndarray, num_channels: int) -> np.ndarray:
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {str(error).removesuffix('.')}."
 
 
 # -- views ------------------------------------------------------------------------------------------------------
@@ -233,10 +235,9 @@ def random_resized_crop_box(
 
 
 def center_crop_box(height: int, width: int, size: tuple[int, int], crop_ratio: float = 1.0) -> Box:
-    """The part of an image that an evaluation shows: the largest central box of the target's shape, times a ratio.
+    """The largest central box of the target's shape, its sides times a ratio.
 
-    For a square target this is what resizing the shortest side to `size / crop_ratio` and then cropping the centre
-    leaves.
+    For a square target this is, up to rounding, what [`center_view`] shows.
 
     Args:
         height, width (`int`): Size of the image in pixels, from 1.
@@ -249,6 +250,38 @@ def center_crop_box(height: int, width: int, size: tuple[int, int], crop_ratio: 
     scale = crop_ratio * min(height / size[0], width / size[1])
     box_height, box_width = (max(1, round(side * scale)) for side in size)
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def resized_side(side: int, crop_ratio: float) -> int:
+    """To how many pixels an image is resized of which the central `side` are shown: about `side / crop_ratio`.
+
+    An even number of pixels is cut off, so that the centre is the centre.
+    """
+    return side + 2 * round((side / crop_ratio - side) / 2)
+
+
+def center_view(array: np.ndarray, size: tuple[int, int], crop_ratio: float = 1.0) -> torch.Tensor:
+    """The un-augmented view of an image, for evaluation.
+
+    Square targets: resize the shortest side, then crop the centre, with the roundings of transformers' image
+    processors, so that what they show is the same to the pixel. Other targets: the largest central box of that shape.
+
+    Args:
+        array (`np.ndarray` of shape `(H, W, C)`): uint8, or float32 in [0, 1].
+        size (`tuple[int, int]`): Height and width of the result.
+        crop_ratio (`float`): Share of the sides that is shown, in (0, 1].
+
+    Returns:
+        `(C, *size)`, contiguous, in the array's type and range. May share memory with `array`.
+    """
+    height, width = array.shape[:2]
+    if size[0] != size[1]:
+        return crop_and_resize(array, center_crop_box(height, width, size, crop_ratio), size)
+    short = resized_side(size[0], crop_ratio)
+    resized = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    pixels = crop_and_resize(array, (0, 0, height, width), resized)
+    top, left = (resized[0] - size[0]) // 2, (resized[1] - size[1]) // 2
+    return pixels[:, top : top + size[0], left : left + size[1]].contiguous()
 
 
 def crop_and_resize(array: np.ndarray, box: Box, size: tuple[int, int]) -> torch.Tensor:
@@ -305,10 +338,12 @@ __all__ = [
     "Box",
     "ImageDecodeError",
     "center_crop_box",
+    "center_view",
     "crop_and_resize",
     "decode_image",
     "normalize",
     "random_resized_crop_box",
     "read_image_bytes",
+    "resized_side",
     "sample_generator",
 ]

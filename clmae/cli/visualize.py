@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 
 from clmae.cli.options import UsageError, parse
-from clmae.training.images import decode_image, sample_generator
+from clmae.configuration.configuration_mae import pair
+from clmae.training.images import center_view, decode_image, normalize, sample_generator
 from clmae.training.pictures import reconstruction_figure, save_figure
 
 EXAMPLES = "  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png"
@@ -40,15 +40,15 @@ def run(argv: Sequence[str]) -> int:
     if Path(args.output).suffix.lower() != ".png":
         raise UsageError(f"`output` is {args.output!r}; give the name of a .png file.")
     model, processor = load_autoencoder(args.model)
-    pictures = []
+    size, mean, std = pair(model.config.image_size), processor.image_mean, processor.image_std
+    views = []
     for path in args.images:
         try:
-            pictures.append(Image.fromarray(decode_image(path, model.config.num_channels)))
+            views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
         except ValueError as error:
             raise UsageError(f"`images`: {path}: {error}") from error
-    pixel_values = processor(images=pictures, return_tensors="pt").pixel_values
-    noise = torch.rand(len(pictures), model.config.num_patches, generator=sample_generator(args.seed, 0, 0))
-    figure = reconstruction_figure(model, pixel_values, noise, processor.image_mean, processor.image_std)
+    noise = torch.rand(len(views), model.config.num_patches, generator=sample_generator(args.seed, 0, 0))
+    figure = reconstruction_figure(model, torch.stack(views), noise, mean, std)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0
 
