@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clmae.evaluation.features import check_labelled, check_same_width
+
 
 @dataclass(frozen=True)
 class EuclideanKNNResult:
@@ -94,7 +96,7 @@ def knn_accuracy(
     Raises:
         ValueError: As [`knn_predict`], or `test_labels` does not match `test_features`.
     """
-    _check_labels("test", test_features, test_labels)
+    check_labelled("test", test_features, test_labels)
     predictions = knn_predict(
         train_features,
         train_labels,
@@ -123,7 +125,7 @@ def knn_euclidean_accuracy(
     Raises:
         ValueError: As [`knn_accuracy`].
     """
-    _check_labels("test", test_features, test_labels)
+    check_labelled("test", test_features, test_labels)
     _check(train_features, train_labels, test_features, (k,), chunk_size)
     # Distances do not change with the origin; one amid the references keeps the products below small, and so precise.
     origin = train_features.mean(0, dtype=torch.float32)
@@ -160,22 +162,16 @@ def _chunks(features: Tensor, chunk_size: int, device: torch.device) -> Iterator
 
 
 def _check(train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int], chunk_size: int) -> tuple[int, ...]:
-    _check_labels("train", train, labels)
-    check_features("test_features", test)
-    if train.shape[1] != test.shape[1]:
-        raise ValueError(
-            f"`test_features` is {test.shape[1]} wide and `train_features` {train.shape[1]}; "
-            "extract both with the same model."
-        )
+    check_labelled("train", train, labels)
+    check_same_width(train, test)
     if not ks or min(ks) < 1 or max(ks) > len(train):
         raise ValueError(
-            f"`k` is {', '.join(map(str, ks)) or 'empty'}; give numbers from 1 to {len(train)}, the number of references."
+            f"`k` is {', '.join(map(str, ks)) or 'empty'}; give numbers from 1 to {len(train)}, the number of "
+            "references."
         )
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` is {chunk_size}; give 1 or more.")
     return tuple(ks)
 
 
-def _check_labels(part: str, features: Tensor, labels: Tensor) -> None:
-    check_features(f"{part}_features", features)
-    check_labels(f"{part}_labels", labels, len(features))
+__all__ = ["EuclideanKNNResult", "knn_accuracy", "knn_euclidean_accuracy", "knn_predict"]

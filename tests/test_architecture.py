@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from pathlib import Path
 
@@ -13,11 +14,21 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("configuration", "modeling", "training", "evaluation", "clmae")  # each may import those before it, and itself
 # What travels to the Hub depends on nothing else; the configuration not even on torch.
 THIRD_PARTY = {"configuration": {"transformers"}, "modeling": {"transformers", "torch"}}
-SOURCES = {
-    "clmae" + ("" if room == "clmae" else f".{room}") + ("" if path.stem == "__init__" else f".{path.stem}"): path
-    for room in ROOMS
-    for path in sorted((ROOT / room).glob("*.py"))
-}
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the package by its dotted name; the links in `clmae/` are not followed."""
+    found = {}
+    for room in ROOMS:
+        for folder, _, files in os.walk(ROOT / room):
+            for path in (Path(folder, file) for file in sorted(files) if file.endswith(".py")):
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                parts = parts[:-1] if parts[-1] == "__init__" else parts
+                found[".".join(parts if room == "clmae" else ("clmae", *parts))] = path
+    return found
+
+
+SOURCES = sources()
 
 
 def imported(source: str) -> list[str]:
@@ -85,7 +96,7 @@ def test_the_rule_finds_what_breaks_it(room, source):
 
 
 def test_there_is_something_to_check():
-    assert {room_of(module) for module in SOURCES} >= {"configuration", "modeling", "clmae"}
+    assert {"clmae", "clmae.configuration", "clmae.modeling.losses", "clmae.training"} <= set(SOURCES)
 
 
 def test_no_import_cycles():

@@ -30,7 +30,9 @@ def test_patchify_by_hand():
     assert patches[0, 2, 0] == 8
 
 
-@pytest.mark.parametrize(("channels", "size", "patch"), [(3, (8, 8), (2, 2)), (5, (6, 20), (3, 4)), (1, (8, 4), (1, 4))])
+@pytest.mark.parametrize(
+    ("channels", "size", "patch"), [(3, (8, 8), (2, 2)), (5, (6, 20), (3, 4)), (1, (8, 4), (1, 4))]
+)
 def test_unpatchify_is_the_inverse(channels, size, patch):
     images = torch.randn(2, channels, *size)
     patches = losses.patchify(images, patch)

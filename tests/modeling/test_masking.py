@@ -80,9 +80,7 @@ def test_random_masks_every_patch_equally_often():
 @pytest.mark.parametrize("grid_size", [(14, 14), (8, 8), (8, 16)], ids=str)
 def test_block_masks_are_blocks(grid_size, ratio):
     num_visible = int(grid_size[0] * grid_size[1] * (1 - ratio))
-    random, block = (
-        masked_neighbours(masks(s, grid_size, num_visible, 256)) for s in (random_scores, block_scores)
-    )
+    random, block = (masked_neighbours(masks(s, grid_size, num_visible, 256)) for s in (random_scores, block_scores))
     assert random == pytest.approx(ratio, abs=0.03)  # so the measure is right
     # Of the gap between chance and a single compact block, more than a third.
     assert block > ratio + (1 - ratio) / 3

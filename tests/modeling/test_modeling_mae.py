@@ -19,6 +19,7 @@ from transformers import (
     BitImageProcessor,
     ViTMAEConfig,
     ViTMAEForPreTraining,
+    ViTMAEModel,
     pipeline,
 )
 
@@ -61,6 +62,11 @@ def gradients(model) -> dict[str, torch.Tensor | None]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def vit_mae_fields(config) -> dict:
+    """The fields that transformers' own configuration has too."""
+    return {k: v for k, v in config.to_dict().items() if hasattr(ViTMAEConfig, k) and k != "model_type"}
+
+
 def assert_equal_outputs(first, second, **tolerance) -> None:
     assert first.keys() == second.keys()
     for name in first:
@@ -74,8 +80,7 @@ def assert_equal_outputs(first, second, **tolerance) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_equals_transformers_vit_mae(build, make_images, norm_pix_loss, dtype, tolerance):
     ours = build(norm_pix_loss=norm_pix_loss).to(dtype).train()
-    fields = {k: v for k, v in ours.config.to_dict().items() if hasattr(ViTMAEConfig, k) and k != "model_type"}
-    theirs = ViTMAEForPreTraining(ViTMAEConfig(**fields)).to(dtype).train()
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(**vit_mae_fields(ours.config))).to(dtype).train()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     pixel_values, noise = make_images(ours.config, 3, dtype), distinct_noise(3, 16, dtype)
     expected, actual = theirs(pixel_values, noise=noise), ours(pixel_values, noise=noise)
@@ -207,7 +212,7 @@ def test_every_trainable_parameter_moves_within_three_steps(tiny_config, make_im
 
 @both_families
 def test_every_auto_class_loads_a_pretrained_folder(build, make_images, family, tmp_path):
-    model = build(family, attn_implementation="eager")
+    model = build(family)
     model.save_pretrained(tmp_path)
     pixel_values, noise = make_images(model.config), distinct_noise(2, 16)
     _, encoder_class, pretraining_class, classifier_class, backbone_class = clmae.FAMILIES[family]
@@ -222,9 +227,7 @@ def test_every_auto_class_loads_a_pretrained_folder(build, make_images, family, 
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert_equal_outputs(whole(pixel_values, noise=noise), model(pixel_values, noise=noise))
 
-    classifier, info = AutoModelForImageClassification.from_pretrained(
-        tmp_path, num_labels=5, output_loading_info=True
-    )
+    classifier, info = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
     assert type(classifier) is classifier_class
     assert {key.split(".")[0] for key in info["missing_keys"]} == {"classifier", "fc_norm"}
     assert not info["unexpected_keys"]
@@ -401,12 +404,14 @@ def test_eager_and_sdpa_agree(build, make_images, family):
 
 
 @both_families
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention(build, make_images, family):
     model = build(family, attn_implementation="sdpa")
     flex = build(family, attn_implementation="flex_attention")
     flex.load_state_dict(model.state_dict())
     inputs = dict(pixel_values=make_images(model.config), noise=distinct_noise(2, 16))
-    with torch.no_grad():  # on the CPU it has no backward pass
+    # On the CPU it has no backward pass. Its unfused form: compiling the kernel takes half a minute.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         assert_equal_outputs(flex(**inputs), model(**inputs), atol=1e-5, rtol=0)
 
 
@@ -428,9 +433,7 @@ def test_encoder_compiles_as_one_graph(build, make_images, family):
 def test_encoder_exports(build, make_images, family):
     model = build(family, "encoder")
     batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(
-        model, (make_images(model.config),), dynamic_shapes={"pixel_values": {0: batch}, "kwargs": {}}
-    )
+    program = torch.export.export(model, (make_images(model.config),), dynamic_shapes={"pixel_values": {0: batch}})
     pixel_values = make_images(model.config, 5)
     assert_equal_outputs(program.module()(pixel_values), model(pixel_values), atol=1e-6, rtol=0)
 
@@ -509,6 +512,18 @@ def test_positions_are_interpolated_in_two_dimensions(new):
     # The middle of the image stays the middle: both grids agree there, up to the interpolation's error.
     middle = [p[0, 1:].unflatten(0, size)[..., [4, 12]].mean((0, 1)) for p, size in ((positions, old), (resized, new))]
     torch.testing.assert_close(*middle, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40), (8, 12)], ids=str)
+def test_encoder_positions_are_interpolated_as_transformers_does(build, size):
+    model = build(head="encoder")
+    theirs = ViTMAEModel(ViTMAEConfig(**vit_mae_fields(model.config))).embeddings
+    theirs.load_state_dict(model.embeddings.state_dict())
+    pixel_values = torch.randn(2, 3, *size)
+    patches = model.embeddings.patch_embeddings(pixel_values)
+    expected = patches + theirs.interpolate_pos_encoding(patches, *size)[:, 1:]
+    actual = model.embeddings(pixel_values, interpolate_pos_encoding=True)
+    torch.testing.assert_close(actual[:, 1:], expected, atol=1e-6, rtol=0)
 
 
 @both_families

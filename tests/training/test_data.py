@@ -2,8 +2,6 @@
 """Data sets: loading from everywhere, samples that depend on nothing but their key, bad images, the processor."""
 
 import io
-import re
-import shutil
 import zlib
 
 import datasets
@@ -191,7 +189,7 @@ def test_saved_to_disk(tmp_path, streaming):
     datasets.DatasetDict(train=dataset, test=dataset.select([1])).save_to_disk(tmp_path / "dict")
     assert loaded_bytes(load_image_dataset(tmp_path / "one", streaming=streaming)) == loaded_bytes_of(dataset)
     assert len(list(load_image_dataset(tmp_path / "dict", "test", streaming=streaming).dataset)) == 1
-    with pytest.raises(ValueError, match="`split` is 'eval', but .* has 'train', 'test'"):
+    with pytest.raises(ValueError, match=r"`split` is 'eval', but .* has 'train', 'test'"):
         load_image_dataset(tmp_path / "dict", "eval")
     (tmp_path / "one" / "dataset_info.json").unlink()
     with pytest.raises(ValueError, match="cannot be loaded from disk"):
@@ -243,9 +241,8 @@ def test_5_channel_arrays(kind, dtype, streaming):
     loaded = load_image_dataset(dataset, streaming=streaming)
     assert loaded.image_column == "bands"
     settings = {**SETTINGS, "num_channels": 5, "mean": [0.0] * 5, "std": [1.0] * 5, "image_size": (16, 20)}
-    kind = StreamingImageDataset if streaming else ImageDataset
-    samples = list(kind(*loaded, train=False, **settings))[:4] if streaming else None
-    samples = samples or [ImageDataset(*loaded, train=False, **settings)[i] for i in range(4)]
+    samples = (StreamingImageDataset if streaming else ImageDataset)(*loaded, train=False, **settings)
+    samples = list(samples) if streaming else [samples[i] for i in range(4)]
     scale = {"uint8": 255, "uint16": 65535, "float32": 1}[dtype]
     for sample, expected in zip(samples, values, strict=True):
         torch.testing.assert_close(sample["pixel_values"], torch.tensor(expected / scale).float())
@@ -272,6 +269,7 @@ def test_5_channel_arrays(kind, dtype, streaming):
         (datasets.DatasetDict(), {}, "has none"),
         (memory(2), {"max_samples": 0}, "`max_samples` is 0; give an int of at least 1"),
         (datasets.IterableDataset.from_generator(lambda: iter(())), {}, "empty stream"),
+        (datasets.IterableDataset.from_generator(lambda: iter([{"x": image(0)}])), {}, "pass `features` to it"),
     ],
     ids=str,
 )
@@ -293,7 +291,7 @@ def test_wrong_folders(tmp_path):
 
 def test_max_samples():
     dataset = memory(50, label=list(range(50)))
-    chosen = [load_image_dataset(dataset, max_samples=10).dataset["label"] for _ in range(2)]
+    chosen = [list(load_image_dataset(dataset, max_samples=10).dataset["label"]) for _ in range(2)]
     assert chosen[0] == chosen[1] == sorted(set(chosen[0]))
     assert len(chosen[0]) == 10
     assert max(chosen[0]) > 30, "the first ten would be one class of a sorted folder"
@@ -326,9 +324,9 @@ def test_hold_out():
     for size, count in ((8, 8), (0.1, 4), (0.01, 1)):
         train, held_out = hold_out(dataset, size, seed=1)
         assert len(held_out) == count
-        assert sorted(train["label"] + held_out["label"]) == list(range(40))
-    assert hold_out(dataset, 8, seed=1)[1]["label"] == hold_out(dataset, 8, seed=1)[1]["label"]
-    assert hold_out(dataset, 8, seed=1)[1]["label"] != hold_out(dataset, 8, seed=2)[1]["label"]
+        assert sorted([*train["label"], *held_out["label"]]) == list(range(40))
+    parts = [list(hold_out(dataset, 8, seed)[1]["label"]) for seed in (1, 1, 2)]
+    assert parts[0] == parts[1] != parts[2]
     for wrong in (0, 40, 1.0, -0.5):
         with pytest.raises(ValueError, match=f"`fraction_or_count` is {wrong}, which holds out"):
             hold_out(dataset, wrong)
@@ -383,9 +381,8 @@ def test_masks_do_not_depend_on_augmentation():
 
 
 def test_half_of_the_samples_are_mirrored():
-    settings = {**SETTINGS, "image_size": (16, 16)}
-    flipping = ImageDataset(memory(1), "image", **settings)
-    fixed = ImageDataset(memory(1), "image", **settings, horizontal_flip=False)
+    flipping = ImageDataset(memory(1), "image", **SETTINGS)
+    fixed = ImageDataset(memory(1), "image", **SETTINGS, horizontal_flip=False)
     mirrored = 0
     for key in range(300):
         a, b = flipping[key]["pixel_values"], fixed[key]["pixel_values"]
@@ -395,35 +392,42 @@ def test_half_of_the_samples_are_mirrored():
 
 
 def test_other_columns_are_not_decoded():
-    class Costly(datasets.Image):
-        pass
-
     dataset = memory(2).add_column("other", [{"bytes": b"broken", "path": None}] * 2)
     dataset = dataset.cast_column("other", datasets.Image())
     assert ImageDataset(dataset, "image", **SETTINGS)[0]["noise"].shape == (16,)
 
 
-def keys(epochs, count):
-    return [
-        epoch * count + index for epoch in range(epochs) for index in np.random.default_rng(epoch).permutation(count)
-    ]
+class EpochSampler:
+    """Yields keys as a trainer's sampler does: another order, and the next epoch's keys, each time."""
+
+    def __init__(self, count):
+        self.count, self.epoch = count, 0
+
+    def __iter__(self):
+        yield from (self.epoch * self.count + np.random.default_rng(self.epoch).permutation(self.count)).tolist()
+        self.epoch += 1
+
+    def __len__(self):
+        return self.count
 
 
-def collect(dataset, workers, context=None):
-    loader = DataLoader(
-        dataset, batch_size=3, sampler=keys(2, len(dataset)), num_workers=workers, multiprocessing_context=context
-    )
-    batches = list(loader)
+def two_epochs(dataset, **kwargs):
+    loader = DataLoader(dataset, batch_size=3, sampler=EpochSampler(len(dataset)), **kwargs)
+    batches = [batch for _ in range(2) for batch in loader]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_change_nothing(context):
-    dataset = ImageDataset(memory(8, bad=[2, 6]), "image", **SETTINGS, on_bad_image="skip")
-    alone = collect(dataset, 0)
-    fresh = ImageDataset(memory(8, bad=[2, 6]), "image", **SETTINGS, on_bad_image="skip")
-    assert same(alone, collect(fresh, 2, context))
-    assert fresh.num_bad_images == dataset.num_bad_images == 2
+@pytest.mark.parametrize(
+    ("workers", "context", "persistent"), [(2, "fork", False), (2, "fork", True), (1, "spawn", True)]
+)
+def test_workers_change_nothing(workers, context, persistent):
+    alone = ImageDataset(memory(8, bad=[2, 6]), "image", **SETTINGS, on_bad_image="skip")
+    shared = ImageDataset(memory(8, bad=[2, 6]), "image", **SETTINGS, on_bad_image="skip")
+    expected = two_epochs(alone)
+    actual = two_epochs(shared, num_workers=workers, multiprocessing_context=context, persistent_workers=persistent)
+    assert same(expected, actual)
+    assert len(expected["noise"].unique(dim=0)) == 16, "each epoch has its own masks"
+    assert shared.num_bad_images == alone.num_bad_images == 2, "what workers find is known here"
 
 
 # -- bad images -------------------------------------------------------------------------------------------------
@@ -432,7 +436,7 @@ def test_workers_change_nothing(context):
 def test_raise_names_the_image():
     dataset = ImageDataset(memory(4, bad=[2]), "image", **SETTINGS)
     with pytest.raises(
-        ValueError, match=r"image 2 \(2.png\) of `dataset` cannot be used: it cannot be decoded: .*skip"
+        ValueError, match=r"image 2 \(2.png\) of .* be used: it cannot be decoded: it is in no image .*\. Remove"
     ):
         dataset[2]
     assert dataset.num_bad_images == 0
@@ -531,12 +535,12 @@ def test_stream_order_changes_with_the_epoch():
     assert order(0) == order(0) != order(1)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_stream_with_persistent_workers(context):
+@pytest.mark.parametrize(("workers", "context"), [(2, "fork"), (1, "spawn")])
+def test_stream_with_persistent_workers(workers, context):
     alone = StreamingImageDataset(stream(12, bad=[3]), "image", **SETTINGS, on_bad_image="skip")
     shared = StreamingImageDataset(stream(12, bad=[3]), "image", **SETTINGS, on_bad_image="skip")
     loader = DataLoader(
-        shared, batch_size=None, num_workers=2, persistent_workers=True, multiprocessing_context=context
+        shared, batch_size=None, num_workers=workers, persistent_workers=True, multiprocessing_context=context
     )
     for epoch in range(2):
         alone.set_epoch(epoch)
@@ -550,7 +554,7 @@ def test_stream_with_persistent_workers(context):
 def test_evaluation_stream_is_the_same_in_every_epoch():
     dataset = StreamingImageDataset(stream(), "image", **SETTINGS, train=False)
     first = list(dataset)
-    dataset.set_epoch(3)
+    dataset.set_epoch(3)  # which would change the order of the shards
     assert all(same(a, b) for a, b in zip(first, dataset, strict=True))
 
 
@@ -596,9 +600,9 @@ def test_processor_shows_what_evaluation_shows(tmp_path, image_size, crop_ratio,
     for i in range(3):
         processed = processor(image(i, *shape), return_tensors="pt").pixel_values[0]
         assert processed.shape == (3, *image_size)
-        assert (processed - dataset[i]["pixel_values"]).abs().mean() < 0.02
-        swapped = dataset[i]["pixel_values"].flip(-1)
-        assert (processed - swapped).abs().mean() > 0.1, "the measure tells pictures apart"
+        difference = (processed - dataset[i]["pixel_values"]).abs()
+        assert difference.mean() < 0.002
+        assert difference.max() < 2.01 / 255 / 0.2  # rounding, in units of the smallest deviation
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
@@ -693,7 +697,7 @@ def test_build_datasets_with_an_evaluation_split(tmp_path):
     assert train.crop_scale == (0.5, 1.0)
     assert evaluation.on_bad_image == "skip"
     assert evaluation.crop_ratio == 0.875
-    assert processor.size["shortest_edge"] == 219
+    assert processor.size["shortest_edge"] == 220
     streamed = DataArguments(dataset=str(tmp_path), eval_split="val", streaming=True)
     assert [len(list(samples)) for samples in build_datasets(streamed, CONFIG)[:2]] == [2, 1]
 
@@ -723,11 +727,3 @@ def test_build_datasets_from_a_stream(tmp_path, workers):
     assert seen == noises(all_keys - held_out)
     args = DataArguments(dataset=str(tmp_path), streaming=True, num_held_out=5, max_train_samples=8)
     assert len(list(build_datasets(args, CONFIG)[0])) == 8
-    shutil.rmtree(tmp_path)
-
-
-def test_messages_name_no_class_of_a_library():
-    with pytest.raises(ValueError, match="cannot be used") as caught:
-        ImageDataset(memory(1, bad=[0]), "image", **SETTINGS)
-    assert type(caught.value) is ValueError
-    assert not re.search(r"0x[0-9a-f]{6}", str(caught.value)), "no memory address in a message"

@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as tvF
 from clmae.training.images import (
     ImageDecodeError,
     center_crop_box,
+    center_view,
     crop_and_resize,
     decode_image,
     normalize,
@@ -143,9 +144,10 @@ def test_grey_and_bool_arrays():
     np.testing.assert_array_equal(decode_image(grey, 1)[..., 0], grey)
     np.testing.assert_array_equal(decode_image(grey, 3), np.stack([grey] * 3, axis=2))
     np.testing.assert_array_equal(decode_image(grey > 5, 1)[..., 0], np.where(grey > 5, 255, 0))
-    decoded = decode_image(grey, 1)
+    picture = np.zeros((3, 4, 3), np.uint8)
+    decoded = decode_image(picture, 3)
     decoded[:] = 9
-    assert grey[0, 0] == 0, "the caller's array must not be written to"
+    assert not picture.any(), "the caller's array must not be written to"
 
 
 def corrupt(data, offset, count=40):
@@ -320,6 +322,23 @@ def test_resizing_equals_torchvisions(channels, size):
     floats = crop_and_resize((array / 255).astype(np.float32), box, size)
     assert floats.dtype == torch.float32
     torch.testing.assert_close(floats, (expected / 255).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (61, 40), (32, 32), (20, 21)])
+@pytest.mark.parametrize("crop_ratio", [1.0, 0.8])
+def test_center_view_is_resize_and_centre_crop(shape, crop_ratio):
+    array = np.random.default_rng(0).random((*shape, 2)).astype(np.float32)
+    pixels = torch.from_numpy(array).permute(2, 0, 1)
+    resized = tvF.resize(pixels, [32 if crop_ratio == 1 else 40], InterpolationMode.BICUBIC, antialias=True)
+    margins = [side - 32 for side in resized.shape[1:]]
+    expected = resized[:, margins[0] // 2 :, margins[1] // 2 :][:, :32, :32].clamp(0, 1)
+    torch.testing.assert_close(center_view(array, (32, 32), crop_ratio), expected, atol=1e-5, rtol=0)
+
+
+def test_center_view_of_another_shape():
+    array = np.random.default_rng(0).integers(0, 256, (30, 30, 3), dtype=np.uint8)
+    expected = torch.from_numpy(array[10:20, 5:25]).permute(2, 0, 1)
+    assert torch.equal(center_view(array, (10, 20), 2 / 3), expected)
 
 
 def test_float_overshoot_is_clamped():

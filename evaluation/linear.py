@@ -1,0 +1,248 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The fast linear probe: multinomial logistic regression on frozen, standardised features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clmae.evaluation.features import check_labelled, check_same_width
+
+# L2 weights of the mean loss; scikit-learn's C is 1 / (n * l2).
+L2_GRID = tuple(10.0**exponent for exponent in range(1, -7, -1))
+
+
+@dataclass(frozen=True)
+class LinearProbeResult:
+    """What [`linear_probe`] found.
+
+    Attributes:
+        accuracy: Top-1 on the test set, in [0, 1].
+        l2: The L2 weight chosen.
+        validation_accuracies: Top-1 on the held-out part of the training set for each L2 weight, in [0, 1].
+        n_train, n_test: Samples in the training set (the held-out part included) and in the test set.
+        seed: Of the split.
+    """
+
+    accuracy: float
+    l2: float
+    validation_accuracies: dict[float, float]
+    n_train: int
+    n_test: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class LogisticRegression:
+    """`features @ weight + bias`: `weight` `(d, num_classes)` and `bias` `(num_classes,)`, both float64."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits `(n, num_classes)` in float64 of features `(n, d)`."""
+        # The product in the features' precision: a float64 copy of them would double the memory for nothing.
+        return (features @ self.weight.to(features.dtype) + self.bias.to(features.dtype)).double()
+
+
+def linear_probe(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    l2_grid: Sequence[float] = L2_GRID,
+    validation_share: float = 0.2,
+    seed: int = 0,
+    max_iter: int = 500,
+) -> LinearProbeResult:
+    """Accuracy of a linear classifier on frozen features; the L2 weight is chosen without the test set.
+
+    A stratified part of the training set is held out; the classifier is fitted on the rest for each L2 weight, from
+    the strongest to the weakest, each starting at the one before; the weight with the best held-out accuracy (of equal
+    ones the strongest) is then used to fit all of the training set. Features are standardised by the mean and standard
+    deviation of the part that is fitted.
+
+    Args:
+        train_features: `(n, d)`, real numbers; computed with in float32 on their device.
+        train_labels: `(n,)` integers >= 0; at least two classes, at least two samples of each.
+        test_features, test_labels: `(m, d)` and `(m,)`; a class that the training set lacks counts as an error.
+        l2_grid: Candidates, above 0: weights of `|W|^2 / 2` beside the mean cross-entropy. scikit-learn's C is
+            `1 / (n * l2)`.
+        validation_share: Share of each class that is held out, in (0, 1); at least one sample, and not all.
+        seed: Of the split.
+        max_iter: Most L-BFGS iterations for one candidate.
+
+    Raises:
+        ValueError: Shapes do not match, features are not finite, labels are missing or too few, or an option is out
+            of range.
+    """
+    check_labelled("train", train_features, train_labels)
+    check_labelled("test", test_features, test_labels)
+    check_same_width(train_features, test_features)
+    if not l2_grid or not min(l2_grid) > 0:
+        raise ValueError(f"`l2_grid` is {tuple(l2_grid)}; give numbers above 0.")
+    l2_grid = sorted(set(l2_grid), reverse=True)
+    device = train_features.device
+    train, test = train_features.float(), test_features.to(device, torch.float32)
+    # Classes need not be numbered without gaps.
+    classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
+    held_out = stratified_mask(labels, validation_share, seed)
+
+    validation_accuracies = _validate(
+        train[~held_out], labels[~held_out], train[held_out], labels[held_out], l2_grid, max_iter
+    )
+    l2 = max(validation_accuracies, key=lambda value: (validation_accuracies[value], value))
+    train, test = standardize(train, test)
+    # By way of the stronger weights: from zero, a weak one takes far more iterations.
+    *_, model = regularization_path(train, labels, [weight for weight in l2_grid if weight >= l2], max_iter=max_iter)
+    found = classes[model.logits(test).argmax(1)]
+    accuracy = (found == test_labels.to(device)).double().mean().item()
+    return LinearProbeResult(accuracy, l2, validation_accuracies, len(train), len(test), seed)
+
+
+def fit_logistic_regression(
+    features: Tensor, labels: Tensor, l2: float, *, max_iter: int = 500, tolerance: float = 1e-5
+) -> LogisticRegression:
+    """The one solution of [`regularization_path`] for one L2 weight."""
+    return next(regularization_path(features, labels, [l2], max_iter=max_iter, tolerance=tolerance))
+
+
+def regularization_path(
+    features: Tensor, labels: Tensor, l2_weights: Sequence[float], *, max_iter: int = 500, tolerance: float = 1e-5
+) -> Iterator[LogisticRegression]:
+    """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) by full-batch L-BFGS.
+
+    Args:
+        features: `(n, d)`, centred (best standardised), float32 or float64.
+        labels: `(n,)`, classes from 0.
+        l2_weights: Above 0; each fit starts at the one before, so neighbours should follow each other.
+        max_iter: Most iterations for one weight.
+        tolerance: Stops when no component of the (preconditioned) gradient is larger.
+
+    Yields:
+        One classifier for each L2 weight, in their order.
+
+    Raises:
+        ValueError: There is one class only, shapes do not match, or features are not finite.
+    """
+    check_labelled("train", features, labels)
+    num_classes = int(labels.max()) + 1
+    if len(labels.unique()) < 2:
+        raise ValueError("`train_labels` holds one class only; give at least two.")
+    # Features of encoders, and pixels more so, are strongly correlated, and plain L-BFGS then needs thousands of
+    # steps. In the eigenbasis of their covariance, scaled by about the Hessian's size at the start, it needs tens; the
+    # objective is the same, only written in other coordinates.
+    variances, basis = torch.linalg.eigh((features.T @ features).double() / len(features))
+    variances = variances.clamp(min=0)[:, None]
+    model = LogisticRegression(basis.new_zeros(len(basis), num_classes), basis.new_zeros(num_classes))
+    for l2 in l2_weights:
+        probabilities = model.logits(features).softmax(1)
+        scales = (variances * (probabilities * (1 - probabilities)).mean() + l2).sqrt()
+        model = _minimize(features, labels, l2, basis, scales, model, max_iter, tolerance)
+        yield model
+
+
+def _minimize(
+    features: Tensor,
+    labels: Tensor,
+    l2: float,
+    basis: Tensor,
+    scales: Tensor,
+    start: LogisticRegression,
+    max_iter: int,
+    tolerance: float,
+) -> LogisticRegression:
+    """L-BFGS over coordinates `c` with `weight = basis @ (c / scales)`; `basis` `(d, d)`, `scales` `(d, 1)`."""
+    coordinates = (scales * (basis.T @ start.weight)).requires_grad_()
+    bias = start.bias.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [coordinates, bias],
+        max_iter=max_iter,
+        tolerance_grad=tolerance,
+        # In these coordinates a gradient g leaves about g^2 / 2 of the loss to gain.
+        tolerance_change=tolerance**2 / 100,
+        history_size=10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        model = LogisticRegression(basis @ (coordinates / scales), bias)
+        loss = F.cross_entropy(model.logits(features), labels) + l2 / 2 * model.weight.square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimizer.step(objective)
+    return LogisticRegression((basis @ (coordinates / scales)).detach(), bias.detach())
+
+
+def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Each column shifted and scaled so that `train`'s has mean 0 and standard deviation 1; `(n, d)` float32 each.
+
+    A column that is constant in `train`, up to float32's rounding, becomes 0 everywhere.
+    """
+    mean = train.mean(0, dtype=torch.float64).float()
+    deviation = torch.linalg.vector_norm(train.float() - mean, dim=0, dtype=torch.float64) / len(train) ** 0.5
+    divisor = torch.where(deviation <= 1e-6 * mean.abs(), torch.inf, deviation).float()
+    return tuple((part.float() - mean) / divisor for part in (train, *others))
+
+
+def stratified_mask(labels: Tensor, share: float, seed: int) -> Tensor:
+    """A random part of every class: `(n,)` bool, True for `round(share * size)` samples of each class, one at least.
+
+    Args:
+        labels: `(n,)` integers >= 0.
+        share: In (0, 1).
+        seed: The same seed gives the same part, on any device.
+
+    Raises:
+        ValueError: A class has fewer than two samples, of which at least one must stay, or `share` is out of range.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`validation_share` is {share}; give a number between 0 and 1.")
+    device, labels = labels.device, labels.cpu()
+    sizes = labels.bincount()
+    alone = torch.nonzero(sizes == 1).flatten()
+    if len(alone):
+        raise ValueError(
+            f"`train_labels` holds classes with only one sample ({len(alone)} of them); the choice of the L2 weight "
+            "needs two of each class: give more samples, or leave these classes out."
+        )
+    counts = torch.minimum((sizes * share).round().long().clamp(min=1), (sizes - 1).clamp(min=0))
+    # Shuffled, then sorted by class: each sample's rank within its class is random.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    mask[order] = rank < counts[labels[order]]
+    return mask.to(device)
+
+
+def _validate(
+    train: Tensor, labels: Tensor, held_out: Tensor, truth: Tensor, l2_grid: Sequence[float], max_iter: int
+) -> dict[float, float]:
+    """Held-out accuracy for each L2 weight, in their order."""
+    train, held_out = standardize(train, held_out)
+    models = regularization_path(train, labels, l2_grid, max_iter=max_iter)
+    return {
+        l2: (model.logits(held_out).argmax(1) == truth).double().mean().item()
+        for l2, model in zip(l2_grid, models, strict=True)
+    }
+
+
+__all__ = [
+    "L2_GRID",
+    "LinearProbeResult",
+    "LogisticRegression",
+    "fit_logistic_regression",
+    "linear_probe",
+    "regularization_path",
+    "standardize",
+    "stratified_mask",
+]

@@ -1,0 +1,129 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Two processes with half the batch each arrive at the gradients of one process with all of it.
+
+The test starts this file under torchrun; there it is the program that every process runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from clmae import CLMAEForPreTraining, MAEForPreTraining
+
+TERMS = ("reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
+# (curriculum factor, gradient checkpointing, weights switched off, micro-batches) of each case.
+MASKER_WEIGHTS = ("gauss_loss_weight", "kl_loss_weight", "diversity_loss_weight")
+CASES = {
+    "plain": (-0.7, False, (), 1),
+    "checkpointing": (-0.7, True, (), 1),
+    "partner": (1.0, False, MASKER_WEIGHTS, 1),
+    "adversary": (-1.0, False, MASKER_WEIGHTS, 1),
+    "accumulation": (0.0, False, ("diversity_loss_weight",), 2),
+}
+
+
+def run_case(folder: Path, case: str, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
+    """Loss terms, the mask ranks and gradients of the rank's share of the batch."""
+    factor, checkpointing, weights_off, parts = CASES[case]
+    model = CLMAEForPreTraining.from_pretrained(folder, dtype=torch.float64).train()
+    for weight in weights_off:
+        setattr(model.config, weight, 0.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    run = DistributedDataParallel(model) if processes > 1 else model
+    images = load_file(folder / "images.safetensors")["pixel_values"].chunk(processes)[rank]
+    results: dict[str, torch.Tensor] = {}
+    for i, part in enumerate(images.chunk(parts)):
+        hold = run.no_sync() if processes > 1 and i < parts - 1 else contextlib.nullcontext()
+        with hold:
+            outputs = run(part, curriculum_factor=torch.tensor(factor, dtype=torch.float64))
+            (outputs.loss / parts).backward()
+        for term in TERMS:
+            results[term] = results.get(term, 0) + outputs[term].detach() / parts
+    if parts == 1:
+        results["ids_restore"] = outputs.ids_restore
+    return {**results, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    try:
+        rank = dist.get_rank()
+        for case in CASES:
+            save_file(run_case(folder, case, rank, dist.get_world_size()), folder / f"{case}-{rank}.safetensors")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_config, make_images, tmp_path_factory):
+    """A model, four images, and what two processes made of them."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    torch.manual_seed(0)
+    model = CLMAEForPreTraining(tiny_config("cl_mae")).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    save_file({"pixel_values": make_images(model.config, 4, torch.float64)}, folder / "images.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, __file__, str(folder)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_equal_one(folder, case):
+    expected = run_case(folder, case)
+    first, second = (load_file(folder / f"{case}-{rank}.safetensors") for rank in (0, 1))
+    names = set(expected) - set(TERMS) - {"ids_restore"}
+    assert first.keys() == expected.keys()
+    assert sum(expected[name].abs().max() > 1e-6 for name in names) > 0.8 * len(names)
+    for name in names:
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], expected[name], atol=1e-10, rtol=0)
+    for term in TERMS if case != "accumulation" else ("reconstruction_loss", "gauss_loss", "kl_loss"):
+        torch.testing.assert_close((first[term] + second[term]) / 2, expected[term], atol=1e-12, rtol=0)
+    if case != "accumulation":
+        # These two are of the global batch already, in each process.
+        for term in ("soft_reconstruction_loss", "diversity_loss"):
+            torch.testing.assert_close(first[term], second[term], atol=0, rtol=0)
+        assert torch.equal(torch.cat([first["ids_restore"], second["ids_restore"]]), expected["ids_restore"])
+
+
+def test_soft_gradient_flips_sign_exactly_in_two_processes(folder):
+    partner, adversary = (load_file(folder / f"{case}-0.safetensors") for case in ("partner", "adversary"))
+    for name in partner:
+        if name.startswith("masking_module."):
+            assert torch.equal(partner[name], -adversary[name]), name
+        elif name.startswith(("vit.", "decoder.")):
+            assert torch.equal(partner[name], adversary[name]), name
+
+
+@pytest.mark.parametrize("case", ["plain", "checkpointing"])
+def test_backbone_gradient_in_two_processes_is_plain_maes(folder, case):
+    results = [load_file(folder / f"{case}-{rank}.safetensors") for rank in (0, 1)]
+    model = MAEForPreTraining.from_pretrained(folder, dtype=torch.float64).train()
+    noise = torch.cat([result["ids_restore"] for result in results]).double() / model.config.num_patches
+    model(load_file(folder / "images.safetensors")["pixel_values"], noise=noise).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(results[0][name], parameter.grad, atol=1e-10, rtol=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Tiny models, data and trainers, for the tests of what happens over time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import nn
+
+import clmae
+from clmae.training import CurriculumTrainer, PretrainingArguments
+from clmae.training.data import ImageDataset
+
+CONFIG = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    decoder_hidden_size=16,
+    decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=2,
+    decoder_intermediate_size=32,
+    image_size=16,
+    patch_size=4,
+)
+MASKER = dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=48)
+QUIET = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", dataloader_pin_memory=False)
+SHORT = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=1e-3, warmup_steps=0)
+SILENT = dict(logging_steps=1, difficulty_steps=0, picture_steps=0)
+
+
+def tiny_model(family: str = "cl_mae", **fields: Any) -> nn.Module:
+    """A model of 16 patches of 4 pixels; always the same weights."""
+    torch.manual_seed(0)
+    config, _, model, *_ = clmae.FAMILIES[family]
+    return model(config(**{**CONFIG, **(MASKER if family == "cl_mae" else {}), **fields}))
+
+
+def pil_dataset(count: int, size: int = 20) -> datasets.Dataset:
+    """Smooth random pictures of `size` pixels."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (count, 5, 5, 3))
+    pixels = coarse.repeat(size // 5, axis=1).repeat(size // 5, axis=2).astype(np.uint8)
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": list(pixels)}, features=features)
+
+
+def image_dataset(count: int = 16, train: bool = True, **settings: Any) -> ImageDataset:
+    """Samples as every tiny model reads them."""
+    defaults = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3)
+    return ImageDataset(pil_dataset(count), "image", train=train, **{**defaults, "std": [0.25] * 3, **settings})
+
+
+def plain_dataset(count: int = 16) -> list[dict[str, torch.Tensor]]:
+    """`pixel_values` alone, without noise."""
+    generator = torch.Generator().manual_seed(5)
+    return [{"pixel_values": torch.randn(3, 16, 16, generator=generator)} for _ in range(count)]
+
+
+def tiny_trainer(output_dir: Path, model: nn.Module | str = "cl_mae", **options: Any) -> CurriculumTrainer:
+    """A quiet trainer on a CPU; `options` are fields of the arguments, or the trainer's own parameters.
+
+    The learning rate has no warm-up, so that the first step moves the weights.
+    """
+    own = {"train_dataset": image_dataset(), "eval_dataset": image_dataset(6, train=False)}
+    for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class", "optimizers"):
+        if name in options:
+            own[name] = options.pop(name)
+    args = PretrainingArguments(output_dir=str(output_dir), **{**QUIET, **SHORT, **SILENT, **options})
+    return CurriculumTrainer(tiny_model(model) if isinstance(model, str) else model, args, **own)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every weight."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal_weights(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bit by bit."""
+    assert actual.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def logged(trainer: CurriculumTrainer, name: str) -> dict[int, float]:
+    """Step and value of everything logged under a name."""
+    return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}

@@ -1,0 +1,102 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`PretrainingArguments`: MAE's recipe, the scaled learning rate, and what is refused."""
+
+import math
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from clmae import MAEForPreTraining
+from clmae.training import CurriculumTrainer, PretrainingArguments
+
+
+@pytest.fixture
+def make(tmp_path):
+    return lambda **fields: PretrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)
+
+
+def test_learning_rate_scales_with_the_total_batch(make):
+    args = make(base_learning_rate=1e-3, per_device_train_batch_size=64)
+    assert args.total_train_batch_size == 64
+    assert args.learning_rate == 1e-3 * 64 / 256
+    args = make(base_learning_rate=1e-3, per_device_train_batch_size=64, gradient_accumulation_steps=8)
+    assert args.total_train_batch_size == 512
+    assert args.learning_rate == 2e-3
+
+
+def test_given_learning_rate_is_kept(make):
+    args = make(learning_rate=0.125, base_learning_rate=7.0, gradient_accumulation_steps=4)
+    assert args.learning_rate == 0.125
+    assert make(learning_rate=0.0).learning_rate == 0.0
+
+
+def test_defaults_are_those_of_the_recipe(make):
+    args = make()
+    assert args.base_learning_rate == 1.5e-4
+    assert args.learning_rate == 1.5e-4 * 64 / 256
+    assert (args.adam_beta1, args.adam_beta2) == (0.9, 0.95)
+    assert args.weight_decay == 0.05
+    assert args.optim.startswith("adamw")
+    assert args.lr_scheduler_type == "cosine"
+    assert args.get_warmup_steps(800) == 40
+    assert args.max_grad_norm == 0
+    assert args.dataloader_drop_last
+    assert args.save_total_limit == 2
+    assert not args.remove_unused_columns
+    assert not args.logging_nan_inf_filter
+    assert (args.masker_learning_rate_multiplier, args.masker_update_interval) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_learning_rate", -1e-4),
+        ("base_learning_rate", math.nan),
+        ("base_learning_rate", math.inf),
+        ("learning_rate", -0.1),
+        ("learning_rate", math.nan),
+        ("masker_learning_rate_multiplier", -1.0),
+        ("masker_learning_rate_multiplier", math.inf),
+        ("masker_update_interval", 0),
+        ("difficulty_steps", -1),
+        ("picture_steps", -1),
+        ("num_probe_images", 0),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+    ],
+)
+def test_out_of_range_fields_are_refused(make, field, value):
+    with pytest.raises(ValueError, match=rf"`{field}` is {value}; give "):
+        make(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("masker_learning_rate_multiplier", 0.0), ("difficulty_steps", 0), ("picture_steps", 0), ("num_probe_images", 1)],
+)
+def test_bounds_themselves_are_accepted(make, field, value):
+    assert getattr(make(**{field: value}), field) == value
+
+
+def test_hf_argument_parser(tmp_path):
+    parser = HfArgumentParser(PretrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--masker_update_interval", "3", "--picture_steps", "7"]
+        + ["--base_learning_rate", "0.5", "--per_device_train_batch_size", "32", "--dataloader_drop_last", "false"]
+    )
+    assert (args.masker_update_interval, args.picture_steps, args.dataloader_drop_last) == (3, 7, False)
+    assert args.learning_rate == 0.5 * 32 / 256
+    helps = {action.dest: action.help for action in parser._actions}
+    assert all(helps[name] for name in PretrainingArguments.__annotations__)
+
+
+def test_survive_json(make):
+    # What checkpoints and loggers keep of a run.
+    values = make(base_learning_rate=1e-3, picture_steps=5).to_dict()
+    assert values["picture_steps"] == 5
+    assert values["learning_rate"] == 1e-3 * 64 / 256
+
+
+def test_trainer_refuses_plain_training_arguments(tmp_path, tiny_config):
+    with pytest.raises(ValueError, match=r"`args` is a TrainingArguments; pass PretrainingArguments"):
+        CurriculumTrainer(MAEForPreTraining(tiny_config()), TrainingArguments(output_dir=str(tmp_path), use_cpu=True))

@@ -1,0 +1,188 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Callbacks: the epoch told to the sampler, pictures at their steps, TensorBoard, Ctrl-C."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, TENSORS, EventAccumulator
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from clmae.training import InterruptCallback
+from clmae.training.callbacks import EpochCallback
+from clmae.training.data import make_image_processor
+from clmae.training.trainer import EpochSampler
+
+from .runs import assert_equal_weights, logged, tiny_trainer, weights
+
+# -- epochs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("progress", "epoch"),
+    [(None, 0), (0.0, 0), (0.5, 0), (1.0, 1), (2.999, 2), (3 - 1e-12, 3), (sum([0.1] * 10), 1), (7 + 2 / 3, 7)],
+)
+def test_epoch_reaches_the_sampler(progress, epoch):
+    sampler = EpochSampler(4, seed=0)
+    callback = EpochCallback(SimpleNamespace(epoch_sampler=sampler))
+    callback.on_epoch_begin(None, SimpleNamespace(epoch=progress), None)
+    assert sampler.epoch == epoch
+
+
+def test_other_samplers_are_told_nothing():
+    EpochCallback(SimpleNamespace()).on_epoch_begin(None, SimpleNamespace(epoch=1.0), None)
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def assert_picture(data):
+    """A PNG of sensible size that is not blank."""
+    image = Image.open(io.BytesIO(data))
+    image.verify()
+    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    assert image.format == "PNG"
+    assert min(pixels.shape) > 100
+    assert max(pixels.shape) < 3000
+    assert pixels.std() > 5
+
+
+def names(folder):
+    return sorted(path.name for path in (folder / "pictures").iterdir())
+
+
+@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+def test_pictures_are_drawn_at_their_steps(tmp_path, family):
+    processor = make_image_processor(16, 3, [0.5] * 3, [0.25] * 3)
+    trainer = tiny_trainer(
+        tmp_path, family, max_steps=5, picture_steps=2, difficulty_steps=1, processing_class=processor
+    )
+    trainer.train()
+    assert names(tmp_path) == ["curves.png", *(f"step-00000{step}.png" for step in (0, 2, 4, 5))]
+    for path in (tmp_path / "pictures").iterdir():
+        assert_picture(path.read_bytes())
+    pictures = [(tmp_path / "pictures" / f"step-00000{step}.png").read_bytes() for step in (0, 5)]
+    assert pictures[0] != pictures[1]
+
+
+def test_a_resumed_run_draws_only_what_is_left(tmp_path):
+    tiny_trainer(tmp_path / "first", max_steps=4, save_strategy="steps", save_steps=2).train()
+    trainer = tiny_trainer(tmp_path / "second", max_steps=4, picture_steps=3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-2"))
+    assert names(tmp_path / "second") == ["curves.png", "step-000003.png", "step-000004.png"]
+
+
+def test_no_pictures_where_none_are_wanted(tmp_path):
+    tiny_trainer(tmp_path, max_steps=2, picture_steps=0).train()
+    assert not (tmp_path / "pictures").exists()
+
+
+# -- TensorBoard ----------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = tiny_trainer(
+        tmp_path, max_steps=4, logging_steps=3, picture_steps=2, difficulty_steps=2, report_to="tensorboard"
+    )
+    trainer.train()
+    (file,) = tmp_path.rglob("events.out.tfevents.*")
+    board = EventAccumulator(str(file), size_guidance={IMAGES: 0, SCALARS: 0, TENSORS: 0})
+    board.Reload()
+    scalars = {tag.removeprefix("train/"): board.Scalars(tag) for tag in board.Tags()["scalars"]}
+    for name in ("reconstruction_loss", "soft_reconstruction_loss", "curriculum_factor", "keep_spread"):
+        assert [event.step for event in scalars[name]] == [3]
+        assert scalars[name][0].value == pytest.approx(logged(trainer, name)[3], rel=1e-5)
+    assert [event.step for event in scalars["mask_difficulty"]] == [0, 2, 4]
+    images = board.Images("reconstructions")
+    assert [event.step for event in images] == [0, 2, 4]
+    assert_picture(images[-1].encoded_image_string)
+
+
+# -- Ctrl-C ---------------------------------------------------------------------------------------------------------
+
+
+class PressCtrlC(TrainerCallback):
+    """Sends SIGINT to this process within step `step`, `times` times."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handler():
+    """Python's own handler, whatever the test does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(("step", "workers"), [(3, 0), (4, 0), (5, 2)])
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_path, handler, step, workers):
+    run = dict(num_train_epochs=2, difficulty_steps=2, dataloader_num_workers=workers)
+    whole = tiny_trainer(tmp_path / "whole", **run)
+    whole.train()
+    interrupt = InterruptCallback()
+    stopped = tiny_trainer(tmp_path / "stopped", **run, callbacks=[interrupt, PressCtrlC(step)])
+    stopped.train()
+    assert interrupt.interrupted
+    assert stopped.state.global_step == step < whole.state.global_step
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = tiny_trainer(tmp_path / "stopped", **run)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step
+    assert_equal_weights(weights(resumed.model), weights(whole.model))
+
+
+def test_run_that_nobody_stops(tmp_path, handler):
+    interrupt = InterruptCallback()
+    seen = []
+    trainer = tiny_trainer(tmp_path, max_steps=2, callbacks=[interrupt])
+    trainer.add_callback(type("Look", (TrainerCallback,), {"on_step_end": lambda *a, **k: seen.append(signalled())})())
+    trainer.train()
+    assert not interrupt.interrupted
+    assert trainer.state.global_step == 2
+    assert seen == [True, True]
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def signalled():
+    return signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+
+
+def test_second_ctrl_c_stops_at_once(tmp_path, handler):
+    trainer = tiny_trainer(tmp_path, max_steps=6, callbacks=[InterruptCallback(), PressCtrlC(3, times=2)])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_same_trainer_goes_on_after_ctrl_c(tmp_path):
+    interrupt = InterruptCallback()
+    trainer = tiny_trainer(tmp_path, max_steps=6, callbacks=[interrupt, PressCtrlC(2)])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert not interrupt.interrupted
+
+
+def test_ctrl_c_is_left_to_the_launcher_of_several_processes(handler):
+    callback = InterruptCallback()
+    callback.on_train_begin(SimpleNamespace(world_size=2), TrainerState(), TrainerControl())
+    assert signal.getsignal(signal.SIGINT) is handler
+    callback.on_train_end(SimpleNamespace(world_size=2), TrainerState(), TrainerControl())
+    assert signal.getsignal(signal.SIGINT) is handler

@@ -1,0 +1,79 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The curriculum factor and the statistics of the keep probabilities, against values worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from clmae.training.curriculum import curriculum_factor, keep_probability_statistics
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize(("start", "end"), [(1.0, -1.0), (0.3, 0.7), (-0.1, 0.1)])
+@pytest.mark.parametrize("total_steps", [2, 3, 7, 1000])
+def test_ends_are_exact(shape, start, end, total_steps):
+    assert curriculum_factor(0, total_steps, shape, start, end) == start
+    assert curriculum_factor(total_steps - 1, total_steps, shape, start, end) == end
+
+
+def test_linear_by_hand():
+    factors = [curriculum_factor(step, 5, "linear", 1.0, -1.0) for step in range(5)]
+    assert factors == [1.0, 0.5, 0.0, -0.5, -1.0]
+    assert curriculum_factor(1, 5, "linear", 0.2, 1.0) == pytest.approx(0.4)
+
+
+def test_cosine_by_hand():
+    # p = 1/4: (1 - cos(pi/4)) / 2 = (1 - sqrt(2)/2) / 2, so that the factor is sqrt(2)/2.
+    factors = [curriculum_factor(step, 5, "cosine", 1.0, -1.0) for step in range(5)]
+    assert factors == pytest.approx([1.0, math.sqrt(0.5), 0.0, -math.sqrt(0.5), -1.0], abs=1e-12)
+    # p = 1/3: (1 - cos(pi/3)) / 2 = 1/4 of the way from 2 to 6.
+    assert curriculum_factor(1, 4, "cosine", 2.0, 6.0) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("value", [1.0, 0.0, -1.0])
+def test_constant_stays_at_the_start(value):
+    assert {curriculum_factor(step, 9, "constant", value, 0.5) for step in range(9)} == {value}
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+def test_a_run_of_one_step_has_the_start(shape):
+    assert curriculum_factor(0, 1, shape, 0.75, -1.0) == 0.75
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_stays_at_the_end_beyond_the_last_step(shape):
+    assert curriculum_factor(12, 10, shape, 1.0, -1.0) == -1.0
+
+
+def test_unknown_shape_is_refused():
+    with pytest.raises(ValueError, match=r"`curriculum_shape` is 'step'; choose one of linear, cosine, constant"):
+        curriculum_factor(0, 10, "step", 1.0, -1.0)
+
+
+def test_keep_probability_statistics_by_hand():
+    keep = torch.tensor([[0.0, 1.0, 0.05, 0.95], [1.0, 1.0, 0.05, 0.35]])
+    statistics = keep_probability_statistics(keep)
+    assert set(statistics) == {"keep_mean", "keep_std", "keep_low", "keep_high", "keep_spread"}
+    assert all(value.shape == () for value in statistics.values())
+    assert statistics["keep_mean"].item() == pytest.approx(4.4 / 8)
+    # Squares: 0, 1, .0025, .9025, 1, 1, .0025, .1225, in all 4.03.
+    assert statistics["keep_std"].item() == pytest.approx(math.sqrt(4.03 / 8 - (4.4 / 8) ** 2))
+    assert statistics["keep_low"].item() == pytest.approx(3 / 8)
+    assert statistics["keep_high"].item() == pytest.approx(4 / 8)
+    # Half the distance between the two images at each patch: 0.5, 0, 0, 0.3.
+    assert statistics["keep_spread"].item() == pytest.approx(0.8 / 4)
+
+
+def test_collapse_to_one_mask_shows_as_no_spread():
+    statistics = keep_probability_statistics(torch.tensor([[0.0, 1.0]]).expand(5, -1))
+    assert statistics["keep_spread"].item() == 0
+    assert statistics["keep_std"].item() == 0.5
+
+
+def test_statistics_of_one_image_in_half_precision_are_finite_and_without_gradient():
+    keep = torch.tensor([[0.25, 0.75]], dtype=torch.bfloat16, requires_grad=True)
+    statistics = keep_probability_statistics(keep)
+    assert statistics["keep_spread"].item() == 0
+    assert statistics["keep_std"].item() == 0.25
+    assert all(value.dtype == torch.float32 and not value.requires_grad for value in statistics.values())

@@ -1,0 +1,699 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`CurriculumTrainer`: optimiser, curriculum, logged terms, evaluation, difficulty, update interval, data, saving."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForPreTraining,
+    TrainerCallback,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+from clmae.training import CurriculumTrainer, PictureCallback, PretrainingArguments, curriculum_factor
+from clmae.training.data import ImageDataset, StreamingImageDataset, make_image_processor
+from clmae.training.trainer import EpochSampler
+
+from .runs import (
+    CONFIG,
+    assert_equal_weights,
+    image_dataset,
+    logged,
+    pil_dataset,
+    plain_dataset,
+    tiny_model,
+    tiny_trainer,
+    weights,
+)
+
+TERMS = ("reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
+STATISTICS = ("keep_mean", "keep_std", "keep_low", "keep_high", "keep_spread")
+
+
+def vit_mae() -> ViTMAEForPreTraining:
+    """transformers' own autoencoder, as tiny as ours."""
+    torch.manual_seed(0)
+    return ViTMAEForPreTraining(ViTMAEConfig(**CONFIG, norm_pix_loss=True))
+
+
+class Recorder:
+    """What a model was called with in training, and what it returned."""
+
+    def __init__(self, model):
+        self.inputs, self.outputs = [], []
+        model.register_forward_hook(self._record, with_kwargs=True)
+
+    def _record(self, model, args, kwargs, outputs):
+        if model.training:
+            self.inputs.append(kwargs)
+            self.outputs.append(outputs)
+
+
+class EachStep(TrainerCallback):
+    """Calls a function at the end of each step."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.function(state.global_step, **kwargs)
+
+
+def random_states():
+    numpy_state = np.random.get_state()
+    return torch.get_rng_state(), random.getstate(), (numpy_state[1].tolist(), numpy_state[2])
+
+
+def assert_untouched(before):
+    after = random_states()
+    assert torch.equal(after[0], before[0])
+    assert after[1:] == before[1:]
+
+
+# -- order of the images --------------------------------------------------------------------------------------------
+
+
+def test_epoch_sampler_gives_every_key_of_the_epoch_once():
+    sampler = EpochSampler(7, seed=3)
+    assert len(sampler) == 7
+    for epoch in (0, 1, 5):
+        sampler.set_epoch(epoch)
+        keys = list(sampler)
+        assert sorted(keys) == list(range(7 * epoch, 7 * epoch + 7))
+        assert all(isinstance(key, int) for key in keys)
+
+
+def test_epoch_sampler_is_a_function_of_seed_and_epoch():
+    def order(seed, epoch):
+        sampler = EpochSampler(50, seed)
+        sampler.set_epoch(epoch)
+        torch.rand(3)  # the global generator has no part in it
+        return [key - 50 * epoch for key in sampler]
+
+    orders = {(seed, epoch): order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert all(orders[key] == order(*key) for key in orders)
+    assert len({tuple(o) for o in orders.values()}) == 4
+    assert all(o != sorted(o) for o in orders.values())
+
+
+def test_epochs_show_the_same_images_in_new_orders_with_new_crops(tmp_path):
+    keys = []
+
+    class Spied(ImageDataset):
+        def __getitem__(self, key):
+            keys.append(key)
+            return super().__getitem__(key)
+
+    dataset = image_dataset(8)
+    dataset.__class__ = Spied
+    tiny_trainer(tmp_path, "mae", train_dataset=dataset, num_train_epochs=3).train()
+    epochs = [keys[8 * e : 8 * e + 8] for e in range(3)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8 * e, 8 * e + 8)) for e in range(3)]
+    assert len({tuple(key % 8 for key in epoch) for epoch in epochs}) == 3
+
+
+# -- optimiser ------------------------------------------------------------------------------------------------------
+
+
+def optimiser_names(trainer):
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in trainer.optimizer.param_groups]
+
+
+def test_parameter_groups(tmp_path):
+    trainer = tiny_trainer(tmp_path, learning_rate=0.5, masker_learning_rate_multiplier=3.0, weight_decay=0.25)
+    trainer.create_optimizer()
+    groups = optimiser_names(trainer)
+    trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert sorted(sum(groups, [])) == sorted(trainable)
+    for group, names in zip(trainer.optimizer.param_groups, groups, strict=True):
+        maskers = {name.startswith("masking_module.") for name in names}
+        decayed = {trainable[name].ndim > 1 for name in names}
+        assert len(maskers) == len(decayed) == 1  # no group is mixed
+        assert group["lr"] == (1.5 if maskers.pop() else 0.5)
+        assert group["weight_decay"] == (0.25 if decayed.pop() else 0)
+        assert group["betas"] == (0.9, 0.95)
+
+
+def test_model_without_masking_module_has_one_rate(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", masker_learning_rate_multiplier=3.0)
+    trainer.create_optimizer()
+    assert not trainer.has_masking_module
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3}
+    trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert sorted(sum(optimiser_names(trainer), [])) == sorted(trainable)
+
+
+def test_schedule_keeps_the_multiplier(tmp_path):
+    rates = []
+
+    def record(step, optimizer, **kwargs):
+        rates.append(
+            {name: group["lr"] for group, names in zip(optimizer.param_groups, groups, strict=True) for name in names}
+        )
+
+    trainer = tiny_trainer(
+        tmp_path, masker_learning_rate_multiplier=0.5, max_steps=6, warmup_steps=2, callbacks=[EachStep(record)]
+    )
+    trainer.create_optimizer()
+    groups = optimiser_names(trainer)
+    trainer.train()
+    schedule = [rate["vit.layernorm.weight"] for rate in rates]
+    # After step k, the rate of the next: 1/2, then the cosine over the 4 steps that are left.
+    expected = [5e-4, *(1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(5))]
+    assert schedule == pytest.approx(expected)
+    for rate, base in zip(rates, schedule, strict=True):
+        for name, value in rate.items():
+            assert value == pytest.approx(base * (0.5 if name.startswith("masking_module.") else 1))
+
+
+def test_given_optimiser_is_left_alone(tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = tiny_trainer(tmp_path, model, optimizers=(optimizer, None), masker_learning_rate_multiplier=3.0)
+    assert trainer.create_optimizer() is optimizer
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+
+
+# -- curriculum -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_curriculum_factor_reaches_the_model(tmp_path, accumulation):
+    model = tiny_model(curriculum_shape="cosine", curriculum_start=0.5)
+    recorder = Recorder(model)
+    tiny_trainer(tmp_path, model, max_steps=5, gradient_accumulation_steps=accumulation).train()
+    factors = [inputs["curriculum_factor"] for inputs in recorder.inputs]
+    assert all(isinstance(f, torch.Tensor) and f.shape == () and f.dtype == torch.float32 for f in factors)
+    expected = [curriculum_factor(step, 5, "cosine", 0.5, -1.0) for step in range(5) for _ in range(accumulation)]
+    assert [f.item() for f in factors] == pytest.approx(expected, abs=1e-7)
+    assert (factors[0].item(), factors[-1].item()) == (0.5, -1.0)
+
+
+def test_curriculum_goes_on_after_a_resume(tmp_path):
+    tiny_trainer(tmp_path, max_steps=7, save_strategy="steps", save_steps=3, save_total_limit=None).train()
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=7)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    factors = [inputs["curriculum_factor"].item() for inputs in recorder.inputs]
+    assert factors == pytest.approx([0.0, -1 / 3, -2 / 3, -1.0], abs=1e-6)
+    assert logged(trainer, "curriculum_factor")[4] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_mae_gets_no_curriculum(tmp_path):
+    model = tiny_model("mae")
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=2)
+    trainer.train()
+    assert [set(inputs) for inputs in recorder.inputs] == [{"pixel_values", "noise"}] * 2
+    assert not logged(trainer, "curriculum_factor")
+
+
+# -- logged terms ---------------------------------------------------------------------------------------------------
+
+
+def test_logged_terms_are_the_means_over_micro_batches(tmp_path):
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=6, gradient_accumulation_steps=2, logging_steps=3)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in entries] == [3, 6]
+    assert len(recorder.outputs) == 12
+    for entry, outputs in zip(entries, (recorder.outputs[:6], recorder.outputs[6:]), strict=True):
+        for name in ("loss", *TERMS):
+            expected = sum(output[name].item() for output in outputs) / 6
+            assert entry[name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+        keep = torch.stack([output.keep_probabilities.detach() for output in outputs])
+        assert entry["keep_mean"] == pytest.approx(keep.mean().item(), rel=1e-5)
+        assert entry["keep_std"] == pytest.approx(keep.flatten(1).std(1, correction=0).mean().item(), rel=1e-4)
+        assert entry["keep_spread"] == pytest.approx(keep.std(1, correction=0).mean().item(), rel=1e-4)
+        assert (entry["keep_low"], entry["keep_high"]) == ((keep < 0.1).float().mean(), (keep > 0.9).float().mean())
+    assert entries[0]["curriculum_factor"] == pytest.approx((1 + 0.6 + 0.2) / 3)
+    assert entries[1]["curriculum_factor"] == pytest.approx((-0.2 - 0.6 - 1) / 3)
+
+
+def test_loss_is_composed_of_the_logged_terms(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3)
+    trainer.train()
+    config = trainer.model.config
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        assert {*TERMS, *STATISTICS, "curriculum_factor", "learning_rate"} <= entry.keys()
+        total = (
+            entry["reconstruction_loss"]
+            + entry["curriculum_factor"] * entry["soft_reconstruction_loss"]
+            + config.gauss_loss_weight * entry["gauss_loss"]
+            + config.kl_loss_weight * entry["kl_loss"]
+            + config.diversity_loss_weight * entry["diversity_loss"]
+        )
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_mae_logs_its_reconstruction_loss_alone(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=2)
+    trainer.train()
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        assert entry["reconstruction_loss"] == pytest.approx(entry["loss"], rel=1e-4)
+        assert not entry.keys() & {*TERMS[1:], *STATISTICS, "curriculum_factor", "mask_difficulty"}
+
+
+def test_a_second_run_logs_nothing_of_the_first(tmp_path):
+    model = tiny_model()
+    recorder = Recorder(model)
+    # Step 3 is after the last log of the first run.
+    trainer = tiny_trainer(tmp_path, model, max_steps=3, logging_steps=2)
+    trainer.train()
+    del recorder.outputs[:]
+    trainer.train()
+    expected = sum(output.reconstruction_loss.item() for output in recorder.outputs[:2]) / 2
+    assert logged(trainer, "reconstruction_loss")[2] == pytest.approx(expected, rel=1e-5)
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def reconstruction_loss(model, samples, **kwargs):
+    """L_rec of samples, in one batch."""
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    return model.eval()(**batch, **kwargs).reconstruction_loss.item()
+
+
+@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+def test_evaluation_is_the_loss_under_the_data_sets_noise(tmp_path, family):
+    dataset = image_dataset(10, train=False)
+    trainer = tiny_trainer(tmp_path, family, eval_dataset=dataset, max_steps=2, logging_steps=100)
+    trainer.train()
+    masking = {"masking": "random"} if family == "cl_mae" else {}
+    samples = [dataset[i] for i in range(10)]
+    expected = reconstruction_loss(trainer.model, samples, **masking)
+    # Far enough from what leaving out the last, partial batch would give, or training's masks.
+    assert abs(reconstruction_loss(trainer.model, samples[:8], **masking) - expected) > 1e-4
+    if family == "cl_mae":
+        assert abs(reconstruction_loss(trainer.model, samples) - expected) > 1e-4
+    first, second = trainer.evaluate()["eval_loss"], trainer.evaluate()["eval_loss"]
+    assert first == pytest.approx(expected, rel=1e-5)
+    assert second == first
+    assert trainer.args.dataloader_drop_last
+
+
+def test_evaluation_does_not_depend_on_the_step(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=plain_dataset(6))
+    first = trainer.evaluate()["eval_loss"]
+    trainer.state.global_step = 17
+    trainer._substep = (17, 3)
+    assert trainer.evaluate()["eval_loss"] == first
+
+
+@pytest.mark.parametrize("data", [plain_dataset, lambda count: image_dataset(count, train=False)])
+def test_difficulty_and_pictures_draw_no_random_numbers(tmp_path, data):
+    trainer = tiny_trainer(tmp_path, eval_dataset=data(6), picture_steps=1)
+    before = random_states()
+    trainer.measure_difficulty()
+    assert_untouched(before)
+    callback = PictureCallback(trainer)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control)
+    callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
+    assert_untouched(before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_draws_no_random_numbers(tmp_path, workers):
+    trainer = tiny_trainer(tmp_path, eval_dataset=plain_dataset(6), dataloader_num_workers=workers)
+    before = random_states()
+    trainer.evaluate()
+    assert_untouched(before)
+
+
+def test_evaluation_and_pictures_leave_the_training_as_it_is(tmp_path):
+    bare = tiny_trainer(tmp_path / "bare", max_steps=5)
+    bare.train()
+    busy = tiny_trainer(
+        tmp_path / "busy", max_steps=5, eval_strategy="steps", eval_steps=1, difficulty_steps=1, picture_steps=2
+    )
+    busy.train()
+    assert_equal_weights(weights(busy.model), weights(bare.model))
+    assert logged(busy, "loss") == logged(bare, "loss")
+    assert busy.model.training
+
+
+# -- mask difficulty ------------------------------------------------------------------------------------------------
+
+
+def test_mask_difficulty_by_hand(tmp_path):
+    dataset = image_dataset(6, train=False)
+    trainer = tiny_trainer(tmp_path, eval_dataset=dataset, max_steps=7, difficulty_steps=3, num_probe_images=5)
+    initial = tiny_model()
+    trainer.train()
+    samples = [dataset[i] for i in range(5)]
+    difficulty = logged(trainer, "mask_difficulty")
+    assert list(difficulty) == [0, 3, 6, 7]
+    for step, model in ((0, initial), (7, trainer.model)):
+        expected = reconstruction_loss(model, samples) / reconstruction_loss(model, samples, masking="random")
+        assert difficulty[step] == pytest.approx(expected, rel=1e-5)
+        assert expected != pytest.approx(1, abs=1e-3)
+
+
+def test_difficulty_is_logged_once_where_the_last_step_is_a_multiple(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=4, difficulty_steps=2)
+    trainer.train()
+    steps = [entry["step"] for entry in trainer.state.log_history if "mask_difficulty" in entry]
+    assert steps == [0, 2, 4]
+
+
+def test_measuring_difficulty_costs_no_training_log(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=6, logging_steps=2, difficulty_steps=3)
+    trainer.train()
+    assert list(logged(trainer, "mask_difficulty")) == [0, 3, 6]
+    assert list(logged(trainer, "loss")) == list(logged(trainer, "reconstruction_loss")) == [2, 4, 6]
+
+
+def test_measuring_difficulty_keeps_the_mode_of_the_model(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    for training in (True, False):
+        trainer.model.train(training)
+        assert 0 < trainer.measure_difficulty() < math.inf
+        assert trainer.model.training is training
+
+
+def test_without_evaluation_data_nothing_is_measured_or_drawn(tmp_path):
+    trainer = tiny_trainer(tmp_path, eval_dataset=None, max_steps=2, difficulty_steps=1, picture_steps=1)
+    trainer.train()
+    assert not logged(trainer, "mask_difficulty")
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_mae_has_no_mask_difficulty(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=2, difficulty_steps=1)
+    trainer.train()
+    assert not logged(trainer, "mask_difficulty")
+
+
+# -- update interval ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_between_its_updates_the_masking_module_does_not_move(tmp_path, optim):
+    model = tiny_model()
+    snapshots = [weights(model)]
+    trainer = tiny_trainer(
+        tmp_path,
+        model,
+        max_steps=6,
+        masker_update_interval=2,
+        optim=optim,
+        weight_decay=0.5,
+        callbacks=[EachStep(lambda step, **kwargs: snapshots.append(weights(model)))],
+    )
+    trainer.train()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    masker = {name for name in trainable if name.startswith("masking_module.")}
+    assert len(snapshots) == 7
+    for step, (before, after) in enumerate(zip(snapshots, snapshots[1:], strict=False)):
+        moved = {name for name in trainable if not torch.equal(before[name], after[name])}
+        assert moved == (trainable if step % 2 == 0 else trainable - masker), step
+
+
+def test_terms_are_logged_as_means_over_the_steps_that_computed_them(tmp_path):
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=4, masker_update_interval=2, logging_steps=4)
+    trainer.train()
+    assert [output.gauss_loss is not None for output in recorder.outputs] == [True, False, True, False]
+    for name in TERMS:
+        values = [output[name].item() for output in recorder.outputs if output.get(name) is not None]
+        assert logged(trainer, name)[4] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+# -- models, data, precision ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_model", [lambda: tiny_model("mae"), tiny_model, vit_mae], ids=["mae", "cl_mae", "vit"])
+@pytest.mark.parametrize("plain", [False, True], ids=["images", "plain"])
+def test_families_train(tmp_path, make_model, plain):
+    model = make_model()
+    before = weights(model)
+    recorder = Recorder(model)
+    data = plain_dataset() if plain else image_dataset()
+    trainer = tiny_trainer(
+        tmp_path, model, train_dataset=data, eval_dataset=plain_dataset(6), max_steps=6, picture_steps=6
+    )
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert list(losses) == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(loss) for loss in losses.values())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in before if not torch.equal(before[name], model.state_dict()[name])} == trainable
+    assert all(output.mask.mean() == 0.75 for output in recorder.outputs)
+    assert (tmp_path / "pictures" / "step-000006.png").is_file()
+
+
+def test_masks_of_data_without_noise_are_new_each_batch_and_the_same_each_run(tmp_path):
+    def run(seed):
+        model = tiny_model("mae")
+        recorder = Recorder(model)
+        torch.manual_seed(seed)  # the global generator has no part in the masks
+        options = dict(max_steps=3, gradient_accumulation_steps=2, data_seed=seed % 2)
+        tiny_trainer(tmp_path, model, train_dataset=plain_dataset(), **options).train()
+        return torch.stack([inputs["noise"] for inputs in recorder.inputs]), weights(model)
+
+    noise, final = run(0)
+    assert noise.shape == (6, 4, 16)
+    assert len(noise.flatten().unique()) == noise.numel()
+    assert (noise.min() >= 0) and (noise.max() < 1)
+    again, final_again = run(0)
+    assert torch.equal(noise, again)
+    assert_equal_weights(final_again, final)
+    assert torch.equal(run(2)[0], noise)
+    assert not torch.equal(run(1)[0], noise)
+
+
+def test_processes_have_masks_of_their_own(tmp_path, monkeypatch):
+    # All processes share one seed: without the rank in the key, their masks would be equal.
+    noises = []
+    for rank in (0, 1):
+        trainer = tiny_trainer(tmp_path, "mae")
+        monkeypatch.setattr(type(trainer.args), "process_index", rank)
+        monkeypatch.setattr(type(trainer.args), "world_size", 2)
+        batch = {"pixel_values": torch.zeros(4, 3, 16, 16)}
+        noises += [trainer._complete_inputs(batch, training=True)["noise"] for _ in range(2)]
+        monkeypatch.undo()
+    assert len(torch.stack(noises).unique()) == 4 * 4 * 16
+
+
+def test_data_set_smaller_than_a_batch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`per_device_train_batch_size` asks for batches of 8 .* has 7: take a smal"):
+        tiny_trainer(tmp_path, train_dataset=image_dataset(7), per_device_train_batch_size=8)
+    options = dict(per_device_train_batch_size=8, dataloader_drop_last=False, num_train_epochs=1)
+    trainer = tiny_trainer(tmp_path, train_dataset=image_dataset(7), **options)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_bf16(tmp_path):
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=3, bf16=True, difficulty_steps=1, picture_steps=3)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss").values())
+    assert all(math.isfinite(value) for value in logged(trainer, "mask_difficulty").values())
+    # Autocast was on (accelerate gives the outputs back in float32), and the weights stayed in float32.
+    logits = recorder.outputs[0].logits
+    assert torch.equal(logits, logits.bfloat16().float())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+def test_torch_compile(tmp_path, family):
+    torch._dynamo.reset()
+    options = dict(torch_compile=True, torch_compile_backend="eager", max_steps=3)
+    # The curriculum's factor changes at each step, and must not compile the model anew.
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        trainer = tiny_trainer(tmp_path / "compiled", family, **options)
+        trainer.train()
+    plain = tiny_trainer(tmp_path / "plain", family, max_steps=3)
+    plain.train()
+    assert logged(trainer, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4)
+    assert set(trainer.model.state_dict()) == set(plain.model.state_dict())
+
+
+def streaming_dataset(count, train=True):
+    settings = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3)
+    stream = pil_dataset(count).to_iterable_dataset(num_shards=2)
+    return StreamingImageDataset(stream, "image", train=train, std=[0.25] * 3, **settings)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_streams_train(tmp_path, workers):
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(
+        tmp_path, model, train_dataset=streaming_dataset(16), max_steps=6, dataloader_num_workers=workers
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss").values())
+    # The second pass, from step 5 on, shows other views of the images.
+    batches = torch.stack([inputs["pixel_values"] for inputs in recorder.inputs])
+    assert len({tuple(image.flatten().tolist()) for image in batches.flatten(0, 1)}) == 24
+
+
+def test_evaluation_streams_are_evaluated_and_probed(tmp_path):
+    stream = streaming_dataset(6, train=False)
+    samples = list(stream)
+    trainer = tiny_trainer(tmp_path, eval_dataset=stream, num_probe_images=3, max_steps=1, difficulty_steps=1)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(
+        reconstruction_loss(trainer.model, samples, masking="random"), rel=1e-5
+    )
+    assert torch.equal(trainer.held_out_batch()["pixel_values"], torch.stack([s["pixel_values"] for s in samples[:3]]))
+    trainer.train()
+    assert list(logged(trainer, "mask_difficulty")) == [0, 1]
+
+
+def test_held_out_batch_of_a_datasets_stream(tmp_path):
+    rows = [{"pixel_values": sample["pixel_values"].tolist()} for sample in plain_dataset(4)]
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset().with_format("torch")
+    trainer = tiny_trainer(tmp_path, eval_dataset=stream, num_probe_images=3)
+    batch = trainer.held_out_batch()
+    assert batch["pixel_values"].shape == (3, 3, 16, 16)
+    assert batch["noise"].shape == (3, 16)
+    assert trainer.held_out_batch() is batch
+
+
+def test_held_out_batch_is_the_first_images_with_their_noise(tmp_path):
+    dataset = image_dataset(6, train=False)
+    batch = tiny_trainer(tmp_path, eval_dataset=dataset, num_probe_images=4).held_out_batch()
+    for name in ("pixel_values", "noise"):
+        assert torch.equal(batch[name], torch.stack([dataset[i][name] for i in range(4)]))
+    batch = tiny_trainer(tmp_path, eval_dataset=dataset, num_probe_images=64).held_out_batch()
+    assert len(batch["pixel_values"]) == 6
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+EPOCHS, STEPS_AN_EPOCH = 3, 4
+BUSY = dict(num_train_epochs=EPOCHS, difficulty_steps=5, eval_strategy="steps", eval_steps=3)
+ACCUMULATION = {1: dict(), 2: dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)}
+
+
+def history(trainer):
+    """Everything logged that is no measurement of time."""
+    timed = ("runtime", "per_second", "total_flos", "train_loss")
+    return [{k: v for k, v in e.items() if not k.endswith(timed)} for e in trainer.state.log_history]
+
+
+def stop_workers(trainer):
+    """Persistent workers that are left to the garbage collector take seconds to go."""
+    handler = trainer.callback_handler
+    for loader in (handler.train_dataloader, handler.eval_dataloader):
+        if getattr(loader, "_iterator", None) is not None:
+            loader._iterator._shutdown_workers()
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """Uninterrupted runs with a checkpoint every second step: `(folder, trainer)` by family and accumulation."""
+    torch.set_num_threads(1)
+    runs = {}
+
+    def get(family, accumulation):
+        key = family, accumulation
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            saving = dict(save_strategy="steps", save_steps=2, save_total_limit=None)
+            trainer = tiny_trainer(folder, family, **BUSY, **ACCUMULATION[accumulation], **saving)
+            trainer.train()
+            assert trainer.state.global_step == EPOCHS * STEPS_AN_EPOCH
+            runs[key] = folder, trainer
+        return runs[key]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("family", "step", "workers", "persistent", "accumulation"),
+    [
+        ("cl_mae", 2, 0, False, 1),  # within the first epoch
+        ("cl_mae", 4, 0, False, 1),  # between two epochs
+        ("cl_mae", 6, 0, False, 1),
+        ("cl_mae", 6, 2, False, 1),
+        ("cl_mae", 4, 2, True, 1),
+        ("cl_mae", 2, 2, True, 1),  # then two epochs by the same workers
+        ("cl_mae", 6, 0, False, 2),
+        ("cl_mae", 4, 2, True, 2),
+        ("mae", 6, 0, False, 1),
+    ],
+)
+def test_resumed_runs_end_bit_by_bit_as_whole_ones(
+    tmp_path, whole_runs, family, step, workers, persistent, accumulation
+):
+    folder, whole = whole_runs(family, accumulation)
+    resumed = tiny_trainer(
+        tmp_path,
+        family,
+        **BUSY,
+        **ACCUMULATION[accumulation],
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=persistent,
+    )
+    torch.manual_seed(123)  # a new process is in no particular state
+    resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+    stop_workers(resumed)
+    assert resumed.state.global_step == whole.state.global_step
+    assert_equal_weights(weights(resumed.model), weights(whole.model))
+    assert history(resumed) == history(whole)
+
+
+def test_resume_that_goes_wrong_would_be_seen(tmp_path, whole_runs):
+    folder, whole = whole_runs("cl_mae", 1)
+    resumed = tiny_trainer(tmp_path, **BUSY, ignore_data_skip=True)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    assert not torch.equal(resumed.model.decoder.mask_token, whole.model.decoder.mask_token)
+
+
+def test_resume_of_data_without_noise(tmp_path):
+    options = dict(train_dataset=plain_dataset(8), num_train_epochs=2, save_strategy="steps", save_steps=2)
+    whole = tiny_trainer(tmp_path / "whole", "mae", **options)
+    whole.train()
+    resumed = tiny_trainer(tmp_path / "resumed", "mae", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert_equal_weights(weights(resumed.model), weights(whole.model))
+
+
+# -- saving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+def test_saved_model_is_loaded_by_the_auto_classes(tmp_path, family):
+    processor = make_image_processor(16, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    trainer = tiny_trainer(tmp_path, family, processing_class=processor, max_steps=2, save_strategy="steps")
+    trainer.train()
+    trainer.save_model()
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= {p.name for p in tmp_path.iterdir()}
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        loaded = AutoModelForPreTraining.from_pretrained(folder)
+        assert type(loaded) is type(trainer.model)
+        assert_equal_weights(weights(loaded), weights(trainer.model))
+        encoder = AutoModel.from_pretrained(folder)
+        assert_equal_weights(weights(encoder), weights(trainer.model.vit))
+        assert list(AutoImageProcessor.from_pretrained(folder).image_mean) == [0.1, 0.2, 0.3]
+
+
+def test_default_arguments(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    trainer = CurriculumTrainer(tiny_model("mae"))
+    assert isinstance(trainer.args, PretrainingArguments)
+    assert trainer.args.output_dir == "clmae_output"
