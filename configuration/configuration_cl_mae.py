@@ -57,9 +57,9 @@ class CLMAEConfig(MAEConfig):
     curriculum_start: float = 1.0
     curriculum_end: float = -1.0
 
-    _stacks: ClassVar[tuple[tuple[str, str, str], ...]] = (
+    _stacks: ClassVar[tuple[tuple[str, str], ...]] = (
         *MAEConfig._stacks,
-        ("hidden_size", "masker_num_attention_heads", "masker_num_hidden_layers"),
+        ("hidden_size", "masker_num_attention_heads"),
     )
 
     def _fill_defaults(self) -> None:
@@ -69,7 +69,7 @@ class CLMAEConfig(MAEConfig):
         if self.kl_loss_weight is None:
             self.kl_loss_weight = 25.6 if self.kl_reduction == "mean" else 0.1
 
-    def _check_fields(self) -> None:
+    def check(self) -> None:
         self._check_int("masker_num_hidden_layers")
         self._check_int("masker_num_attention_heads")
         self._check_int("masker_intermediate_size", optional=True)
@@ -83,7 +83,7 @@ class CLMAEConfig(MAEConfig):
             self._check_number(name, -math.inf, math.inf)
         self._check_choice("kl_reduction", KL_REDUCTIONS)
         self._check_choice("curriculum_shape", CURRICULUM_SHAPES)
-        super()._check_fields()
+        super().check()
 
 
 __all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "CLMAEConfig"]

@@ -41,10 +41,6 @@ def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
-def _nearest_multiple(value: int, step: int) -> int:
-    return step * max(1, round(value / step))
-
-
 class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of [`MAEModel`], [`MAEForPreTraining`] and their siblings (He et al., arXiv 2111.06377).
 
@@ -123,16 +119,15 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
-    # The transformer stacks of the family: (width, heads) fields, checked alike. The first width is also divisible
-    # by 4 for the sin-cos positions, as is every other stack's that has positions of its own.
-    _stacks: ClassVar[tuple[tuple[str, str, str], ...]] = (
-        ("hidden_size", "num_attention_heads", "num_hidden_layers"),
-        ("decoder_hidden_size", "decoder_num_attention_heads", "decoder_num_hidden_layers"),
+    # The transformer stacks of the family: their width and heads fields, checked alike.
+    _stacks: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("hidden_size", "num_attention_heads"),
+        ("decoder_hidden_size", "decoder_num_attention_heads"),
     )
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Checked before anything is derived, so that a wrong value is reported and not its consequence.
-        self._check_fields()
+        self.check()
         self._check_unknown(kwargs)
         self._fill_defaults()
         self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
@@ -140,6 +135,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', which sets overrides (`from_pretrained(..., mask_ratio=0.5)`) unchecked."""
+        cls._check_unknown(kwargs)
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        return loaded
 
     def _fill_defaults(self) -> None:
         if self.intermediate_size is None:
@@ -188,7 +191,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     # -- checks -------------------------------------------------------------------------------------------------
 
-    def _check_fields(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for a field of the wrong type or value; done when the configuration or a model is made."""
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
             self._check_int(name)
         for name in ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"):
@@ -206,26 +210,26 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_widths()
         self._check_geometry()
 
-    def _check_unknown(self, kwargs: dict[str, Any]) -> None:
+    @classmethod
+    def _check_unknown(cls, kwargs: dict[str, Any]) -> None:
         # Configurations keep unknown entries (transformers' convention), but a misspelt field would be lost silently.
-        known = [f.name for f in dataclasses.fields(self)]
+        known = [f.name for f in dataclasses.fields(cls)]
         for name in kwargs:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if close and not hasattr(type(self), name):
-                raise ValueError(f"`{name}` is no field of {type(self).__name__}; did you mean `{close[0]}`?")
+            if close and name not in known and not hasattr(cls, name):
+                raise ValueError(f"`{name}` is no field of {cls.__name__}; did you mean `{close[0]}`?")
 
     def _check_widths(self) -> None:
-        for width_name, heads_name, _ in self._stacks:
+        for width_name, heads_name in self._stacks:
             width, heads = getattr(self, width_name), getattr(self, heads_name)
+            # What every stack of this width can take.
+            step = math.lcm(4, *(getattr(self, other) for name, other in self._stacks if name == width_name))
+            remedy = f"take {step * max(1, round(width / step))}, or another number of heads."
             if width % heads:
-                raise ValueError(
-                    f"`{width_name}` is {width}, which `{heads_name}` = {heads} does not divide; "
-                    f"take {_nearest_multiple(width, math.lcm(heads, 4))}, or another number of heads."
-                )
+                raise ValueError(f"`{width_name}` is {width}, which `{heads_name}` = {heads} does not divide; {remedy}")
             if width % 4:
                 raise ValueError(
-                    f"`{width_name}` is {width}; the sin-cos position embeddings need a multiple of 4: "
-                    f"take {_nearest_multiple(width, math.lcm(heads, 4))}."
+                    f"`{width_name}` is {width}; the sin-cos position embeddings need a multiple of 4: {remedy}"
                 )
 
     def _check_geometry(self) -> None:
@@ -250,10 +254,12 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         visible = self.num_visible(self.num_patches)
         if not 0 < visible < self.num_patches:
+            # Rounded inwards, so that both ratios are accepted.
+            low, high = math.ceil(1e4 / self.num_patches) / 1e4, math.floor(1e4 - 1e4 / self.num_patches) / 1e4
             raise ValueError(
                 f"`mask_ratio` is {self.mask_ratio}, which leaves {visible} of {self.num_patches} patches visible; "
-                f"at least one must be visible and one masked: take a ratio between {1 / self.num_patches:.4g} and "
-                f"{1 - 1 / self.num_patches:.4g}, or smaller patches."
+                f"at least one must be visible and one masked: take a ratio between {low:g} and {high:g}, or smaller "
+                "patches."
             )
 
     def _check_int(self, name: str, minimum: int = 1, optional: bool = False) -> None:
@@ -274,7 +280,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             or not (value < high if open_high else value <= high)
         ):
             interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-            raise ValueError(f"`{name}` is {value!r}; give a number in {interval}.")
+            kind = "a finite number" if low == -math.inf else f"a number in {interval}"
+            raise ValueError(f"`{name}` is {value!r}; give {kind}.")
 
     def _check_bool(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):

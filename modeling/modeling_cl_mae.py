@@ -175,7 +175,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         else:
             if noise is None:
                 noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
-            chosen = sample_masking(self.config, noise, grid_size)
+            chosen = sample_masking(self.config, noise, len(pixel_values), grid_size)
 
         # Pass B first: its graph is gone before pass A builds its own, so the peak is the larger of the two.
         terms = self.masker_terms(embeddings, keep, targets, grid_size) if compute_masker_loss else {}

@@ -322,6 +322,12 @@ class MAEPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": MAELayer, "attentions": MAEAttention}
     _input_embed_layer = "patch_embeddings"
 
+    def __init__(self, config: MAEConfig, *args: Any, **kwargs: Any):
+        config.check()  # its fields may have been set since it was made
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers.initialization leaves weights alone that were loaded; so only its functions are used, on whole
@@ -420,7 +426,7 @@ class MAEModel(MAEPreTrainedModel):
             inputs_embeds = self.embeddings(pixel_values, interpolate_pos_encoding)
             if noise is not None:
                 grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-                masking = sample_masking(self.config, noise, grid_size)
+                masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
                 inputs_embeds = select_visible(inputs_embeds, masking)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -435,12 +441,13 @@ class MAEModel(MAEPreTrainedModel):
         )
 
 
-def sample_masking(config: MAEConfig, noise: torch.Tensor, grid_size: tuple[int, int]) -> Masking:
+def sample_masking(config: MAEConfig, noise: torch.Tensor, batch_size: int, grid_size: tuple[int, int]) -> Masking:
     """The masking that `config.mask_sampler` makes of uniform `noise` `(batch_size, num_patches)`."""
     num_patches = math.prod(grid_size)
-    if noise.ndim != 2 or noise.shape[1] != num_patches:
+    if noise.shape != (batch_size, num_patches):
         raise ValueError(
-            f"`noise` has shape {tuple(noise.shape)}; expected (batch_size, {num_patches}): one number a patch."
+            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row an image, a "
+            "number a patch."
         )
     num_visible = config.num_visible(num_patches)
     if not 0 < num_visible < num_patches:
@@ -497,7 +504,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
         if noise is None:
             noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
-        masking = sample_masking(self.config, noise, grid_size)
+        masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
         encoded, logits, loss = self.autoencode(embeddings, masking, targets, grid_size, **kwargs)
         return MAEForPreTrainingOutput(
@@ -581,8 +588,9 @@ class MAEBackbone(BackboneMixin, MAEModel):
         """Feature maps of images `(batch_size, num_channels, height, width)`; arguments as [`MAEModel`]'s."""
         wanted = kwargs.pop("output_hidden_states", None)
         wanted = self.config.output_hidden_states if wanted is None else wanted
-        outputs = super().forward(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **kwargs
+        # Not super(): BackboneMixin stands between and has a forward of its own.
+        outputs = MAEModel.forward(
+            self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **kwargs
         )
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         feature_maps = []

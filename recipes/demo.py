@@ -22,7 +22,7 @@ OUTPUT = Path("outputs/demo")
 
 
 def write_digits(folder: Path) -> None:
-    """scikit-learn's 1,797 scans of digits (8 x 8, 17 grey levels), enlarged to 32 px, as a data set with two splits."""
+    """scikit-learn's 1,797 scans of digits (8 x 8, 17 grey levels), enlarged to 32 px, in two splits."""
     digits = load_digits()
     scans = np.round(digits.images * (255 / 16)).astype(np.uint8)
     images = [PILImage.fromarray(scan).resize((32, 32), PILImage.Resampling.BICUBIC) for scan in scans]
@@ -62,8 +62,8 @@ def write_report(tables: list[str], seconds: float) -> None:
         "",
         "## Over the run",
         "",
-        "The curriculum factor λ_CL goes from partner (+1) to adversary (−1). Mask difficulty is the reconstruction loss "
-        "under learned masks over that under random ones: below 1 the masks are easier, above 1 harder.",
+        "The curriculum factor λ_CL goes from partner (+1) to adversary (−1). Mask difficulty is the reconstruction "
+        "loss under learned masks over that under random ones: below 1 the masks are easier, above 1 harder.",
         "",
         "![Losses, mask difficulty, curriculum factor and keep probabilities over the steps](curves.png)",
     ]
@@ -82,7 +82,9 @@ def main() -> None:
     tables = []
     for protocol in ("knn", "linear"):
         table = OUTPUT / f"{protocol}.md"
-        run("evaluate", protocol, "--model", str(OUTPUT), "--dataset", data, "--output", str(table.with_suffix(".json")))
+        run(
+            "evaluate", protocol, "--model", str(OUTPUT), "--dataset", data, "--output", str(table.with_suffix(".json"))
+        )
         tables += [table.read_text(encoding="utf-8")]
     write_report(tables, time.perf_counter() - started)
     print(f"\nThe model is in {OUTPUT}, the report in {OUTPUT / 'report.md'}. Next:")

@@ -61,7 +61,7 @@ BAD_MAE = [
 BAD_CL_MAE = [
     (dict(masker_num_hidden_layers=0), ("`masker_num_hidden_layers`", "0", "int of at least 1")),
     (dict(masker_num_attention_heads=0), ("`masker_num_attention_heads`", "0", "int of at least 1")),
-    (dict(masker_num_attention_heads=5), ("`hidden_size`", "768", "`masker_num_attention_heads` = 5", "take 760")),
+    (dict(masker_num_attention_heads=5), ("`hidden_size`", "768", "`masker_num_attention_heads` = 5", "take 780")),
     (dict(masker_intermediate_size=-1), ("`masker_intermediate_size`", "-1", "int of at least 1")),
     (dict(masker_layer_norm_eps=0.0), ("`masker_layer_norm_eps`", "0.0", "(0, 1]")),
     (dict(gauss_loss_weight=-1), ("`gauss_loss_weight`", "-1", "[0, inf)")),
@@ -71,8 +71,8 @@ BAD_CL_MAE = [
     (dict(diversity_loss_weight=INF), ("`diversity_loss_weight`", "inf", "[0, inf)")),
     (dict(diversity_scale="0.1"), ("`diversity_scale`", "'0.1'", "[0, inf)")),
     (dict(curriculum_shape="step"), ("`curriculum_shape`", "'step'", "linear, cosine, constant")),
-    (dict(curriculum_start=True), ("`curriculum_start`", "True", "give a number")),
-    (dict(curriculum_end=NAN), ("`curriculum_end`", "nan", "give a number")),
+    (dict(curriculum_start=True), ("`curriculum_start`", "True", "give a finite number")),
+    (dict(curriculum_end=NAN), ("`curriculum_end`", "nan", "give a finite number")),
     (dict(curiculum_end=-1.0), ("`curiculum_end`", "did you mean `curriculum_end`")),
 ]
 

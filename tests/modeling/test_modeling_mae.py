@@ -546,7 +546,7 @@ def test_wrong_pixel_values(build, family, head, shape, message):
 @pytest.mark.parametrize("shape", [(2, 15), (2, 4, 4), (16,)], ids=str)
 def test_wrong_noise(build, make_images, head, shape):
     model = build(head=head)
-    with pytest.raises(ValueError, match=r"`noise` has shape .*expected \(batch_size, 16\)"):
+    with pytest.raises(ValueError, match=r"`noise` has shape .*expected \(2, 16\)"):
         model(make_images(model.config), noise=torch.rand(shape))
 
 

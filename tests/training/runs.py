@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 import clmae
 from clmae.training import CurriculumTrainer, PretrainingArguments
@@ -87,3 +88,40 @@ def assert_equal_weights(actual: dict[str, torch.Tensor], expected: dict[str, to
 def logged(trainer: CurriculumTrainer, name: str) -> dict[int, float]:
     """Step and value of everything logged under a name."""
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
+
+
+class FirstGradients(TrainerCallback):
+    """Keeps what the first optimiser step was given."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        """See the class."""
+        if state.global_step == 0:
+            self.gradients = {
+                name.removeprefix("module."): parameter.grad.clone()
+                for name, parameter in model.named_parameters()
+                if parameter.grad is not None
+            }
+
+
+def record_run(output_dir: Path, **options: Any) -> dict[str, Any]:
+    """Gradients of the first step, weights at the end and everything logged of a run by plain gradient descent.
+
+    Not by AdamW: it turns the rounding errors of gradients that are 0 into whole steps.
+    """
+    first = FirstGradients()
+    trainer = tiny_trainer(
+        output_dir,
+        optim="sgd",
+        eval_dataset=image_dataset(8, train=False),
+        eval_strategy="steps",
+        eval_steps=2,
+        difficulty_steps=2,
+        picture_steps=2,
+        callbacks=[first],
+        **options,
+    )
+    trainer.train()
+    return {"gradients": first.gradients, "weights": weights(trainer.model), "history": trainer.state.log_history}

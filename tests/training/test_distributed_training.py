@@ -1,0 +1,98 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Two processes with 4 images each do what one process with the same 8 images does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .runs import record_run, tiny_model, weights
+
+# Means over processes of means over 4 images are means over the 8. (keep_std and keep_spread are no means.)
+SAME = ("loss", "reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
+SAME += ("keep_mean", "keep_low", "keep_high", "curriculum_factor", "learning_rate", "eval_loss", "mask_difficulty")
+
+
+INTERVALS = (1, 2)
+
+
+def options(interval: int) -> dict:
+    return dict(max_steps=4, learning_rate=0.01, masker_update_interval=interval)
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """The folder with what both processes left of every run."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    script = Path(__file__).with_name("distributed_run.py")
+    runs = json.dumps([dict(per_device_train_batch_size=4, **options(interval)) for interval in INTERVALS])
+    done = subprocess.run(
+        [*launcher, str(script), str(folder), runs],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module", params=range(len(INTERVALS)), ids=[f"interval_{i}" for i in INTERVALS])
+def runs(request, two_processes, tmp_path_factory):
+    """`(first process, second process, one process alone, folder of the two)` of equal runs."""
+    folder = two_processes / str(request.param)
+    two = [torch.load(folder / f"rank-{rank}" / "result.pt") for rank in (0, 1)]
+    torch.set_num_threads(1)
+    alone = record_run(
+        tmp_path_factory.mktemp("alone"), per_device_train_batch_size=8, **options(INTERVALS[request.param])
+    )
+    return *two, alone, folder
+
+
+def test_gradients_of_the_first_step(runs):
+    first, second, alone, _ = runs
+    assert first["world_size"] == second["world_size"] == 2
+    assert len(alone["gradients"]) > 50
+    assert first["gradients"].keys() == alone["gradients"].keys()
+    torch.testing.assert_close(first["gradients"], second["gradients"], rtol=0, atol=0)
+    torch.testing.assert_close(first["gradients"], alone["gradients"], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_at_the_end(runs):
+    first, second, alone, _ = runs
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    torch.testing.assert_close(first["weights"], alone["weights"], rtol=0, atol=2e-5)
+    # Which says something only because they went much further than that.
+    initial = weights(tiny_model())
+    for name in ("decoder.decoder_pred.weight", "masking_module.head.weight"):
+        assert (alone["weights"][name] - initial[name]).abs().max() > 2e-3
+
+
+def test_logs(runs):
+    first, second, alone, _ = runs
+    values = [
+        {(entry["step"], name): entry[name] for entry in run["history"] for name in SAME if name in entry}
+        for run in (first, second, alone)
+    ]
+    assert {name for _, name in values[2]} == set(SAME)
+    assert values[0] == pytest.approx(values[2], rel=1e-3, abs=1e-4)
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_only_the_first_process_draws(runs):
+    *_, folder = runs
+    drawn = sorted(path.name for path in (folder / "rank-0" / "pictures").iterdir())
+    assert drawn == ["curves.png", "step-000000.png", "step-000002.png", "step-000004.png"]
+    assert not (folder / "rank-1" / "pictures").exists()
