@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from clmae.configuration import MAEConfig
-from clmae.training.data import _array_dtype, _undecoded, find_label_column, load_image_dataset
+from clmae.training.data import array_dtype, find_label_column, load_image_dataset, undecoded
 from clmae.training.images import ImageDecodeError, decode_image
 
 FEATURES = ("pooler_output", "cls", "mean")
@@ -60,7 +60,7 @@ class LabelledImages(Dataset):
         self.label_column = find_label_column(dataset, label_column)
         self.labels = _read_labels(dataset, self.label_column)
         self.class_names: list[str] | None = getattr(dataset.features[self.label_column], "names", None)
-        self._array_dtype = _array_dtype(dataset.features[self.image_column])
+        self._array_dtype = array_dtype(dataset.features[self.image_column])
         self.dataset = dataset.select_columns([self.image_column])  # so that no other column is read
         if self._array_dtype is not None:
             self.dataset = self.dataset.with_format("numpy")
@@ -80,7 +80,7 @@ class LabelledImages(Dataset):
 
     def _decode(self, index: int, value: Any) -> np.ndarray:
         try:
-            image = decode_image(_undecoded(value, self._array_dtype), self.num_channels)
+            image = decode_image(undecoded(value, self._array_dtype), self.num_channels)
         except ImageDecodeError as error:
             path = value.get("path") if isinstance(value, dict) else None
             raise ValueError(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from clmae.evaluation.features import check_labelled, check_same_width
 
-# L2 weights of the mean loss; scikit-learn's C is 1 / (n * l2).
+# L2 weights beside the mean loss. scikit-learn's C is 1 / (n * l2) from three classes on; with two it writes one
+# weight vector instead of two opposite ones, and its C is 2 / (n * l2).
 L2_GRID = tuple(10.0**exponent for exponent in range(1, -7, -1))
 
 
@@ -71,8 +72,7 @@ def linear_probe(
         train_features: `(n, d)`, real numbers; computed with in float32 on their device.
         train_labels: `(n,)` integers >= 0; at least two classes, at least two samples of each.
         test_features, test_labels: `(m, d)` and `(m,)`; a class that the training set lacks counts as an error.
-        l2_grid: Candidates, above 0: weights of `|W|^2 / 2` beside the mean cross-entropy. scikit-learn's C is
-            `1 / (n * l2)`.
+        l2_grid: Candidates, above 0: weights of `|W|^2 / 2` beside the mean cross-entropy.
         validation_share: Share of each class that is held out, in (0, 1); at least one sample, and not all.
         seed: Of the split.
         max_iter: Most L-BFGS iterations for one candidate.
@@ -135,33 +135,34 @@ def regularization_path(
     if len(labels.unique()) < 2:
         raise ValueError("`train_labels` holds one class only; give at least two.")
     # Features of encoders, and pixels more so, are strongly correlated, and plain L-BFGS then needs thousands of
-    # steps. In the eigenbasis of their covariance, scaled by about the Hessian's size at the start, it needs tens; the
-    # objective is the same, only written in other coordinates.
-    variances, basis = torch.linalg.eigh((features.T @ features).double() / len(features))
-    variances = variances.clamp(min=0)[:, None]
+    # steps. In the eigenbasis of their covariance, each coordinate scaled by about the Hessian's size at the start, it
+    # needs tens. The optimum is the same: a rotation changes neither logits nor penalty.
+    variances, basis = torch.linalg.eigh(features.T @ features / len(features))
+    variances = variances.double().clamp(min=0)[:, None]
+    rotated = features @ basis
+    basis = basis.double()
     model = LogisticRegression(basis.new_zeros(len(basis), num_classes), basis.new_zeros(num_classes))
     for l2 in l2_weights:
-        probabilities = model.logits(features).softmax(1)
+        probabilities = model.logits(rotated).softmax(1)
         scales = (variances * (probabilities * (1 - probabilities)).mean() + l2).sqrt()
-        model = _minimize(features, labels, l2, basis, scales, model, max_iter, tolerance)
-        yield model
+        model = _minimize(rotated, labels, l2, scales, model, max_iter, tolerance)
+        yield LogisticRegression(basis @ model.weight, model.bias)
 
 
 def _minimize(
     features: Tensor,
     labels: Tensor,
     l2: float,
-    basis: Tensor,
     scales: Tensor,
     start: LogisticRegression,
     max_iter: int,
     tolerance: float,
 ) -> LogisticRegression:
-    """L-BFGS over coordinates `c` with `weight = basis @ (c / scales)`; `basis` `(d, d)`, `scales` `(d, 1)`."""
-    coordinates = (scales * (basis.T @ start.weight)).requires_grad_()
+    """L-BFGS over `scales * weight` and the bias; `scales` `(d, 1)`."""
+    scaled = (scales * start.weight).requires_grad_()
     bias = start.bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [coordinates, bias],
+        [scaled, bias],
         max_iter=max_iter,
         tolerance_grad=tolerance,
         # In these coordinates a gradient g leaves about g^2 / 2 of the loss to gain.
@@ -172,14 +173,14 @@ def _minimize(
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        model = LogisticRegression(basis @ (coordinates / scales), bias)
+        model = LogisticRegression(scaled / scales, bias)
         loss = F.cross_entropy(model.logits(features), labels) + l2 / 2 * model.weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
-    return LogisticRegression((basis @ (coordinates / scales)).detach(), bias.detach())
+    return LogisticRegression((scaled / scales).detach(), bias.detach())
 
 
 def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

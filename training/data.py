@@ -226,7 +226,7 @@ def _resolved(dataset: AnyDataset) -> AnyDataset:
         ) from error
 
 
-def _array_dtype(feature: Any) -> np.dtype | None:
+def array_dtype(feature: Any) -> np.dtype | None:
     """Type of the numbers in an array feature of two or three dimensions; None for any other feature."""
     if isinstance(feature, (datasets.Array2D, datasets.Array3D)):
         return np.dtype(feature.dtype)
@@ -249,7 +249,7 @@ def _prepare_images(dataset: AnyDataset, column: str | None) -> ImageSource:
     features = dataset.features
     if column is None:
         found = [name for name in features if _is_encoded_image(features[name])]
-        found = found or [name for name in features if _array_dtype(features[name]) is not None]
+        found = found or [name for name in features if array_dtype(features[name]) is not None]
         if not found:
             raise ValueError(f"`dataset` has no column of images; its columns are {_describe(features)}.")
         if len(found) > 1:
@@ -260,8 +260,8 @@ def _prepare_images(dataset: AnyDataset, column: str | None) -> ImageSource:
     if isinstance(dataset, datasets.Dataset):
         dataset = dataset.with_format(None)
     feature = features[column]
-    undecoded = isinstance(feature, datasets.Image) and not feature.decode
-    if not undecoded and _array_dtype(feature) is None:
+    raw = isinstance(feature, datasets.Image) and not feature.decode
+    if not raw and array_dtype(feature) is None:
         if not _is_encoded_image(feature) and _type_name(feature) not in _ENCODED_TYPES:
             raise ValueError(
                 f"`image_column` is {column!r}, which holds no images; the columns are {_describe(features)}."
@@ -387,7 +387,7 @@ class _ImageViews:
         if on_bad_image not in ("raise", "skip"):
             raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of raise, skip.")
         dataset, image_column = _prepare_images(dataset, image_column)
-        self._array_dtype = _array_dtype(dataset.features[image_column])
+        self._array_dtype = array_dtype(dataset.features[image_column])
         self.dataset = dataset.select_columns([image_column])  # so that no other column is read or decoded
         if self._array_dtype is not None:
             self.dataset = self.dataset.with_format("numpy")
@@ -487,7 +487,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
                 continue
             try:
                 value = self.dataset[candidate][self.image_column]
-                return self._decode(_undecoded(value, self._array_dtype))
+                return self._decode(undecoded(value, self._array_dtype))
             except ImageDecodeError as error:
                 if self.on_bad_image == "raise":
                     raise self._error(str(candidate), value, error) from error
@@ -552,7 +552,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         worker = get_worker_info()
         for position, row in enumerate(self.dataset):
             try:
-                value = _resolve_bytes(_undecoded(row[self.image_column], self._array_dtype))
+                value = _resolve_bytes(undecoded(row[self.image_column], self._array_dtype))
                 key = content_key(value)
                 if key in self.excluded:
                     continue
@@ -565,7 +565,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
             yield image, key
 
 
-def _undecoded(value: Any, dtype: np.dtype | None) -> Any:
+def undecoded(value: Any, dtype: np.dtype | None) -> Any:
     """An image as `decode_image` and `content_key` take it; `dtype` is that of an array column."""
     if dtype is None or value is None:
         return value
@@ -781,8 +781,8 @@ def _hold_out_of_stream(
         rows = rows[: max(1, len(rows) // 10)] if len(rows) > 1 else []
     if not rows:
         return None, frozenset()
-    dtype = _array_dtype(features[column])
-    keys = frozenset(content_key(_undecoded(row[column], dtype)) for row in rows)
+    dtype = array_dtype(features[column])
+    keys = frozenset(content_key(undecoded(row[column], dtype)) for row in rows)
     return datasets.Dataset.from_list(rows, features=features), keys
 
 

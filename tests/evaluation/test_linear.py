@@ -52,6 +52,14 @@ def test_same_optimum_as_scikit_learn(l2, dtype, tolerance, bound):
     assert loss(ours.weight, ours.bias) <= loss(coefficients, torch.from_numpy(theirs.intercept_)) + bound**2 + 1e-12
 
 
+def test_two_classes_as_scikit_learn():
+    features, labels = blobs(classes=2)
+    (features,) = standardize(features)
+    ours = fit_logistic_regression(features.double(), labels, 0.05, tolerance=1e-8)
+    theirs = sklearn_fit(features, labels, 0.05 / 2)  # one vector v for our pair v / 2 and -v / 2
+    torch.testing.assert_close(ours.weight[:, 1] - ours.weight[:, 0], torch.from_numpy(theirs.coef_[0]))
+
+
 def test_gradient_vanishes_for_more_columns_than_samples():
     features, labels = blobs(n=20, d=64)
     (features,) = standardize(features)

@@ -80,10 +80,9 @@ def test_bounds_themselves_are_accepted(make, field, value):
 
 def test_hf_argument_parser(tmp_path):
     parser = HfArgumentParser(PretrainingArguments)
-    (args,) = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "true", "--masker_update_interval", "3", "--picture_steps", "7"]
-        + ["--base_learning_rate", "0.5", "--per_device_train_batch_size", "32", "--dataloader_drop_last", "false"]
-    )
+    argv = "--use_cpu true --masker_update_interval 3 --picture_steps 7 --base_learning_rate 0.5 "
+    argv += "--per_device_train_batch_size 32 --dataloader_drop_last false"
+    (args,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), *argv.split()])
     assert (args.masker_update_interval, args.picture_steps, args.dataloader_drop_last) == (3, 7, False)
     assert args.learning_rate == 0.5 * 32 / 256
     helps = {action.dest: action.help for action in parser._actions}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clmae import CLMAEConfig, MAEConfig
+from clmae import MAEConfig
 from clmae.modeling.modeling_cl_mae import CLMAEForPreTrainingOutput
 from clmae.training.pictures import (
     curves_figure,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -134,7 +135,7 @@ def test_parameter_groups(tmp_path):
     trainer.create_optimizer()
     groups = optimiser_names(trainer)
     trainable = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-    assert sorted(sum(groups, [])) == sorted(trainable)
+    assert sorted(name for names in groups for name in names) == sorted(trainable)
     for group, names in zip(trainer.optimizer.param_groups, groups, strict=True):
         maskers = {name.startswith("masking_module.") for name in names}
         decayed = {trainable[name].ndim > 1 for name in names}
@@ -150,7 +151,7 @@ def test_model_without_masking_module_has_one_rate(tmp_path):
     assert not trainer.has_masking_module
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {1e-3}
     trainable = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
-    assert sorted(sum(optimiser_names(trainer), [])) == sorted(trainable)
+    assert sorted(name for names in optimiser_names(trainer) for name in names) == sorted(trainable)
 
 
 def test_schedule_keeps_the_multiplier(tmp_path):
@@ -336,16 +337,17 @@ def test_evaluation_draws_no_random_numbers(tmp_path, workers):
     assert_untouched(before)
 
 
-def test_evaluation_and_pictures_leave_the_training_as_it_is(tmp_path):
-    bare = tiny_trainer(tmp_path / "bare", max_steps=5)
+@pytest.mark.parametrize("data", [image_dataset, plain_dataset])
+def test_evaluation_and_pictures_leave_the_training_as_it_is(tmp_path, data):
+    # Into a second epoch, whose order of plain data comes from the global generator.
+    run = dict(train_dataset=data(), max_steps=6)
+    bare = tiny_trainer(tmp_path / "bare", **run)
     bare.train()
-    busy = tiny_trainer(
-        tmp_path / "busy", max_steps=5, eval_strategy="steps", eval_steps=1, difficulty_steps=1, picture_steps=2
-    )
+    options = dict(eval_strategy="steps", eval_steps=1, difficulty_steps=1, picture_steps=3)
+    busy = tiny_trainer(tmp_path / "busy", **run, **options)
     busy.train()
     assert_equal_weights(weights(busy.model), weights(bare.model))
     assert logged(busy, "loss") == logged(bare, "loss")
-    assert busy.model.training
 
 
 # -- mask difficulty ------------------------------------------------------------------------------------------------
@@ -420,7 +422,7 @@ def test_between_its_updates_the_masking_module_does_not_move(tmp_path, optim):
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     masker = {name for name in trainable if name.startswith("masking_module.")}
     assert len(snapshots) == 7
-    for step, (before, after) in enumerate(zip(snapshots, snapshots[1:], strict=False)):
+    for step, (before, after) in enumerate(itertools.pairwise(snapshots)):
         moved = {name for name in trainable if not torch.equal(before[name], after[name])}
         assert moved == (trainable if step % 2 == 0 else trainable - masker), step
 
@@ -472,7 +474,8 @@ def test_masks_of_data_without_noise_are_new_each_batch_and_the_same_each_run(tm
     noise, final = run(0)
     assert noise.shape == (6, 4, 16)
     assert len(noise.flatten().unique()) == noise.numel()
-    assert (noise.min() >= 0) and (noise.max() < 1)
+    assert noise.min() >= 0
+    assert noise.max() < 1
     again, final_again = run(0)
     assert torch.equal(noise, again)
     assert_equal_weights(final_again, final)

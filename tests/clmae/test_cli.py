@@ -1,0 +1,400 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The commands, from the arguments to exit code, messages and files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForPreTraining
+
+import clmae.cli.pretrain
+from clmae import FAMILIES
+from clmae.cli import main
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+TINY = """\
+model_size: tiny
+hidden_size: 32
+num_hidden_layers: 1
+num_attention_heads: 4
+decoder_hidden_size: 16
+decoder_num_hidden_layers: 1
+decoder_num_attention_heads: 2
+image_size: 16
+patch_size: 4
+per_device_train_batch_size: 4
+learning_rate: 1.0e-3
+use_cpu: true
+disable_tqdm: true
+dataloader_pin_memory: false
+"""
+TINY_MASKER = "masker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\n"
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """A folder and a cache of its own, and no Hub."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+def save_image(path, seed=0, size=(24, 20), mode="RGB"):
+    coarse = np.random.default_rng(seed).uniform(0, 255, (5, 5, 3)).astype(np.uint8)
+    Image.fromarray(coarse).resize(size, Image.BICUBIC).convert(mode).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder of 24 pictures."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(24):
+        save_image(folder / f"{i:02}.png", seed=i)
+    return str(folder)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """`recipe(family, text)`: the path of a recipe for a tiny model."""
+
+    def write(family="cl_mae", text=""):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"family: {family}\n{TINY}{TINY_MASKER if family == 'cl_mae' else ''}{text}")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    """What `clmae pretrain` would train on what: it stops where it would load data."""
+    seen = {}
+
+    def stop(data, config, seed):
+        seen.update(data=data, config=config, seed=seed)
+        raise ValueError("this far and no further")
+
+    monkeypatch.setattr(clmae.cli.pretrain, "build_datasets", stop)
+    return seen
+
+
+def error(capsys, *argv):
+    """The message of a command that ends with exit code 2."""
+    assert main(list(argv)) == 2
+    _, marked, message = capsys.readouterr().err.partition("clmae: error: ")
+    assert marked
+    return message
+
+
+# -- clmae ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_command_shows_how(capsys):
+    assert main([]) == 2
+    assert "usage: clmae COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_shows_examples_before_commands(capsys, flag):
+    assert main([flag]) == 0
+    text = capsys.readouterr().out
+    assert text.index("usage:") < text.index("examples:") < text.index("commands:")
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['clmae', '--help']\n"
+        "try:\n    runpy.run_module('clmae', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "usage: clmae COMMAND" in done.stdout
+    assert done.returncode == 0, done.stderr
+
+
+def test_unknown_command(capsys):
+    message = error(capsys, "pretrian")
+    assert "unknown command 'pretrian'; did you mean 'pretrain'?" in message
+
+
+# -- clmae pretrain: what is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--help", "--help_all"])
+def test_help_of_pretrain(capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        main(["pretrain", flag])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("examples:") < text.index("clmae pretrain --config recipes/") < text.index("\n  --family ")
+    for option in (
+        "--dataset",
+        "--mask_ratio",
+        "--masker_num_hidden_layers",
+        "--masker_update_interval",
+        "--output_dir",
+    ):
+        assert f"\n  {option} " in text
+    assert ("--adam_epsilon" in text) == (flag == "--help_all")
+
+
+def test_help_of_the_family_that_was_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--family=mae", "--help"])
+    text = capsys.readouterr().out
+    assert "fields of MAEConfig" in text
+    assert "--masker_num_hidden_layers" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset", "d", "--learning_rat", "1"], "unknown option '--learning_rat'; did you mean 'learning_rate'?"),
+        (["--dataset", "d", "--mask_ratio", "abc"], "invalid float value: 'abc'"),
+        (["--dataset", "d", "--mask_ratio", "1.5"], "`mask_ratio` is 1.5; give a number in [0, 1)"),
+        (["--dataset", "d", "--image_size", "30"], "`image_size` is 30 and `patch_size` 16"),
+        (["--dataset", "d", "--model_size", "huuge"], "`model_size` is 'huuge'; choose one of tiny, small"),
+        (["--dataset", "d", "--masker_update_interval", "0"], "`masker_update_interval` is 0"),
+        (["--dataset", "d", "--lr_scheduler_type", "cosin"], "cosin"),
+        (["--dataset", "d", "--on_bad_image", "ignore"], "`on_bad_image` is 'ignore'; choose one of raise, skip"),
+        (["--dataset", "d", "--family", "clmae"], "`family` is 'clmae'; did you mean 'cl_mae'?"),
+        (["--dataset", "d", "--family", "mae", "--curriculum_end", "0"], "unknown option '--curriculum_end'"),
+        (["--family", "mae"], "missing: --dataset"),
+        (["--config", "none.yaml"], "--config none.yaml: No such file"),
+        (["--dataset", "/no/such/folder"], "`dataset` is '/no/such/folder', but there is no such file or folder"),
+        (["--dataset", "d", "--resume_from_checkpoint", "last"], "holds no checkpoint"),
+        (["--dataset", "d", "--resume_from_checkpoint", "elsewhere"], "'elsewhere', which is no checkpoint folder"),
+    ],
+)
+def test_mistakes_end_with_2_and_a_message(capsys, argv, message):
+    assert message in error(capsys, "pretrain", "--use_cpu", "true", "--output_dir", "out", *argv)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mask_ration: 0.5\n", "unknown entry 'mask_ration'; did you mean 'mask_ratio'?"),
+        ("mask_ratio: [0.5\n", "not a YAML file"),
+        ("mask_ratio: much\n", "invalid float value: 'much'"),
+        ("mask_ratio: 2\n", "`mask_ratio` is 2"),
+    ],
+)
+def test_mistakes_in_recipes(capsys, recipe, text, message):
+    assert message in error(capsys, "pretrain", "--config", recipe(text=text), "--dataset", "d")
+
+
+def test_family_typo_in_a_recipe(capsys, recipe):
+    assert "`family` is 'mea'; did you mean 'mae'?" in error(capsys, "pretrain", "--config", recipe("mea"))
+
+
+def test_empty_folder(capsys, recipe):
+    Path("empty").mkdir()
+    message = error(capsys, "pretrain", "--config", recipe(), "--dataset", "empty", "--output_dir", "out")
+    assert "`dataset` is the folder 'empty', which holds no images" in message
+
+
+def test_earlier_run_is_not_overwritten(capsys, recipe, photos):
+    Path("out/checkpoint-5").mkdir(parents=True)
+    message = error(capsys, "pretrain", "--config", recipe(), "--dataset", photos, "--output_dir", "out")
+    assert "holds the checkpoints of an earlier run (checkpoint-5)" in message
+    assert "--resume_from_checkpoint last" in message
+
+
+def test_data_set_smaller_than_a_batch(capsys, recipe, photos):
+    argv = ["--dataset", photos, "--output_dir", "out", "--per_device_train_batch_size", "100"]
+    message = error(capsys, "pretrain", "--config", recipe(), *argv)
+    assert "`per_device_train_batch_size` asks for batches of 100" in message
+
+
+# -- clmae pretrain: recipes ----------------------------------------------------------------------------------------
+
+
+def test_command_line_goes_before_the_recipe(capsys, parsed, recipe):
+    path = recipe(text="mask_ratio: 0.5\nnorm_pix_loss: false\nhorizontal_flip: false\nseed: 7\ndataset: d\n")
+    argv = ["--mask_ratio", "0.625", "--image_size", "32", "64", "--patch_size", "8"]
+    assert "this far" in error(capsys, "pretrain", "--config", path, *argv)
+    config = parsed["config"]
+    assert (config.mask_ratio, config.hidden_size, config.norm_pix_loss) == (0.625, 32, False)
+    assert config.grid_size == (4, 8)
+    assert (parsed["data"].dataset, parsed["data"].horizontal_flip, parsed["seed"]) == ("d", False, 7)
+    error(capsys, "pretrain", "--config", path, "--norm_pix_loss", "true", "--family", "cl_mae")
+    assert parsed["config"].norm_pix_loss
+
+
+def test_there_are_recipes():
+    assert {"mae_cifar10.yaml", "cl_mae_cifar10.yaml"} <= {path.name for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_hold_nothing_but_options_and_make_a_configuration(capsys, parsed, path):
+    message = error(capsys, "pretrain", "--config", str(path), "--use_cpu", "true", "--output_dir", "out")
+    assert "this far" in message, message
+    family = next(line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("family:"))
+    assert type(parsed["config"]) is FAMILIES[family][0]
+
+
+# -- clmae pretrain, clmae visualize --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, photos):
+    """`trained(family)`: the folder of a model that `clmae pretrain` left."""
+    folders = {}
+
+    def get(family):
+        if family not in folders:
+            folder = tmp_path_factory.mktemp(family)
+            text = (
+                f"family: {family}\n{TINY}{TINY_MASKER if family == 'cl_mae' else ''}max_steps: 4\nlogging_steps: 2\n"
+            )
+            (folder / "recipe.yaml").write_text(text)
+            argv = ["--config", str(folder / "recipe.yaml"), "--dataset", photos, "--output_dir", str(folder / "out")]
+            assert main(["pretrain", *argv]) == 0
+            folders[family] = folder / "out"
+        return folders[family]
+
+    return get
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_pretrain_leaves_model_processor_numbers_and_pictures(trained, family):
+    folder = trained(family)
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "trainer_state.json"} <= names
+    assert {"checkpoint-4", "pictures", "pretrain_results.json"} <= names
+    model = AutoModelForPreTraining.from_pretrained(folder)
+    assert type(model) is FAMILIES[family][2]
+    assert (model.config.hidden_size, model.config.image_size) == (32, 16)
+    assert AutoImageProcessor.from_pretrained(folder)(Image.new("RGB", (40, 30))).pixel_values[0].shape == (3, 16, 16)
+    results = json.loads((folder / "pretrain_results.json").read_text())
+    assert results["num_bad_images"] == 0
+    assert 0 < results["eval_loss"] < 10
+    assert {"step-000000.png", "step-000004.png", "curves.png"} == {p.name for p in (folder / "pictures").iterdir()}
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert any("mask_difficulty" in entry for entry in history) == (family == "cl_mae")
+
+
+def test_pretrain_says_what_comes_next(capsys, recipe, photos):
+    argv = ["--dataset", photos, "--output_dir", "out", "--max_steps", "1", "--save_strategy", "no"]
+    assert main(["pretrain", "--config", recipe("mae"), *argv]) == 0
+    assert "clmae visualize --model out --images" in capsys.readouterr().out
+
+
+def with_broken_image(folder):
+    folder.mkdir()
+    for i in range(11):
+        save_image(folder / f"{i:02}.png", seed=i)
+    (folder / "05.png").write_bytes(b"no picture")
+    return str(folder)
+
+
+def test_broken_image_is_named(capsys, recipe, tmp_path):
+    folder = with_broken_image(tmp_path / "photos")
+    argv = ["--dataset", folder, "--output_dir", "out", "--num_train_epochs", "1", "--num_held_out", "0"]
+    message = error(capsys, "pretrain", "--config", recipe("mae"), *argv, "--dataloader_drop_last", "false")
+    assert "05.png" in message
+    assert "`on_bad_image`" in message
+
+
+def test_broken_image_is_skipped_and_counted(capsys, recipe, tmp_path):
+    folder = with_broken_image(tmp_path / "photos")
+    argv = ["--dataset", folder, "--output_dir", "out", "--num_train_epochs", "1", "--num_held_out", "0"]
+    argv += ["--dataloader_drop_last", "false", "--on_bad_image", "skip"]
+    assert main(["pretrain", "--config", recipe("mae"), *argv]) == 0
+    assert "1 broken images were skipped" in capsys.readouterr().out
+    assert json.loads(Path("out/pretrain_results.json").read_text())["num_bad_images"] == 1
+
+
+def wait_for(path, process, seconds=90):
+    for _ in range(seconds * 50):
+        if path.exists() or process.poll() is not None:
+            return
+        time.sleep(0.02)
+
+
+def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends(recipe, photos):
+    text = f"dataset: {photos}\noutput_dir: out\nmax_steps: 250\ndataloader_num_workers: 1\ndifficulty_steps: 0\n"
+    command = ["pretrain", "--config", recipe(text=text)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clmae", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(Path("out/pictures/step-000000.png"), process)
+    time.sleep(0.3)  # so that the workers run
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers are told, too
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "--resume_from_checkpoint last" in output
+    assert "Traceback" not in output
+    (checkpoint,) = Path("out").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 0 < step < 250
+    assert f"Stopped at step {step}." in output
+    assert not Path("out/model.safetensors").exists()
+    assert main([*command, "--resume_from_checkpoint", "last"]) == 0
+    state = json.loads(Path("out/trainer_state.json").read_text())
+    assert state["global_step"] == 250
+    assert Path("out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_visualize(capsys, trained, tmp_path, family):
+    images = [save_image("a.png"), save_image("b.jpg", seed=1, size=(60, 33)), save_image("c.png", mode="L")]
+    argv = ["visualize", "--model", str(trained(family)), "--images", *images]
+    assert main([*argv, "--output", "new/masks.png"]) == 0
+    assert "new/masks.png" in capsys.readouterr().out
+    with Image.open("new/masks.png") as picture:
+        assert picture.format == "PNG"
+        assert min(picture.size) > 200
+        assert np.asarray(picture.convert("L")).std() > 10
+    assert main([*argv, "--output", "again.png"]) == 0
+    assert main([*argv, "--output", "other.png", "--seed", "1"]) == 0
+    first, again, other = (Path(name).read_bytes() for name in ("new/masks.png", "again.png", "other.png"))
+    assert again == first
+    assert (other == first) == (family == "cl_mae")  # learned masks are not drawn at random
+
+
+def test_visualize_mistakes(capsys, trained):
+    model, good = str(trained("mae")), save_image("good.png")
+    Path("broken.png").write_bytes(b"no picture")
+    arguments = ["visualize", "--model", model, "--images", good]
+    assert "`images`: broken.png: it cannot be decoded" in error(capsys, *arguments, "broken.png")
+    assert "`images`: none.png: the file none.png cannot be read" in error(capsys, *arguments, "none.png")
+    assert "`output` is 'masks.jpg'" in error(capsys, *arguments, "--output", "masks.jpg")
+    assert "`model` './nowhere' cannot be loaded" in error(
+        capsys, "visualize", "--model", "./nowhere", "--images", good
+    )
+    Path("empty").mkdir()
+    assert "`model` './empty' cannot be loaded" in error(capsys, "visualize", "--model", "./empty", "--images", good)
+    assert "missing: --model" in error(capsys, "visualize", "--images", good)
+    assert "did you mean 'output'?" in error(capsys, *arguments, "--outptu", "x.png")
+    assert not list(Path().glob("masks*"))
+
+
+def test_visualize_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["visualize", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("examples:") < text.index("\n  --model ")

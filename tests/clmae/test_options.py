@@ -1,0 +1,248 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""From a command line and a recipe to dataclasses."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import pytest
+
+from clmae import CLMAEConfig, MAEConfig
+from clmae.cli.options import (
+    UsageError,
+    config_options,
+    given,
+    nearest,
+    parse,
+    read_recipe,
+    recipe_to_argv,
+    split_recipe,
+)
+
+
+@dataclass
+class Animal:
+    """A group of options."""
+
+    name: str = field(metadata={"help": "What it is called."})
+    legs: int = field(default=4, metadata={"help": "How many."})
+    weight: float | None = field(default=None, metadata={"help": "In kg."})
+    tame: bool = field(default=False, metadata={"help": "Whether it bites."})
+    awake: bool = field(default=True, metadata={"help": "Whether it sleeps."})
+    sizes: list[int] | None = field(default=None, metadata={"help": "Height and width."})
+
+
+@dataclass
+class House:
+    """Another."""
+
+    rooms: int = field(default=3, metadata={"help": "Rooms."})
+    hidden_room: int = field(default=0, metadata={"help": "For the initiated."})
+
+
+def parse_both(*argv, **options):
+    described = dict(prog="zoo keep", description="Keep a zoo.", examples="  zoo keep --name Leo")
+    return parse({"animals": Animal, "houses": House}, argv, **{**described, **options})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+# -- parsing --------------------------------------------------------------------------------------------------------
+
+
+def test_options_and_defaults():
+    animal, house = parse_both("--name", "Leo", "--weight", "2.5", "--rooms=7", "--sizes", "32", "64")
+    assert animal == Animal("Leo", weight=2.5, sizes=[32, 64])
+    assert house == House(rooms=7)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("false", False), ("True", True), ("0", False)])
+def test_booleans_take_a_value(text, value):
+    animal, _ = parse_both("--name", "Leo", "--tame", text, "--awake", text)
+    assert (animal.tame, animal.awake) == (value, value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ((), "missing: --name"),
+        (("--name", "Leo", "--legs", "abc"), "--legs.*invalid int value: 'abc'"),
+        (("--name", "Leo", "--weight", "heavy"), "--weight.*invalid float value: 'heavy'"),
+        (("--name", "Leo", "--tame", "maybe"), "--tame.*maybe"),
+        (("--name", "Leo", "--leggs", "3"), r"unknown option '--leggs'; did you mean 'legs'\?"),
+        (("--name", "Leo", "--hidden-romm=3"), r"unknown option '--hidden-romm'; did you mean 'hidden_room'\?"),
+        (("--name", "Leo", "--zzzzqqq"), r"unknown option '--zzzzqqq'$"),
+        (("--name", "Leo", "stray"), "unknown argument 'stray'"),
+        (("--nam", "Leo"), "missing: --name"),  # no abbreviations: a new option could change what they mean
+        (("--name",), "--name.*expected one argument"),
+        (("--name", "Leo", "--config"), "--config: give the path of a recipe"),
+    ],
+)
+def test_mistakes_are_named(argv, message):
+    with pytest.raises(UsageError, match=message):
+        parse_both(*argv)
+
+
+def test_nearest():
+    assert nearest("learning_rat", ["learning_rate", "seed"]) == "; did you mean 'learning_rate'?"
+    assert nearest("xyz", ["learning_rate", "seed"]) == ""
+
+
+# -- recipes --------------------------------------------------------------------------------------------------------
+
+
+def test_recipe_gives_what_the_command_line_does_not(recipe):
+    path = recipe("name: Leo\nlegs: 3\nweight: 1.5\ntame: true\nawake: false\nsizes: [32, 64]\nrooms: 5\n")
+    animal, house = parse_both("--config", path)
+    assert animal == Animal("Leo", 3, 1.5, True, False, [32, 64])
+    assert house == House(rooms=5)
+    for argv in (
+        ("--config", path, "--legs", "2", "--awake", "true"),
+        ("--legs", "2", "--awake", "true", "--config", path),
+    ):
+        animal, _ = parse_both(*argv)
+        assert animal == Animal("Leo", 2, 1.5, True, True, [32, 64])
+
+
+def test_recipe_path_after_an_equals_sign(recipe):
+    assert parse_both(f"--config={recipe('name: Leo')}")[0] == Animal("Leo")
+
+
+@pytest.mark.parametrize("value", ["-1.0", "-1.0e-5", "-0.5", "1.0e-5", "1e-5"])
+def test_numbers_in_recipes(recipe, value):
+    animal, _ = parse_both("--config", recipe(f"name: Leo\nweight: {value}\n"))
+    assert animal.weight == float(value)
+
+
+@pytest.mark.parametrize("text", ["with spaces", "-dash", "--dashes", "a=b", "täglich"])
+def test_strings_in_recipes(recipe, text):
+    assert parse_both("--config", recipe(f"name: '{text}'"))[0].name == text
+
+
+def test_empty_value_leaves_the_default(recipe):
+    animal, _ = parse_both("--config", recipe("name: Leo\nlegs:\nweight: null\n"))
+    assert animal == Animal("Leo")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: Leo\nleggs: 3\n", r"recipe .*recipe.yaml: unknown entry 'leggs'; did you mean 'legs'\?"),
+        ("name: Leo\nconfig: other.yaml\n", "unknown entry 'config'"),
+        ("name: [Leo\n", "not a YAML file"),
+        ("name: Leo: lion\n", "not a YAML file"),
+        ("- name\n- Leo\n", "a recipe is a list of `option: value` lines"),
+        ("just words\n", "a recipe is a list of `option: value` lines"),
+        ("", "a recipe is a list of `option: value` lines"),
+        ("1: Leo\n", "a recipe is a list of `option: value` lines"),
+        ("name: Leo\nlegs: many\n", "--legs.*invalid int value: 'many'"),
+    ],
+)
+def test_bad_recipes(recipe, text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_both("--config", recipe(text))
+
+
+def test_recipe_that_is_not_there_or_no_text(tmp_path):
+    with pytest.raises(UsageError, match=r"--config .*none.yaml: No such file"):
+        read_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UsageError, match="--config"):
+        read_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UsageError, match="not a YAML file"):
+        read_recipe(tmp_path / "binary.yaml")
+
+
+def test_recipe_to_argv():
+    argv = recipe_to_argv({"a": 1, "b": None, "c": True, "d": [1, 2], "e": {"k": 1}, "f": "x y"})
+    # However an option and its value are joined.
+    assert " ".join(argv).replace("=", " ") == '--a 1 --c true --d 1 2 --e {"k": 1} --f x y'
+
+
+def test_split_recipe(recipe):
+    path = recipe("legs: 3")
+    assert split_recipe(["--name", "Leo", "--config", path, "--legs", "2"]) == (
+        {"legs": 3},
+        path,
+        ["--name", "Leo", "--legs", "2"],
+    )
+    assert split_recipe(["--name", "Leo"]) == ({}, None, ["--name", "Leo"])
+
+
+# -- help -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help_all", "--help-all"])
+def test_help(capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        parse_both(flag, shown={"houses": {"rooms"}})
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: zoo keep [--config RECIPE.yaml]")
+    places = [text.index(part) for part in ("Keep a zoo.", "examples:\n  zoo keep --name Leo", "animals:", "--legs")]
+    assert places == sorted(places)
+    assert "How many. [4]" in text
+    assert ("For the initiated." in text) == ("all" in flag)
+    assert ("--help_all explains" in text) == ("all" not in flag)
+    assert "--no_awake" not in text
+
+
+def test_help_comes_before_complaints(capsys, recipe):
+    with pytest.raises(SystemExit):
+        parse_both("--config", recipe("leggs: 3"), "--help")
+    assert "usage: zoo keep" in capsys.readouterr().out
+
+
+# -- a configuration as options -------------------------------------------------------------------------------------
+
+
+def parse_config(config_class, *argv):
+    (options,) = parse({"model": config_options(config_class)}, argv, prog="p", description="d", examples="e")
+    return given(options)
+
+
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig])
+def test_every_field_of_a_configuration_is_an_option_with_a_help(config_class):
+    fields = dataclasses.fields(config_options(config_class))
+    names = {f.name for f in fields}
+    assert len(fields) == len(names)
+    assert {"hidden_size", "image_size", "mask_ratio", "norm_pix_loss", "decoder_hidden_size"} <= names
+    assert ("masker_num_hidden_layers" in names) == ("curriculum_start" in names) == (config_class is CLMAEConfig)
+    # Every one is a field of the configuration, and what transformers itself adds is left out.
+    assert names < {f.name for f in dataclasses.fields(config_class)}
+    assert not names & {"return_dict", "id2label", "apply_layernorm", "_out_features"}
+    assert [f.name for f in fields if len(f.metadata["help"]) < 10] == []
+    assert not any("`" in f.metadata["help"] for f in fields)
+
+
+def test_only_what_was_given_reaches_the_configuration():
+    assert parse_config(CLMAEConfig) == {}
+    values = parse_config(
+        CLMAEConfig,
+        *("--hidden_size", "64", "--mask_ratio", "0.5", "--norm_pix_loss", "false", "--curriculum_end", "-0.5"),
+        *("--curriculum_shape", "cosine", "--masker_intermediate_size", "99"),
+    )
+    assert values == {
+        "hidden_size": 64,
+        "mask_ratio": 0.5,
+        "norm_pix_loss": False,
+        "curriculum_end": -0.5,
+        "curriculum_shape": "cosine",
+        "masker_intermediate_size": 99,
+    }
+
+
+def test_sizes_are_one_number_or_two():
+    values = parse_config(MAEConfig, "--image_size", "32", "64", "--patch_size", "8")
+    assert values == {"image_size": [32, 64], "patch_size": 8}
+    config = MAEConfig(**values)
+    assert config.grid_size == (4, 8)
