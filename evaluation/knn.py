@@ -12,6 +12,11 @@ from torch import Tensor
 
 from clmae.evaluation.features import check_labelled, check_same_width
 
+KS = (5, 10, 20)
+TEMPERATURE = 0.07
+EUCLIDEAN_K = 5  # CL-MAE's
+CHUNK_SIZE = 256  # queries at a time
+
 
 @dataclass(frozen=True)
 class EuclideanKNNResult:
@@ -31,10 +36,10 @@ def knn_predict(
     train_labels: Tensor,
     test_features: Tensor,
     *,
-    ks: Sequence[int] = (5, 10, 20),
-    temperature: float = 0.07,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
     num_classes: int | None = None,
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[int, Tensor]:
     """Classes of the queries by weighted votes of their most similar references.
 
@@ -84,10 +89,10 @@ def knn_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     *,
-    ks: Sequence[int] = (5, 10, 20),
-    temperature: float = 0.07,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
     num_classes: int | None = None,
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[int, float]:
     """Top-1 accuracy in [0, 1] for each k of [`knn_predict`], which explains the arguments.
 
@@ -115,8 +120,8 @@ def knn_euclidean_accuracy(
     test_features: Tensor,
     test_labels: Tensor,
     *,
-    k: int = 5,
-    chunk_size: int = 256,
+    k: int = EUCLIDEAN_K,
+    chunk_size: int = CHUNK_SIZE,
 ) -> EuclideanKNNResult:
     """CL-MAE's nearest-neighbour protocol: Euclidean distance, every one of the k neighbours with the same vote.
 

@@ -15,6 +15,8 @@ from clmae.evaluation.features import check_labelled, check_same_width
 # L2 weights beside the mean loss. scikit-learn's C is 1 / (n * l2) from three classes on; with two it writes one
 # weight vector instead of two opposite ones, and its C is 2 / (n * l2).
 L2_GRID = tuple(10.0**exponent for exponent in range(1, -7, -1))
+VALIDATION_SHARE = 0.2
+MAX_ITER = 500
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def linear_probe(
     test_labels: Tensor,
     *,
     l2_grid: Sequence[float] = L2_GRID,
-    validation_share: float = 0.2,
+    validation_share: float = VALIDATION_SHARE,
     seed: int = 0,
-    max_iter: int = 500,
+    max_iter: int = MAX_ITER,
 ) -> LinearProbeResult:
     """Accuracy of a linear classifier on frozen features; the L2 weight is chosen without the test set.
 
@@ -106,14 +108,14 @@ def linear_probe(
 
 
 def fit_logistic_regression(
-    features: Tensor, labels: Tensor, l2: float, *, max_iter: int = 500, tolerance: float = 1e-5
+    features: Tensor, labels: Tensor, l2: float, *, max_iter: int = MAX_ITER, tolerance: float = 1e-5
 ) -> LogisticRegression:
     """The one solution of [`regularization_path`] for one L2 weight."""
     return next(regularization_path(features, labels, [l2], max_iter=max_iter, tolerance=tolerance))
 
 
 def regularization_path(
-    features: Tensor, labels: Tensor, l2_weights: Sequence[float], *, max_iter: int = 500, tolerance: float = 1e-5
+    features: Tensor, labels: Tensor, l2_weights: Sequence[float], *, max_iter: int = MAX_ITER, tolerance: float = 1e-5
 ) -> Iterator[LogisticRegression]:
     """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) by full-batch L-BFGS.
 

@@ -26,9 +26,11 @@ from clmae.evaluation.features import (
     random_encoder,
     raw_pixels,
 )
-from clmae.evaluation.knn import knn_accuracy, knn_euclidean_accuracy
-from clmae.evaluation.linear import L2_GRID, linear_probe
-from clmae.training.data import AnyDataset, load_image_dataset, take_samples
+from clmae.evaluation.knn import CHUNK_SIZE, EUCLIDEAN_K, KS, TEMPERATURE, knn_accuracy, knn_euclidean_accuracy
+from clmae.evaluation.linear import L2_GRID, MAX_ITER, VALIDATION_SHARE, linear_probe
+from clmae.training.data import AnyDataset, hold_out, load_image_dataset, take_samples
+
+TEST_SHARE = 0.2  # of a data set without a test split
 
 
 class SplitFeatures(NamedTuple):
@@ -48,10 +50,10 @@ class KNNProtocol:
     """k-NN by cosine and by Euclidean distance; the fields are arguments of the functions in `knn`."""
 
     name: ClassVar[str] = "knn"
-    ks: tuple[int, ...] = (5, 10, 20)
-    temperature: float = 0.07
-    euclidean_k: int = 5
-    chunk_size: int = 256
+    ks: tuple[int, ...] = KS
+    temperature: float = TEMPERATURE
+    euclidean_k: int = EUCLIDEAN_K
+    chunk_size: int = CHUNK_SIZE
 
     def score(self, data: SplitFeatures) -> tuple[dict[str, float], dict[str, Any]]:
         """`(accuracies in [0, 1] by name, what else was found)`."""
@@ -69,9 +71,9 @@ class LinearProtocol:
 
     name: ClassVar[str] = "linear"
     l2_grid: tuple[float, ...] = L2_GRID
-    validation_share: float = 0.2
+    validation_share: float = VALIDATION_SHARE
     seed: int = 0
-    max_iter: int = 500
+    max_iter: int = MAX_ITER
 
     def score(self, data: SplitFeatures) -> tuple[dict[str, float], dict[str, Any]]:
         """`(accuracies in [0, 1] by name, what else was found)`."""
@@ -234,7 +236,7 @@ def evaluate_model(
     dataset_source: str | os.PathLike | AnyDataset | dict,
     protocols: Sequence[str | Protocol] = ("knn", "linear"),
     train_split: str = "train",
-    test_split: str = "test",
+    test_split: str | None = None,
     max_train_samples: int | None = None,
     max_test_samples: int | None = None,
     label_column: str | None = None,
@@ -250,7 +252,9 @@ def evaluate_model(
         model_path: Folder or Hub id of anything that `AutoModel` and `AutoImageProcessor` load.
         dataset_source, config_name, image_column: As in [`load_image_dataset`]; not a stream.
         protocols: As in [`evaluate_protocols`].
-        train_split, test_split: Splits to learn from and to be judged on.
+        train_split: Split to learn from.
+        test_split: Split to be judged on; if not given `"test"` or, where there is none, a fixed random fifth of the
+            training split, which is then not learnt from.
         max_train_samples, max_test_samples: At most so many, drawn with a fixed seed.
         label_column: Where the classes are, if there are several such columns.
         device: Where to compute; a GPU if there is one, if not given.
@@ -260,7 +264,7 @@ def evaluate_model(
         ValueError: The data set has no such split or column, and whatever [`evaluate_protocols`] refuses.
     """
     _choose_protocols(protocols)  # a wrong name is reported before anything is loaded
-    splits = _load_splits(dataset_source, train_split, test_split, config_name, image_column)
+    *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, image_column)
     model = AutoModel.from_pretrained(model_path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     num_channels = getattr(model.config, "num_channels", 3)
@@ -282,7 +286,7 @@ def evaluate_model(
         "dataset": os.fspath(dataset_source) if isinstance(dataset_source, (str, os.PathLike)) else "in memory",
         "dataset_config_name": config_name,
         "train_split": train_split,
-        "test_split": test_split,
+        "test_split": tested_on,
         "max_train_samples": max_train_samples,
         "max_test_samples": max_test_samples,
     }
@@ -290,21 +294,35 @@ def evaluate_model(
 
 
 def _load_splits(
-    source: Any, train_split: str, test_split: str, config_name: str | None, image_column: str | None
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    splits = []
-    for option, split in (("train_split", train_split), ("test_split", test_split)):
+    source: Any, train_split: str, test_split: str | None, config_name: str | None, image_column: str | None
+) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """Training and test images, and what the test images are."""
+
+    def load(option: str, split: str) -> datasets.Dataset:
         try:
-            splits.append(load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset)
+            return load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset
         except ValueError as error:
             raise ValueError(f"{error} (`{option}` chooses the split that is read here.)") from error
-    # A single data set answers to any split name; tested here, because a limit would make different ones of it.
-    if splits[0]._fingerprint == splits[1]._fingerprint:
-        raise ValueError(
-            f"`dataset` gives the same images as {train_split!r} and as {test_split!r}, so that the test would be on "
-            "what was learnt; set `train_split` and `test_split` to two splits of a data set that has them."
-        )
-    return splits[0], splits[1]
+
+    train = load("train_split", train_split)
+    if test_split is not None:
+        test = load("test_split", test_split)
+        # A single data set answers to any split name; tested here, because a limit would make different ones of it.
+        if train._fingerprint == test._fingerprint:
+            raise ValueError(
+                f"`dataset` gives the same images as {train_split!r} and as {test_split!r}, so that the test would be "
+                "on what was learnt; leave out `test_split` to hold out a part of them."
+            )
+        return train, test, test_split
+    try:
+        test = load("test_split", "test")
+    except ValueError:
+        test = train  # there is no such split
+    if train._fingerprint != test._fingerprint:
+        return train, test, "test"
+    if len(train) < 2:
+        raise ValueError("`dataset` has a single image; give images to learn from, and others to be judged on.")
+    return *hold_out(train, TEST_SHARE), f"{TEST_SHARE:.0%} of {train_split}, held out at random"
 
 
 def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:

@@ -60,9 +60,10 @@ def kl_loss(keep: torch.Tensor, mask_ratio: float, reduction: str) -> torch.Tens
 
     `reduction` is `"mean"` over the batch, or the authors' `"sum"`, whose weight depends on the batch size.
     """
-    mean, visible = keep.mean(1), 1 - mask_ratio
-    # xlogy: 0·log 0 = 0, so that a saturated image costs what the formula says.
-    divergence = torch.xlogy(mean, mean / visible) + torch.xlogy(1 - mean, (1 - mean) / mask_ratio)
+    # A fully saturated image would have an infinite gradient.
+    tiny = torch.finfo(keep.dtype).eps
+    mean, visible = keep.mean(1).clamp(tiny, 1 - tiny), 1 - mask_ratio
+    divergence = mean * (mean / visible).log() + (1 - mean) * ((1 - mean) / mask_ratio).log()
     return divergence.mean() if reduction == "mean" else divergence.sum()
 
 

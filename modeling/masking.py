@@ -78,7 +78,8 @@ def block_scores(noise: torch.Tensor, grid_size: tuple[int, int], num_visible: i
     height, width = grid_size
     num_patches = height * width
     value, centre = noise.topk(min(_MAX_BLOCKS, num_patches), dim=1, largest=False)  # (B, R), ascending
-    area_draw, aspect_draw = (value * 2**8).frac(), (value * 2**16).frac()
+    # The smallest of N numbers are of the order of 1 / N: only the digits below that are uniform.
+    area_draw, aspect_draw = (value * num_patches * 2**4).frac(), (value * num_patches * 2**10).frac()
     area = num_patches * (_BLOCK_AREA[0] + (_BLOCK_AREA[1] - _BLOCK_AREA[0]) * area_draw)
     aspect = torch.exp((2 * aspect_draw - 1) * math.log(1 / _BLOCK_ASPECT))
     position = torch.arange(num_patches, device=noise.device)

@@ -118,6 +118,9 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
     Pass A trains encoder and decoder under the mask that the module chooses; pass B trains the module through the
     frozen autoencoder, towards masks that are easier (curriculum factor > 0) or harder (< 0) to reconstruct. One
     `loss.backward()` does both: each gradient reaches its own half of the parameters alone.
+
+    The curriculum factor is the caller's to move: `clmae.training.CurriculumTrainer` does it; in any other training
+    loop it stays at `config.curriculum_start` unless it is passed.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^fc_norm\."]
@@ -212,11 +215,13 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
     ) -> dict[str, torch.Tensor]:
         """The four terms of L_mask, before their weights."""
         config = self.config
+        # Evaluation may happen in one process alone, and then must not wait for the others.
+        everyone = gather_across_processes(keep) if self.training else keep
         return {
             "soft_reconstruction_loss": self.soft_reconstruction_loss(embeddings, keep, targets, grid_size),
             "gauss_loss": gauss_loss(keep, config.gauss_sigma),
             "kl_loss": kl_loss(keep, config.mask_ratio, config.kl_reduction),
-            "diversity_loss": diversity_loss(gather_across_processes(keep), config.diversity_scale),
+            "diversity_loss": diversity_loss(everyone, config.diversity_scale),
         }
 
     def masker_loss(
@@ -254,6 +259,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         numerator = ((1 - leaf) * errors).sum()
         totals = torch.stack([numerator.detach(), (1 - leaf.detach()).sum()])
         total, weight = sum_across_processes(totals) if self.training else totals
+        weight = weight.clamp_min(torch.finfo(weight.dtype).eps)  # nothing masked at all
         value = total / weight
         if not differentiate:
             return value

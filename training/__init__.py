@@ -3,7 +3,7 @@
 
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.callbacks import DifficultyCallback, InterruptCallback, PictureCallback
-from clmae.training.curriculum import curriculum_factor, keep_probability_statistics
+from clmae.training.curriculum import curriculum_factor, keep_probability_statistics, keep_probability_sums
 from clmae.training.trainer import CurriculumTrainer
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "PretrainingArguments",
     "curriculum_factor",
     "keep_probability_statistics",
+    "keep_probability_sums",
 ]

@@ -99,15 +99,22 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."
             )
+        if self.auto_find_batch_size and self.learning_rate is None:
+            raise ValueError(
+                "`auto_find_batch_size` changes the batch that `learning_rate` follows; give a learning_rate."
+            )
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
         minima = {
             "masker_update_interval": 1,
             "difficulty_steps": 0,
             "picture_steps": 0,
             "num_probe_images": 1,
             "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1,
         }
         for name, minimum in minima.items():
             value = getattr(self, name)
-            if value < minimum:
+            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
                 raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,15 +45,17 @@ class DifficultyCallback(_TrainerAware):
     ) -> None:
         """See the class."""
         if state.global_step == 0:
-            self._log()
+            self._log(control)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """See the class."""
         if state.global_step % args.difficulty_steps == 0 or state.global_step == state.max_steps:
-            self._log()
+            self._log(control)
 
-    def _log(self) -> None:
+    def _log(self, control: TrainerControl) -> None:
+        should_log = control.should_log
         self.trainer.log({"mask_difficulty": self.trainer.measure_difficulty()})
+        control.should_log = should_log  # logging resets it, and this step's training log is still to come
 
 
 class PictureCallback(_TrainerAware):
@@ -84,8 +87,7 @@ class PictureCallback(_TrainerAware):
             save_figure(curves_figure(state.log_history), Path(args.output_dir) / "pictures" / "curves.png")
 
     def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        if not state.is_world_process_zero:
-            return
+        # Every process takes part: a sharded model cannot run in one alone.
         batch = {name: values[: self.num_images] for name, values in self.trainer.held_out_batch().items()}
         processor = self.trainer.processing_class
         figure = reconstruction_figure(
@@ -95,6 +97,8 @@ class PictureCallback(_TrainerAware):
             image_std=getattr(processor, "image_std", None),
             title=f"step {state.global_step}",
         )
+        if not state.is_world_process_zero:
+            return
         save_figure(figure, Path(args.output_dir) / "pictures" / f"step-{state.global_step:06d}.png")
         for callback in self.trainer.callback_handler.callbacks:
             writer = getattr(callback, "tb_writer", None)
@@ -116,7 +120,8 @@ class InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes over SIGINT."""
-        if args.world_size == 1:
+        self.interrupted = False
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._handle)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -128,6 +133,10 @@ class InterruptCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Gives SIGINT back."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives SIGINT back; to be called where a run may have ended by an exception."""
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from clmae.configuration.configuration_cl_mae import CURRICULUM_SHAPES
+
 
 def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end: float) -> float:
     """λ_CL at optimiser step `step` of `total_steps` (CL-MAE, section 3).
@@ -25,24 +27,35 @@ def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     elif shape != "linear":
-        raise ValueError(f"`curriculum_shape` is {shape!r}; choose one of linear, cosine, constant.")
+        raise ValueError(f"`curriculum_shape` is {shape!r}; choose one of {', '.join(CURRICULUM_SHAPES)}.")
     # Written so that both ends are exact.
     return start * (1 - progress) + end * progress
 
 
-def keep_probability_statistics(keep: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What m `(batch_size, num_patches)` looks like, as 0-d tensors.
+def keep_probability_sums(keep: torch.Tensor) -> torch.Tensor:
+    """What [`keep_probability_statistics`] needs of m `(batch_size, num_patches)`: sums `(5, num_patches)` over images.
+
+    Sums of several batches, or of several processes, may be added.
+    """
+    keep = keep.detach().float()
+    return torch.stack([torch.ones_like(keep), keep, keep.square(), (keep < 0.1).float(), (keep > 0.9).float()]).sum(1)
+
+
+def keep_probability_statistics(sums: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What m looks like, from `sums` `(..., 5, num_patches)` of [`keep_probability_sums`]; values of shape `(...)`.
 
     - `keep_mean`, `keep_std`: mean (to be near 1 − r) and spread over all values;
     - `keep_low`, `keep_high`: share below 0.1 and above 0.9 (their sum near 1: saturated);
     - `keep_spread`: mean over patches of the standard deviation between images (near 0: the module has collapsed to
       one mask for all); 0 for a single image.
     """
-    keep = keep.detach().float()
+    count, total, squares, low, high = sums.unbind(-2)
+    images = count.sum(-1)
+    mean = total.sum(-1) / images
     return {
-        "keep_mean": keep.mean(),
-        "keep_std": keep.std(correction=0),
-        "keep_low": (keep < 0.1).float().mean(),
-        "keep_high": (keep > 0.9).float().mean(),
-        "keep_spread": keep.std(dim=0, correction=0).mean(),
+        "keep_mean": mean,
+        "keep_std": (squares.sum(-1) / images - mean.square()).clamp_min(0).sqrt(),
+        "keep_low": low.sum(-1) / images,
+        "keep_high": high.sum(-1) / images,
+        "keep_spread": (squares / count - (total / count).square()).clamp_min(0).sqrt().mean(-1),
     }

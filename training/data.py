@@ -49,6 +49,7 @@ _SPLIT_NAMES = {
 }
 _LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
 _ENCODED_TYPES = ("binary", "large_binary", "string", "large_string")  # image files, or paths, if the user says so
+ON_BAD_IMAGE = ("raise", "skip")
 _SAMPLING_SEED = 0  # which samples a limit keeps must not change from run to run
 _MAX_STREAM_WORKERS = 256
 
@@ -384,8 +385,8 @@ class _ImageViews:
         crop_ratio: float = 1.0,
         on_bad_image: str = "raise",
     ) -> None:
-        if on_bad_image not in ("raise", "skip"):
-            raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of raise, skip.")
+        if on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         dataset, image_column = _prepare_images(dataset, image_column)
         self._array_dtype = array_dtype(dataset.features[image_column])
         self.dataset = dataset.select_columns([image_column])  # so that no other column is read or decoded
@@ -464,11 +465,11 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
         if not len(dataset):
             raise ValueError("`dataset` is empty: there is no image in it.")
         # In shared memory, so that what a worker finds is known to all.
-        self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self.bad_images = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._load(0)
 
     def __len__(self) -> int:
-        return len(self._bad)
+        return len(self.bad_images)
 
     def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
         epoch, index = divmod(int(key), len(self))
@@ -477,13 +478,13 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
     @property
     def num_bad_images(self) -> int:
         """How many images were found to be bad so far, by any worker."""
-        return int(self._bad.sum())
+        return int(self.bad_images.sum())
 
     def _load(self, index: int) -> np.ndarray:
         value, cause = None, None
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
-            if self._bad[candidate]:
+            if self.bad_images[candidate]:
                 continue
             try:
                 value = self.dataset[candidate][self.image_column]
@@ -491,7 +492,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
             except ImageDecodeError as error:
                 if self.on_bad_image == "raise":
                     raise self._error(str(candidate), value, error) from error
-                self._bad[candidate], cause = True, error
+                self.bad_images[candidate], cause = True, error
         raise ValueError(f"none of the {len(self)} images of `dataset` can be used; the last one: {cause}")
 
 
@@ -521,13 +522,13 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         super().__init__(dataset, image_column, **kwargs)
         self.excluded = excluded
         # One counter a worker: additions from several processes to one would get lost.
-        self._bad = torch.zeros(_MAX_STREAM_WORKERS, dtype=torch.int64).share_memory_()
+        self.bad_images = torch.zeros(_MAX_STREAM_WORKERS, dtype=torch.int64).share_memory_()
         if next(self._images(), None) is None:
             raise ValueError(
                 "`dataset` gives no image that can be used: the stream is empty, or all its images are held out or "
                 f"bad ({self.num_bad_images})."
             )
-        self._bad.zero_()
+        self.bad_images.zero_()
         if self.train:
             _check_count("shuffle_buffer_size", shuffle_buffer_size)
             self.dataset = self.dataset.shuffle(seed=self.seed, buffer_size=shuffle_buffer_size)
@@ -545,7 +546,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
     @property
     def num_bad_images(self) -> int:
         """How many bad images were left out so far, by any worker; one is counted again in each epoch."""
-        return int(self._bad.sum())
+        return int(self.bad_images.sum())
 
     def _images(self) -> Iterator[tuple[np.ndarray, int]]:
         """Decoded images and their content keys."""
@@ -560,7 +561,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
             except ImageDecodeError as error:
                 if self.on_bad_image == "raise":
                     raise self._error(f"{position} of the stream", row[self.image_column], error) from error
-                self._bad[worker.id if worker else 0] += 1
+                self.bad_images[worker.id if worker else 0] += 1
                 continue
             yield image, key
 
@@ -661,8 +662,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.on_bad_image not in ("raise", "skip"):
-            raise ValueError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of raise, skip.")
+        if self.on_bad_image not in ON_BAD_IMAGE:
+            raise ValueError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         _check_count("num_held_out", self.num_held_out, minimum=0)
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
@@ -739,7 +740,10 @@ def _split(args: DataArguments) -> tuple[ImageSource, ImageSource | None, frozen
     train, column = load_image_dataset(args.dataset, args.train_split, **load)
     excluded: frozenset[int] = frozenset()
     if args.eval_split is not None:
-        evaluation = load_image_dataset(args.dataset, args.eval_split, **load)
+        try:
+            evaluation = load_image_dataset(args.dataset, args.eval_split, **load)
+        except ValueError as error:
+            raise ValueError(f"{error} (Leave out `eval_split` to hold out training images instead.)") from error
     else:
         if isinstance(train, datasets.IterableDataset):
             held_out, excluded = _hold_out_of_stream(train, column, args.num_held_out)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 import math
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from clmae.configuration.configuration_mae import pair
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.callbacks import DifficultyCallback, EpochCallback, PictureCallback
-from clmae.training.curriculum import curriculum_factor, keep_probability_statistics
+from clmae.training.curriculum import curriculum_factor, keep_probability_statistics, keep_probability_sums
 from clmae.training.data import ImageDataset
 from clmae.training.images import sample_generator
 
@@ -83,17 +84,31 @@ class CurriculumTrainer(Trainer):
 
     args: PretrainingArguments
 
-    def __init__(self, model: nn.Module | None = None, args: PretrainingArguments | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: PretrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *rest: Any,
+        **kwargs: Any,
+    ):
         args = PretrainingArguments(output_dir="clmae_output") if args is None else args
         if not isinstance(args, PretrainingArguments):
             raise ValueError(f"`args` is a {type(args).__name__}; pass PretrainingArguments (same fields, and more).")
-        _check_size(kwargs.get("train_dataset"), args)
+        if kwargs.get("compute_metrics") is not None:
+            raise ValueError("`compute_metrics` is given, but predictions are not gathered; use clmae.evaluation.")
+        _check_size(train_dataset, args)
         if args.masker_update_interval > 1 and args.ddp_find_unused_parameters is None:
             # The masking module has no gradient on the steps between, and must then stay as it is: a gradient of
             # zero would still let AdamW's momentum and weight decay move it.
             args.ddp_find_unused_parameters = True
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        self._check_model()
+        self._accepts_noise = "noise" in inspect.signature(self.model.forward).parameters
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
+        self._keep_sums: dict[int, torch.Tensor] = {}  # by optimiser step
         self._held_out: dict[str, torch.Tensor] | None = None
         self._substep = (-1, 0)  # optimiser step, and how many batches of it have been seen
         self.add_callback(EpochCallback(self))
@@ -105,10 +120,34 @@ class CurriculumTrainer(Trainer):
             else:
                 self.add_callback(DifficultyCallback(self))
 
+    def _check_model(self) -> None:
+        """Refuses what would break pass B, which differentiates inside the forward pass, in the midst of a step."""
+        if not self.has_masking_module:
+            return
+        checkpointing = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` asks for `use_reentrant`, which cannot differentiate inside the "
+                "forward pass, as a masking module needs; leave it out."
+            )
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 2:
+            raise ValueError(
+                "`fsdp_config` has version 2, which re-shards the weights within the forward pass of a model with a "
+                "masking module; set its `version` to 1, or use DDP."
+            )
+
     @property
     def has_masking_module(self) -> bool:
         """Whether the model learns its masks."""
         return hasattr(self.model, "masking_module")
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's."""
+        if resume_from_checkpoint and not hasattr(self.train_dataset, "__len__"):
+            logger.warning("Resuming a stream: the run continues exactly only within the stream's first pass.")
+        self._sums, self._keep_sums = {}, {}
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # -- optimiser ------------------------------------------------------------------------------------------------
 
@@ -121,7 +160,7 @@ class CurriculumTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model) if model is not None else super().create_optimizer()
         source = self.model if model is None else model
-        masker = {id(p) for name, p in source.named_parameters() if name.startswith("masking_module.")}
+        masker = {id(p) for name, p in source.named_parameters() if "masking_module." in name}
         if created and masker:
             for group in list(optimizer.param_groups):
                 own = [p for p in group["params"] if id(p) in masker]
@@ -141,10 +180,21 @@ class CurriculumTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The Trainer's loader, with its last batch: only training may leave images out."""
+        """The Trainer's loader, with its last batch."""
+        with self._last_batches():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The Trainer's loader, with its last batch."""
+        with self._last_batches():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextlib.contextmanager
+    def _last_batches(self) -> Iterator[None]:
+        # `dataloader_drop_last` is one switch for all loaders, but only training may leave images out.
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.args.dataloader_drop_last = drop_last
 
@@ -156,7 +206,9 @@ class CurriculumTrainer(Trainer):
     def held_out_batch(self) -> dict[str, torch.Tensor]:
         """The first `num_probe_images` of `eval_dataset`, with fixed `noise`, on the device; the same every time."""
         if self._held_out is None:
-            samples = list(itertools.islice(iter(_samples(self.eval_dataset)), self.args.num_probe_images))
+            source = self.eval_dataset
+            source = next(iter(source.values())) if isinstance(source, dict) else source  # the first of several
+            samples = list(itertools.islice(_samples(source), self.args.num_probe_images))
             batch = self.data_collator(samples)
             batch.setdefault("noise", self._noise(batch["pixel_values"], 0, 0))
             self._held_out = self._prepare_inputs({k: batch[k] for k in ("pixel_values", "noise")})
@@ -188,13 +240,16 @@ class CurriculumTrainer(Trainer):
         inputs = dict(inputs)
         step = self.state.global_step
         if self.has_masking_module and training:
-            # A 0-d tensor made on the device: no synchronisation, and no recompilation as it changes.
-            inputs["curriculum_factor"] = torch.full((), self.curriculum_factor(step), device=self.args.device)
+            factor = self.curriculum_factor(step)
+            # A 0-d tensor made on the device: no synchronisation, and no recompilation as it changes. DataParallel
+            # would try to split it.
+            as_tensor = self.args.n_gpu <= 1
+            inputs["curriculum_factor"] = torch.full((), factor, device=self.args.device) if as_tensor else factor
             inputs["compute_masker_loss"] = step % self.args.masker_update_interval == 0
         elif self.has_masking_module:
             inputs["masking"] = "random"
         learned = self.has_masking_module and training
-        if "noise" not in inputs and not learned and "noise" in inspect.signature(self.model.forward).parameters:
+        if "noise" not in inputs and not learned and self._accepts_noise:
             inputs["noise"] = self._noise(inputs["pixel_values"], *self._noise_key(training))
         return inputs
 
@@ -213,6 +268,11 @@ class CurriculumTrainer(Trainer):
         return curriculum_factor(
             step, self.state.max_steps, config.curriculum_shape, config.curriculum_start, config.curriculum_end
         )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's; the global random state stays as it was, so that a run does not depend on it."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self,
@@ -243,7 +303,7 @@ class CurriculumTrainer(Trainer):
 
     # -- logging --------------------------------------------------------------------------------------------------
 
-    def _observe(self, outputs: Any, factor: torch.Tensor | None) -> None:
+    def _observe(self, outputs: Any, factor: torch.Tensor | float | None) -> None:
         """Adds a batch's scalars to the running sums, on the device."""
         if not isinstance(outputs, dict):
             return
@@ -253,9 +313,12 @@ class CurriculumTrainer(Trainer):
             if name != "loss" and isinstance(value, torch.Tensor) and (value.ndim == 0 or name.endswith("_loss"))
         }
         if factor is not None:
-            values["curriculum_factor"] = factor
+            values["curriculum_factor"] = torch.as_tensor(factor, device=self.args.device)
         if outputs.get("keep_probabilities") is not None:
-            values.update(keep_probability_statistics(outputs["keep_probabilities"]))
+            # Of the whole batch of a step: a spread between images does not average over its parts.
+            sums = keep_probability_sums(outputs["keep_probabilities"])
+            step = self.state.global_step
+            self._keep_sums[step] = self._keep_sums[step] + sums if step in self._keep_sums else sums
         for name, value in values.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + value, count + 1)
@@ -267,13 +330,16 @@ class CurriculumTrainer(Trainer):
             means = torch.stack([self._sums[name][0] / self._sums[name][1] for name in names])
             means = self.accelerator.reduce(means, reduction="mean").tolist()
             logs.update(zip(names, means, strict=True))
-            self._sums = {}
+            if self._keep_sums:
+                sums = self.accelerator.reduce(torch.stack(list(self._keep_sums.values())), reduction="sum")
+                logs.update({k: v.mean().item() for k, v in keep_probability_statistics(sums).items()})
+            self._sums, self._keep_sums = {}, {}
         super().log(logs, start_time)
 
 
 def _samples(dataset: Any) -> Iterator[Any]:
     """The samples in order, of a map-style or an iterable data set."""
-    return (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__getitem__") else iter(dataset)
+    return (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__len__") else iter(dataset)
 
 
 def _check_size(train_dataset: Any, args: PretrainingArguments) -> None:

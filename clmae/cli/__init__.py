@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-        # Imported only now: `clmae --help` does not wait for torch.
+        # Imported only now: the help does not wait for matplotlib and datasets.
         return importlib.import_module(f"clmae.cli.{name}").run(rest)
     except ValueError as error:  # UsageError among them: what the user gave cannot be worked with
         print(f"clmae: error: {error}", file=sys.stderr)

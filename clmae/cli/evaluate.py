@@ -36,7 +36,9 @@ class EvaluateArguments:
         default=None, metadata={"help": "Configuration of a Hub data set that has several."}
     )
     train_split: str = field(default="train", metadata={"help": "Split to learn from."})
-    test_split: str = field(default="test", metadata={"help": "Split to be judged on."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split to be judged on; test, or without one a random fifth of train_split."}
+    )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if there are several."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if there are several."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Learn from at most so many images."})

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import HfArgumentParser
 
 
 class UsageError(ValueError):
@@ -45,8 +46,12 @@ def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
     for name, value in recipe.items():
         if value is None:
             continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        argv += [f"--{name}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        if isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
+        elif isinstance(value, (bool, dict)):
+            argv.append(f"--{name}={json.dumps(value)}")
+        else:
+            argv.append(f"--{name}={value}")  # in one word: -1.0e-5 would else be taken for an option
     return argv
 
 
@@ -82,9 +87,6 @@ def parse(
         UsageError: An option is unknown, missing or has a value of the wrong type.
         SystemExit: The help was asked for, and printed.
     """
-    # transformers takes seconds to import; `clmae --help` does without.
-    from transformers import HfArgumentParser
-
     recipe, recipe_path, rest = split_recipe(argv)
     for title, dataclass in groups.items():
         dataclass._argument_group_name = title  # what HfArgumentParser makes an argument group of

@@ -16,7 +16,7 @@ from clmae.cli.options import UsageError, config_options, given, nearest, parse,
 from clmae.configuration.configuration_mae import SIZES
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.callbacks import InterruptCallback
-from clmae.training.data import DataArguments, build_datasets
+from clmae.training.data import DataArguments, ImageDataset, build_datasets
 from clmae.training.trainer import CurriculumTrainer
 
 EXAMPLES = """\
@@ -99,12 +99,16 @@ def run(argv: Sequence[str]) -> int:
         processing_class=image_processor,
         callbacks=[interrupt],
     )
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        interrupt.restore()
     if interrupt.interrupted:
         print(f"Stopped at step {trainer.state.global_step}. Go on with the same command and")
         print("  --resume_from_checkpoint last")
         return 130
     _finish(trainer, result.metrics)
+    trainer.accelerator.end_training()
     return 0
 
 
@@ -139,11 +143,17 @@ def _checkpoint(args: PretrainingArguments) -> str | None:
     return wanted
 
 
+def _num_bad_images(trainer: CurriculumTrainer, dataset: Any) -> int:
+    """Broken images met in all processes; one that several met counts once, where images have an index."""
+    found = trainer.accelerator.reduce(dataset.bad_images.long().to(trainer.args.device), reduction="sum")
+    return int((found.clamp(max=1) if isinstance(dataset, ImageDataset) else found).sum())
+
+
 def _finish(trainer: CurriculumTrainer, metrics: dict[str, Any]) -> None:
     args = trainer.args
     trainer.save_model()
     trainer.save_state()
-    bad = sum(dataset.num_bad_images for dataset in (trainer.train_dataset, trainer.eval_dataset) if dataset)
+    bad = sum(_num_bad_images(trainer, d) for d in (trainer.train_dataset, trainer.eval_dataset) if d is not None)
     if trainer.eval_dataset is not None:
         metrics = {**metrics, **trainer.evaluate()}
     trainer.log_metrics("pretrain", metrics)

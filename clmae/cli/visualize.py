@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +48,8 @@ def run(argv: Sequence[str]) -> int:
             views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
         except ValueError as error:
             raise UsageError(f"`images`: {path}: {error}") from error
-    noise = torch.rand(len(views), model.config.num_patches, generator=sample_generator(args.seed, 0, 0))
+    num_patches = math.prod(n // p for n, p in zip(size, pair(model.config.patch_size), strict=True))
+    noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))
     figure = reconstruction_figure(model, torch.stack(views), noise, mean, std)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0

@@ -158,7 +158,7 @@ def test_missing_split_is_named(model_folder, image_folder, tmp_path):
         evaluate_model(model_folder, image_folder, test_split="holdout")
     (tmp_path / "only.png").write_bytes((image_folder / "test" / "red" / "0.png").read_bytes())
     with pytest.raises(ValueError, match=r"`split` is 'test', but .* has 'train'.*`test_split`"):
-        evaluate_model(model_folder, tmp_path)
+        evaluate_model(model_folder, tmp_path, test_split="test")
 
 
 @pytest.mark.parametrize("where", ["memory", "disk"])
@@ -168,7 +168,20 @@ def test_training_data_is_no_test_data(model_folder, where, tmp_path):
         data.save_to_disk(tmp_path / "saved")
         data = tmp_path / "saved"
     with pytest.raises(ValueError, match="the same images as 'train' and as 'test'"):
-        evaluate_model(model_folder, data, max_train_samples=8, max_test_samples=4)
+        evaluate_model(model_folder, data, test_split="test", max_train_samples=8, max_test_samples=4)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_without_a_test_split_a_fifth_is_held_out(model_folder, where, tmp_path):
+    data = in_memory()
+    images = len(data)
+    if where == "disk":
+        data.save_to_disk(tmp_path / "saved")
+        data = tmp_path / "saved"
+    settings = evaluate_model(model_folder, data, ["linear"], progress=False)["linear"].settings
+    assert settings["test_split"] == "20% of train, held out at random"
+    assert settings["num_test"] == -(-images // 5)
+    assert settings["num_train"] == images - settings["num_test"]
 
 
 def test_classes_must_agree(model_folder):

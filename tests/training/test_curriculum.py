@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from clmae.training.curriculum import curriculum_factor, keep_probability_statistics
+from clmae.training.curriculum import curriculum_factor, keep_probability_statistics, keep_probability_sums
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -53,7 +53,7 @@ def test_unknown_shape_is_refused():
 
 def test_keep_probability_statistics_by_hand():
     keep = torch.tensor([[0.0, 1.0, 0.05, 0.95], [1.0, 1.0, 0.05, 0.35]])
-    statistics = keep_probability_statistics(keep)
+    statistics = keep_probability_statistics(keep_probability_sums(keep))
     assert set(statistics) == {"keep_mean", "keep_std", "keep_low", "keep_high", "keep_spread"}
     assert all(value.shape == () for value in statistics.values())
     assert statistics["keep_mean"].item() == pytest.approx(4.4 / 8)
@@ -66,14 +66,24 @@ def test_keep_probability_statistics_by_hand():
 
 
 def test_collapse_to_one_mask_shows_as_no_spread():
-    statistics = keep_probability_statistics(torch.tensor([[0.0, 1.0]]).expand(5, -1))
+    statistics = keep_probability_statistics(keep_probability_sums(torch.tensor([[0.0, 1.0]]).expand(5, -1)))
     assert statistics["keep_spread"].item() == 0
     assert statistics["keep_std"].item() == 0.5
 
 
 def test_statistics_of_one_image_in_half_precision_are_finite_and_without_gradient():
     keep = torch.tensor([[0.25, 0.75]], dtype=torch.bfloat16, requires_grad=True)
-    statistics = keep_probability_statistics(keep)
+    statistics = keep_probability_statistics(keep_probability_sums(keep))
     assert statistics["keep_spread"].item() == 0
     assert statistics["keep_std"].item() == 0.25
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in statistics.values())
+
+
+def test_sums_of_parts_say_what_the_whole_batch_says():
+    keep = torch.rand(6, 4)
+    whole = keep_probability_statistics(keep_probability_sums(keep))
+    parts = keep_probability_statistics(sum(keep_probability_sums(part) for part in keep.split([1, 2, 3])))
+    assert {name: value.item() for name, value in parts.items()} == pytest.approx(
+        {name: value.item() for name, value in whole.items()}, abs=1e-5
+    )
+    assert whole["keep_spread"].item() == pytest.approx(keep.std(0, correction=0).mean().item(), abs=1e-6)

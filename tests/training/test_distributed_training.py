@@ -13,18 +13,22 @@ from pathlib import Path
 import pytest
 import torch
 
+import clmae
+
 from .runs import record_run, tiny_model, weights
 
 # Means over processes of means over 4 images are means over the 8. (keep_std and keep_spread are no means.)
 SAME = ("loss", "reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
 SAME += ("keep_mean", "keep_low", "keep_high", "curriculum_factor", "learning_rate", "eval_loss", "mask_difficulty")
 
-
-INTERVALS = (1, 2)
-
-
-def options(interval: int) -> dict:
-    return dict(max_steps=4, learning_rate=0.01, masker_update_interval=interval)
+SHORT = dict(max_steps=4, learning_rate=0.01)
+RUNS = {
+    "every_step": SHORT,
+    "every_second_step": dict(SHORT, masker_update_interval=2),
+    # Here transformers would not look for parameters without gradient.
+    "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
+}
+PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +41,10 @@ def two_processes(tmp_path_factory) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     script = Path(__file__).with_name("distributed_run.py")
-    runs = json.dumps([dict(per_device_train_batch_size=4, **options(interval)) for interval in INTERVALS])
+    runs = json.dumps([dict(per_device_train_batch_size=4, **options) for options in RUNS.values()])
     done = subprocess.run(
         [*launcher, str(script), str(folder), runs],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -49,15 +53,13 @@ def two_processes(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=range(len(INTERVALS)), ids=[f"interval_{i}" for i in INTERVALS])
+@pytest.fixture(scope="module", params=RUNS)
 def runs(request, two_processes, tmp_path_factory):
     """`(first process, second process, one process alone, folder of the two)` of equal runs."""
-    folder = two_processes / str(request.param)
+    folder = two_processes / str(list(RUNS).index(request.param))
     two = [torch.load(folder / f"rank-{rank}" / "result.pt") for rank in (0, 1)]
     torch.set_num_threads(1)
-    alone = record_run(
-        tmp_path_factory.mktemp("alone"), per_device_train_batch_size=8, **options(INTERVALS[request.param])
-    )
+    alone = record_run(tmp_path_factory.mktemp("alone"), per_device_train_batch_size=8, **RUNS[request.param])
     return *two, alone, folder
 
 
