@@ -235,7 +235,10 @@ def test_logged_terms_are_the_means_over_micro_batches(tmp_path):
         for name in ("loss", *TERMS):
             expected = sum(output[name].item() for output in outputs) / 6
             assert entry[name] == pytest.approx(expected, rel=1e-5, abs=1e-6), name
-        keep = torch.stack([output.keep_probabilities.detach() for output in outputs])
+        # Of each step's whole batch, accumulated from two: a spread does not average over parts.
+        keep = (
+            torch.stack([output.keep_probabilities.detach() for output in outputs]).unflatten(0, (3, 2)).flatten(1, 2)
+        )
         assert entry["keep_mean"] == pytest.approx(keep.mean().item(), rel=1e-5)
         assert entry["keep_std"] == pytest.approx(keep.flatten(1).std(1, correction=0).mean().item(), rel=1e-4)
         assert entry["keep_spread"] == pytest.approx(keep.std(1, correction=0).mean().item(), rel=1e-4)
