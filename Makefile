@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Threads that spin while they wait take the processor from each other when the machine has other work: on two busy cores
+# that made training ten times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: install test demo
 
 install: $(VENV)/.installed
