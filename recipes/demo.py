@@ -60,6 +60,9 @@ def write_report(tables: list[str], seconds: float) -> None:
         "",
         *tables,
         "",
+        "These scans are so simple that their raw pixels, and an encoder that was never trained, already tell the digits "
+        "apart: the table shows how judging works. The README has figures for photographs.",
+        "",
         "## Over the run",
         "",
         "The curriculum factor λ_CL goes from partner (+1) to adversary (−1). Mask difficulty is the reconstruction "
