@@ -60,8 +60,8 @@ def write_report(tables: list[str], seconds: float) -> None:
         "",
         *tables,
         "",
-        "These scans are so simple that their raw pixels, and an encoder that was never trained, already tell the digits "
-        "apart: the table shows how judging works. The README has figures for photographs.",
+        "These scans are so simple that their raw pixels, and an encoder that was never trained, already tell the "
+        "digits apart: the table shows how judging works. The README has figures for photographs.",
         "",
         "## Over the run",
         "",
