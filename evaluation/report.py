@@ -57,11 +57,13 @@ class KNNProtocol:
 
     def score(self, data: SplitFeatures) -> tuple[dict[str, float], dict[str, Any]]:
         """`(accuracies in [0, 1] by name, what else was found)`."""
-        cosine = knn_accuracy(*data, ks=self.ks, temperature=self.temperature, chunk_size=self.chunk_size)
-        euclidean = knn_euclidean_accuracy(*data, k=self.euclidean_k, chunk_size=self.chunk_size)
+        references = len(data.train_labels)  # a small set may have fewer than the protocol's neighbours
+        ks, euclidean_k = [k for k in self.ks if k <= references] or self.ks, min(self.euclidean_k, references)
+        cosine = knn_accuracy(*data, ks=ks, temperature=self.temperature, chunk_size=self.chunk_size)
+        euclidean = knn_euclidean_accuracy(*data, k=euclidean_k, chunk_size=self.chunk_size)
         accuracies = {f"k = {k}": accuracy for k, accuracy in cosine.items()}
-        accuracies[f"Euclidean, majority of {self.euclidean_k}"] = euclidean.majority
-        accuracies[f"Euclidean, any of {self.euclidean_k}"] = euclidean.any_correct
+        accuracies[f"Euclidean, majority of {euclidean_k}"] = euclidean.majority
+        accuracies[f"Euclidean, any of {euclidean_k}"] = euclidean.any_correct
         return accuracies, {}
 
 

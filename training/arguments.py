@@ -81,6 +81,8 @@ class PretrainingArguments(TrainingArguments):
         if own_rate:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
         if own_rate:
             # Only now is the number of processes known.
             self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256

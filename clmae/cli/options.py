@@ -107,14 +107,16 @@ def parse(
     for name in recipe:
         if name not in names:
             raise UsageError(f"recipe {recipe_path}: unknown entry {name!r}{nearest(name, names)}")
+    for argument in rest:  # before argparse complains of what is missing because it was misspelt
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and name.removeprefix("no_") not in names and name not in names:
+            raise UsageError(f"unknown option {argument.partition('=')[0]!r}{nearest(name, names)}")
     parser.error = _raise_usage_error  # argparse would print the whole usage and exit
     *objects, unknown = parser.parse_args_into_dataclasses(
         [*recipe_to_argv(recipe), *rest], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        option = unknown[0].partition("=")[0]
-        hint = nearest(option.lstrip("-").replace("-", "_"), names) if option.startswith("-") else ""
-        raise UsageError(f"unknown {'option' if option.startswith('-') else 'argument'} {option!r}{hint}")
+        raise UsageError(f"unknown argument {unknown[0]!r}; options begin with --")
     return tuple(objects)
 
 

@@ -184,6 +184,12 @@ def test_without_a_test_split_a_fifth_is_held_out(model_folder, where, tmp_path)
     assert settings["num_train"] == images - settings["num_test"]
 
 
+def test_a_small_set_is_judged_by_the_neighbours_it_has(model_folder):
+    data = {"train": in_memory(12), "test": in_memory(6)}
+    row = evaluate_model(model_folder, data, ["knn"], progress=False)["knn"].rows[0]
+    assert list(row.accuracies) == ["k = 5", "k = 10", "Euclidean, majority of 5", "Euclidean, any of 5"]
+
+
 def test_classes_must_agree(model_folder):
     other = in_memory(6).cast_column("label", datasets.ClassLabel(names=["red", "blue"]))
     with pytest.raises(ValueError, match="classes of the training and the test set differ"):
