@@ -10,6 +10,7 @@ from clmae.configuration.configuration_mae import MAEConfig
 
 CURRICULUM_SHAPES = ("linear", "cosine", "constant")
 KL_REDUCTIONS = ("mean", "sum")
+SOFT_MASKINGS = ("attention", "tokens")
 
 
 class CLMAEConfig(MAEConfig):
@@ -23,14 +24,18 @@ class CLMAEConfig(MAEConfig):
         masker_num_attention_heads (`int`, *optional*, defaults to 4): Its attention heads; must divide `hidden_size`.
         masker_intermediate_size (`int`, *optional*): Width of its MLP; `4 * hidden_size` if not given.
         masker_layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of its LayerNorms.
-        gauss_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the term that pushes the keep
-            probabilities away from 1/2.
+        soft_masking (`str`, *optional*, defaults to `"attention"`): How pass B hides a patch with keep probability m:
+            `"attention"`: the other patches attend to it m times as much, and the decoder gets m parts of its token and
+            1 − m of the mask token, which at m = 0 and 1 is pass A's task; `"tokens"` (the authors'): its token is
+            multiplied by m, and the decoder gets no mask tokens.
+        gauss_loss_weight (`float`, *optional*, defaults to 0.1): Weight of the term that pushes the keep
+            probabilities away from 1/2; the authors' is 1.
         gauss_sigma (`float`, *optional*, defaults to 0.12): Width of that term's Gaussian.
         kl_loss_weight (`float`, *optional*): Weight of the term that holds the mask ratio; 25.6 for the reduction
             `"mean"`, 0.1 for `"sum"` (equal at the authors' 256 images per device) if not given.
         kl_reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` over the batch, or the authors' `"sum"`.
-        diversity_loss_weight (`float`, *optional*, defaults to 2.0): Weight of the term that keeps the masks of
-            different images apart.
+        diversity_loss_weight (`float`, *optional*, defaults to 0.2): Weight of the term that keeps the masks of
+            different images apart; the authors' is 2.
         diversity_scale (`float`, *optional*, defaults to 0.1): Factor of the distance in that term's exponent.
         curriculum_shape (`str`, *optional*, defaults to `"linear"`): How the factor λ_CL goes from start to end over
             the run: `"linear"`, `"cosine"`, or `"constant"` (stays at `curriculum_start`).
@@ -47,11 +52,12 @@ class CLMAEConfig(MAEConfig):
     masker_num_attention_heads: int = 4
     masker_intermediate_size: int | None = None
     masker_layer_norm_eps: float = 1e-5
-    gauss_loss_weight: float = 1.0
+    soft_masking: str = "attention"
+    gauss_loss_weight: float = 0.1
     gauss_sigma: float = 0.12
     kl_loss_weight: float | None = None
     kl_reduction: str = "mean"
-    diversity_loss_weight: float = 2.0
+    diversity_loss_weight: float = 0.2
     diversity_scale: float = 0.1
     curriculum_shape: str = "linear"
     curriculum_start: float = 1.0
@@ -81,9 +87,10 @@ class CLMAEConfig(MAEConfig):
             self._check_number("kl_loss_weight", 0.0, math.inf)
         for name in ("curriculum_start", "curriculum_end"):
             self._check_number(name, -math.inf, math.inf)
+        self._check_choice("soft_masking", SOFT_MASKINGS)
         self._check_choice("kl_reduction", KL_REDUCTIONS)
         self._check_choice("curriculum_shape", CURRICULUM_SHAPES)
         super().check()
 
 
-__all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "CLMAEConfig"]
+__all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "SOFT_MASKINGS", "CLMAEConfig"]

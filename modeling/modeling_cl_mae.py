@@ -242,7 +242,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
     ) -> torch.Tensor:
         """`L_soft = Σ (1 − m_i)·e_i / Σ (1 − m_i)` over the global batch, with a gradient for m alone.
 
-        Every patch token is scaled by its m and encoded; all go to the decoder, without mask tokens.
+        `e_i` is a patch's error where each patch is hidden to the degree of its m (see [`soft_logits`]).
 
         The gradient is taken here, with respect to m only, and handed on by a term of value 0. So autograd computes
         no weight gradients in this pass, frees its graph at once, and touches no gradient hook of the backbone: the
@@ -254,10 +254,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         """
         differentiate = torch.is_grad_enabled() and keep.requires_grad
         leaf = keep.detach().requires_grad_(differentiate)
-        embeddings = embeddings.detach()
-        scaled = embeddings[:, 1:] * leaf.unsqueeze(-1).to(embeddings.dtype)
-        encoded = self.vit(inputs_embeds=torch.cat([embeddings[:, :1], scaled], dim=1))
-        errors = patch_errors(self.decoder(encoded.last_hidden_state, None, grid_size), targets)
+        errors = patch_errors(self.soft_logits(embeddings.detach(), leaf, grid_size), targets)
         numerator = ((1 - leaf) * errors).sum()
         totals = torch.stack([numerator.detach(), (1 - leaf.detach()).sum()])
         total, weight = sum_across_processes(totals) if self.training else totals
@@ -269,6 +266,23 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         # d(A / S) = dA / S + A / S² · dm, since S = Σ (1 − m).
         gradient = gradient / weight + total / weight**2
         return value + scale_gradient(((keep - keep.detach()) * gradient).sum(), world_size() if self.training else 1)
+
+    def soft_logits(self, embeddings: torch.Tensor, keep: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """Predicted patches `(B, N, p_h * p_w * C)` from all tokens `(B, 1 + N, D)`, patch i visible to the degree m_i.
+
+        `config.soft_masking` `"attention"`: the attention weights on patch i are multiplied by m_i and made to sum to
+        1 again, and the decoder gets `m_i · token + (1 − m_i) · mask token`. Where m is 0 or 1 that is pass A's task.
+        `"tokens"` (CL-MAE, section 3): the tokens are multiplied by m_i, and the decoder gets no mask tokens. Then a
+        pre-norm block's LayerNorm undoes the factor, and hardly anything is hidden before m_i is as small as ε.
+        """
+        if self.config.soft_masking == "tokens":
+            scaled = embeddings[:, 1:] * keep.unsqueeze(-1).to(embeddings.dtype)
+            encoded = self.vit(inputs_embeds=torch.cat([embeddings[:, :1], scaled], dim=1))
+            return self.decoder(encoded.last_hidden_state, None, grid_size)
+        # To multiply a weight is to add to its score. 1e-8 bounds the logarithm; the class token is always visible.
+        scores = nn.functional.pad((keep + 1e-8).log(), (1, 0))[:, None, None, :].to(embeddings.dtype)
+        encoded = self.vit(inputs_embeds=embeddings, attention_mask=scores)
+        return self.decoder(encoded.last_hidden_state, None, grid_size, keep)
 
 
 class CLMAEForImageClassification(CLMAEPreTrainedModel, MAEForImageClassification):

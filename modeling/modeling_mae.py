@@ -117,8 +117,14 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention on `(batch_size, num_heads, length, head_dim)` tensors; gives the weights too."""
-    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=_softmax_dtype(query)).to(query.dtype)
+    """Plain attention on `(batch_size, num_heads, length, head_dim)` tensors; gives the weights too.
+
+    `attention_mask`, broadcastable to the scores, is added to them.
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query)).to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -141,16 +147,21 @@ class MAEAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+        implementation = self.config._attn_implementation
+        if attention_mask is not None and implementation != "eager":
+            implementation = "sdpa"  # the one fused kernel that adds to the scores, and differentiates what it adds
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attention(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling, **kwargs)
         return self.o_proj(output.reshape(hidden_states.shape)), weights
 
 
@@ -278,7 +289,11 @@ class MAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(width, config.patch_dim)
 
     def forward(
-        self, hidden_states: torch.Tensor, ids_keep: torch.Tensor | None, grid_size: tuple[int, int]
+        self,
+        hidden_states: torch.Tensor,
+        ids_keep: torch.Tensor | None,
+        grid_size: tuple[int, int],
+        keep: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Predicts every patch.
 
@@ -286,6 +301,8 @@ class MAEDecoder(nn.Module):
             hidden_states (`(B, 1 + K, hidden_size)`): The encoder's output, class token first.
             ids_keep (`(B, K)` or `None`): Which patches those are; `None`: all of them, in order (no mask tokens).
             grid_size (`tuple[int, int]`): The patch grid.
+            keep (`(B, N)`, *optional*): With all patches, how much of each token is visible, in [0, 1]; the mask token
+                makes up the rest.
         """
         hidden_states = self.decoder_embed(hidden_states)
         if ids_keep is not None:
@@ -293,6 +310,10 @@ class MAEDecoder(nn.Module):
             batch_size, _, width = hidden_states.shape
             tokens = self.mask_token.to(hidden_states.dtype).expand(batch_size, math.prod(grid_size), width)
             tokens = tokens.scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, width), hidden_states[:, 1:])
+            hidden_states = torch.cat([hidden_states[:, :1], tokens], dim=1)
+        elif keep is not None:
+            keep = keep.unsqueeze(-1).to(hidden_states.dtype)
+            tokens = keep * hidden_states[:, 1:] + (1 - keep) * self.mask_token.to(hidden_states.dtype)
             hidden_states = torch.cat([hidden_states[:, :1], tokens], dim=1)
         hidden_states = hidden_states + resize_positions(self.decoder_pos_embed, self.config.grid_size, grid_size)
         for layer in self.decoder_layers:
@@ -401,6 +422,7 @@ class MAEModel(MAEPreTrainedModel):
         noise: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MAEModelOutput:
         """Encodes images.
@@ -411,6 +433,8 @@ class MAEModel(MAEPreTrainedModel):
                 only the patches that `config.mask_sampler` picks by it are encoded.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, 1 + n, hidden_size)`, *optional*): Class token
                 and any selection of patch tokens, as [`MAEEmbeddings`] makes them, instead of `pixel_values`.
+            attention_mask (`torch.FloatTensor` broadcastable to `(batch_size, num_heads, 1 + n, 1 + n)`, *optional*):
+                Added to the attention scores of every block, before the softmax.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
@@ -430,7 +454,7 @@ class MAEModel(MAEPreTrainedModel):
                 inputs_embeds = select_visible(inputs_embeds, masking)
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = hidden_states[:, 1:].mean(1) if self.config.pooling == "mean" else hidden_states[:, 0]
         return MAEModelOutput(

@@ -6,14 +6,18 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+# Those of transformers' schedules that are functions of the step alone, and need no further settings.
+MASKER_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt")
+
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
     """`TrainingArguments` with MAE's recipe (arXiv 2111.06377, appendix A.1) as defaults, and what a curriculum needs.
 
     Defaults that differ: AdamW betas (0.9, 0.95), weight decay 0.05, cosine schedule with 5 % warm-up (the paper's 40
-    of 800 epochs), no gradient clipping (it would let the masking module's gradient scale the autoencoder's step),
-    `dataloader_drop_last`, the last two checkpoints kept, and `learning_rate` computed from `base_learning_rate`.
+    of 800 epochs; the masking module's rate is constant), no gradient clipping (it would let the masking module's
+    gradient scale the autoencoder's step), `dataloader_drop_last`, the last two checkpoints kept, and `learning_rate`
+    computed from `base_learning_rate`.
 
     Raises:
         ValueError: One of the fields below is out of range; the message names it.
@@ -29,6 +33,13 @@ class PretrainingArguments(TrainingArguments):
     )
     masker_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "Masking module's learning rate, as a multiple of the autoencoder's."}
+    )
+    masker_lr_scheduler_type: str = field(
+        default="constant",
+        metadata={
+            "help": "Masking module's learning-rate schedule: constant, constant_with_warmup, linear, cosine or "
+            "inverse_sqrt; warm-up as the autoencoder's."
+        },
     )
     masker_update_interval: int = field(
         default=1, metadata={"help": "Update the masking module at every k-th step only (cheaper)."}
@@ -97,6 +108,11 @@ class PretrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` is {value}; give a finite number of at least 0.")
+        if self.masker_lr_scheduler_type not in MASKER_SCHEDULES:
+            raise ValueError(
+                f"`masker_lr_scheduler_type` is {self.masker_lr_scheduler_type!r}; choose one of "
+                f"{', '.join(MASKER_SCHEDULES)}."
+            )
         if self.learning_rate is not None and (not math.isfinite(self.learning_rate) or self.learning_rate < 0):
             raise ValueError(
                 f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."

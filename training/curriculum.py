@@ -59,3 +59,30 @@ def keep_probability_statistics(sums: torch.Tensor) -> dict[str, torch.Tensor]:
         "keep_high": high.sum(-1) / images,
         "keep_spread": (squares / count - (total / count).square()).clamp_min(0).sqrt().mean(-1),
     }
+
+
+def mask_warnings(statistics: dict[str, float], mask_ratio: float) -> dict[str, str]:
+    """What is wrong with the masks by the `statistics` of [`keep_probability_statistics`]: kind -> message.
+
+    `"collapsed"` (spread between images below 0.05), `"saturated"` (over 99 % of m beyond 0.1 and 0.9) and
+    `"mask_ratio"` (mean of m further than 0.05 from 1 − `mask_ratio`); empty where all is well.
+    """
+    spread, mean = statistics["keep_spread"], statistics["keep_mean"]
+    saturated = statistics["keep_low"] + statistics["keep_high"]
+    warnings = {}
+    if spread < 0.05:
+        warnings["collapsed"] = (
+            f"the masking module has collapsed: the spread of m between images is {spread:.3f}, nearly one mask for "
+            "all. Raise `diversity_loss_weight`, or lower `masker_learning_rate_multiplier`."
+        )
+    if saturated > 0.99:
+        warnings["saturated"] = (
+            f"the masking module is saturated: {saturated:.1%} of m lie below 0.1 or above 0.9, where the sigmoid has "
+            "hardly a gradient. Lower `gauss_loss_weight` and `diversity_loss_weight`."
+        )
+    if abs(mean - (1 - mask_ratio)) > 0.05:
+        warnings["mask_ratio"] = (
+            f"the masking module has left the mask ratio: the mean of m is {mean:.3f}, not 1 - mask_ratio = "
+            f"{1 - mask_ratio:.3f}. Raise `kl_loss_weight`."
+        )
+    return warnings

@@ -12,14 +12,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType
 from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.callbacks import DifficultyCallback, EpochCallback, PictureCallback
-from clmae.training.curriculum import curriculum_factor, keep_probability_statistics, keep_probability_sums
+from clmae.training.curriculum import (
+    curriculum_factor,
+    keep_probability_statistics,
+    keep_probability_sums,
+    mask_warnings,
+)
 from clmae.training.data import ImageDataset
 from clmae.training.images import sample_generator
 
@@ -56,11 +63,13 @@ class CurriculumTrainer(Trainer):
     A `Trainer` in every respect (callbacks, logging, mixed precision, accumulation, DDP, resume), that also
 
     - gives a model with a masking module its curriculum factor λ_CL, from the optimiser step over all steps, and its
-      own learning rate (`masker_learning_rate_multiplier`) and update interval (`masker_update_interval`);
+      own learning rate (`masker_learning_rate_multiplier`), schedule (`masker_lr_scheduler_type`) and update interval
+      (`masker_update_interval`);
     - logs every scalar that the model returns beside its loss, and what the keep probabilities look like, averaged
-      over accumulated batches and processes;
+      over accumulated batches and processes; warns where they show that the masking module has gone astray;
     - measures `mask_difficulty` and draws pictures, on the first `num_probe_images` of `eval_dataset`;
-    - evaluates by the reconstruction loss under fixed random masks, whatever masks the model learns.
+    - evaluates by the reconstruction loss under fixed random masks, whatever masks the model learns, and reports
+      `eval_mask_difficulty` beside it, on all of the evaluation set.
 
     With an [`ImageDataset`] every image's augmentation and mask noise are keyed by seed, epoch and index, and a resumed
     run continues bit by bit on a CPU. Other data sets must give `pixel_values`, and may give `noise`; without it, masks
@@ -111,6 +120,8 @@ class CurriculumTrainer(Trainer):
         self._keep_sums: dict[int, torch.Tensor] = {}  # by optimiser step
         self._held_out: dict[str, torch.Tensor] | None = None
         self._substep = (-1, 0)  # optimiser step, and how many batches of it have been seen
+        self._eval_sums = torch.zeros(2, device=self.args.device)  # L_rec of images under learned and random masks
+        self._warned: set[str] = set()
         self.add_callback(EpochCallback(self))
         if self.eval_dataset is not None and args.picture_steps:
             self.add_callback(PictureCallback(self))
@@ -146,7 +157,7 @@ class CurriculumTrainer(Trainer):
         """As the Trainer's."""
         if resume_from_checkpoint and not hasattr(self.train_dataset, "__len__"):
             logger.warning("Resuming a stream: the run continues exactly only within the stream's first pass.")
-        self._sums, self._keep_sums = {}, {}
+        self._sums, self._keep_sums, self._warned = {}, {}, set()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # -- optimiser ------------------------------------------------------------------------------------------------
@@ -167,8 +178,35 @@ class CurriculumTrainer(Trainer):
                 if own:
                     group["params"] = [p for p in group["params"] if id(p) not in masker]
                     rate = group["lr"] * self.args.masker_learning_rate_multiplier
-                    optimizer.add_param_group({**group, "params": own, "lr": rate})
+                    optimizer.add_param_group({**group, "params": own, "lr": rate, "masking_module": True})
         return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The Trainer's scheduler, with the masking module on a schedule of its own (`masker_lr_scheduler_type`)."""
+        created = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        groups = scheduler.optimizer.param_groups
+        own = [i for i, group in enumerate(groups) if group.get("masking_module")]
+        if not created or not own:
+            return scheduler
+        if not isinstance(scheduler, LambdaLR):
+            name = SchedulerType(self.args.lr_scheduler_type).value
+            raise ValueError(
+                f"`lr_scheduler_type` is {name!r}, which gives all parameters one schedule, but the masking module has "
+                "its own. Choose a schedule that is a function of the step, such as cosine."
+            )
+        schedule = get_scheduler(
+            self.args.masker_lr_scheduler_type,
+            torch.optim.SGD([torch.zeros(1)], lr=1.0),  # only its function of the step is wanted
+            self.args.get_warmup_steps(num_training_steps),
+            num_training_steps,
+        ).lr_lambdas[0]
+        for i in own:
+            scheduler.lr_lambdas[i] = schedule
+            groups[i]["lr"] = groups[i]["initial_lr"] * schedule(0)
+        return scheduler
 
     # -- data -----------------------------------------------------------------------------------------------------
 
@@ -284,8 +322,22 @@ class CurriculumTrainer(Trainer):
         """The batch's loss. There are no labels, and predictions of whole images are not gathered."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach().mean(), None, None
+            loss = self.compute_loss(model, inputs).detach().mean()
+            if self.has_masking_module:
+                pixel_values = inputs["pixel_values"]
+                learned = model(pixel_values=pixel_values, masking="learned").reconstruction_loss.mean()
+                # Every image has equally many masked patches.
+                self._eval_sums += len(pixel_values) * torch.stack([learned, loss]).float()
+        return loss, None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As the Trainer's; with a masking module, also `mask_difficulty` over the whole data set."""
+        self._eval_sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.has_masking_module:
+            learned, random = self.accelerator.reduce(self._eval_sums, reduction="sum").tolist()
+            output.metrics[f"{metric_key_prefix}_mask_difficulty"] = learned / random
+        return output
 
     @torch.no_grad()
     def measure_difficulty(self) -> float:
@@ -332,9 +384,20 @@ class CurriculumTrainer(Trainer):
             logs.update(zip(names, means, strict=True))
             if self._keep_sums:
                 sums = self.accelerator.reduce(torch.stack(list(self._keep_sums.values())), reduction="sum")
-                logs.update({k: v.mean().item() for k, v in keep_probability_statistics(sums).items()})
+                statistics = {k: v.mean().item() for k, v in keep_probability_statistics(sums).items()}
+                logs.update(statistics)
+                self._warn(statistics)
             self._sums, self._keep_sums = {}, {}
         super().log(logs, start_time)
+
+    def _warn(self, statistics: dict[str, float]) -> None:
+        """Says once what is wrong with the masks; not in the first tenth, when m has hardly left its start."""
+        if not self.is_world_process_zero() or self.state.global_step < self.state.max_steps / 10:
+            return
+        for kind, message in mask_warnings(statistics, self.model.config.mask_ratio).items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                logger.warning(f"Step {self.state.global_step}: {message}")
 
 
 def _samples(dataset: Any) -> Iterator[Any]:

@@ -67,6 +67,7 @@ BAD_CL_MAE = [
     (dict(gauss_loss_weight=-1), ("`gauss_loss_weight`", "-1", "[0, inf)")),
     (dict(gauss_sigma=0), ("`gauss_sigma`", "0", "(0, inf)")),
     (dict(kl_loss_weight=-0.5), ("`kl_loss_weight`", "-0.5", "[0, inf)")),
+    (dict(soft_masking="token"), ("`soft_masking`", "'token'", "attention, tokens")),
     (dict(kl_reduction="max"), ("`kl_reduction`", "'max'", "mean, sum")),
     (dict(diversity_loss_weight=INF), ("`diversity_loss_weight`", "inf", "[0, inf)")),
     (dict(diversity_scale="0.1"), ("`diversity_scale`", "'0.1'", "[0, inf)")),
@@ -144,13 +145,14 @@ def test_preset_fields_can_be_overridden():
     assert config.mask_ratio == 0.6
 
 
-def test_defaults_are_the_papers():
+def test_defaults_are_the_papers_but_for_the_curriculum():
     config = CLMAEConfig()
     assert (config.mask_ratio, config.mask_sampler, config.layer_norm_eps) == (0.75, "random", 1e-6)
     assert (config.masker_num_hidden_layers, config.masker_num_attention_heads) == (5, 4)
     assert (config.masker_intermediate_size, config.masker_layer_norm_eps) == (4 * 768, 1e-5)
-    assert (config.gauss_loss_weight, config.gauss_sigma) == (1.0, 0.12)
-    assert (config.diversity_loss_weight, config.diversity_scale) == (2.0, 0.1)
+    assert (config.gauss_loss_weight, config.gauss_sigma) == (0.1, 0.12)
+    assert (config.diversity_loss_weight, config.diversity_scale) == (0.2, 0.1)
+    assert config.soft_masking == "attention"
     assert (config.curriculum_shape, config.curriculum_start, config.curriculum_end) == ("linear", 1.0, -1.0)
 
 

@@ -99,20 +99,29 @@ def _layer_norm(params: Params, name: str, x: Tensor, eps: float) -> Tensor:
     return (x - mean) / torch.sqrt(variance + eps) * params[f"{name}.weight"] + params[f"{name}.bias"]
 
 
-def _attention(params: Params, name: str, x: Tensor, heads: int, qkv_bias: bool) -> Tensor:
+def _attention(
+    params: Params, name: str, x: Tensor, heads: int, qkv_bias: bool, shares: Tensor | None = None
+) -> Tensor:
+    """`shares` `(T,)`: each token's softmax weights are multiplied by its share, and made to sum to 1 again."""
     q, k, v = (_linear(params, f"{name}.{part}_proj", x, qkv_bias) for part in "qkv")
     head_width = x.shape[1] // heads
     outputs = []
     for head in range(heads):
         columns = slice(head * head_width, (head + 1) * head_width)
         scores = q[:, columns] @ k[:, columns].T / math.sqrt(head_width)
-        outputs.append(torch.softmax(scores, dim=1) @ v[:, columns])
+        weights = torch.softmax(scores, dim=1)
+        if shares is not None:
+            weights = weights * shares[None, :]
+            weights = weights / weights.sum(dim=1, keepdim=True)
+        outputs.append(weights @ v[:, columns])
     return _linear(params, f"{name}.o_proj", torch.cat(outputs, dim=1))
 
 
-def _block(params: Params, name: str, x: Tensor, heads: int, eps: float, config: Any) -> Tensor:
+def _block(
+    params: Params, name: str, x: Tensor, heads: int, eps: float, config: Any, shares: Tensor | None = None
+) -> Tensor:
     normed = _layer_norm(params, f"{name}.layernorm_before", x, eps)
-    x = x + _attention(params, f"{name}.attention", normed, heads, config.qkv_bias)
+    x = x + _attention(params, f"{name}.attention", normed, heads, config.qkv_bias, shares)
     hidden = _linear(params, f"{name}.mlp.fc1", _layer_norm(params, f"{name}.layernorm_after", x, eps))
     hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2  # exact GELU
     return x + _linear(params, f"{name}.mlp.fc2", hidden)
@@ -132,12 +141,12 @@ def _patch_tokens(params: Params, config: Any, image: Tensor) -> Tensor:
     return torch.stack(tokens)
 
 
-def _encode(params: Params, config: Any, tokens: Tensor) -> Tensor:
-    """Class token in front, encoder blocks, final LayerNorm: `(T, D)` -> `(1 + T, D)`."""
+def _encode(params: Params, config: Any, tokens: Tensor, shares: Tensor | None = None) -> Tensor:
+    """Class token in front, encoder blocks, final LayerNorm: `(T, D)` -> `(1 + T, D)`; `shares` of all 1 + T."""
     first = params["vit.embeddings.cls_token"][0, 0] + params["vit.embeddings.position_embeddings"][0, 0]
     x = torch.cat([first[None], tokens])
     for i in range(config.num_hidden_layers):
-        x = _block(params, f"vit.layers.{i}", x, config.num_attention_heads, config.layer_norm_eps, config)
+        x = _block(params, f"vit.layers.{i}", x, config.num_attention_heads, config.layer_norm_eps, config, shares)
     return _layer_norm(params, "vit.layernorm", x, config.layer_norm_eps)
 
 
@@ -242,7 +251,11 @@ def pass_a(params: Params, config: Any, pixel_values: Tensor, m: Tensor) -> dict
 
 
 def pass_b(params: Params, config: Any, pixel_values: Tensor, m: Tensor) -> dict[str, Tensor]:
-    """The masking module's pass: every token enters, scaled by its m; errors are weighted by 1 - m.
+    """The masking module's pass, by `config.soft_masking`; errors are weighted by 1 - m.
+
+    `"tokens"`: every token enters, scaled by its m, and the decoder gets no mask tokens. `"attention"`: every token
+    enters as it is, but is attended to m (+ 1e-8) times as much, the class token fully; the decoder gets a mixture of m
+    parts of what was encoded and 1 - m parts of the mask token.
 
     Returns:
         `loss` `()` (L_soft), `logits` `(B, N, P)`, `patch_errors` `(B, N)`; all differentiable in m `(B, N)`.
@@ -250,8 +263,16 @@ def pass_b(params: Params, config: Any, pixel_values: Tensor, m: Tensor) -> dict
     logits, errors = [], []
     for image, image_m in zip(pixel_values.double(), m, strict=True):
         tokens = _patch_tokens(params, config, image)
-        scaled = torch.stack([token * keep for token, keep in zip(tokens, image_m, strict=True)])
-        embedded = _linear(params, "decoder.decoder_embed", _encode(params, config, scaled))
+        if config.soft_masking == "tokens":
+            scaled = torch.stack([token * keep for token, keep in zip(tokens, image_m, strict=True)])
+            embedded = _linear(params, "decoder.decoder_embed", _encode(params, config, scaled))
+        else:
+            shares = torch.cat([torch.ones(1, dtype=torch.float64), image_m + 1e-8])
+            embedded = _linear(params, "decoder.decoder_embed", _encode(params, config, tokens, shares))
+            mask_token, mixture = params["decoder.mask_token"][0, 0], [embedded[0]]
+            for token, keep in zip(embedded[1:], image_m, strict=True):
+                mixture.append(token * keep + mask_token * (1 - keep))
+            embedded = torch.stack(mixture)
         logits.append(_decode(params, config, embedded))
         errors.append(_patch_errors(config, logits[-1], image))
     patch_errors = torch.stack(errors)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clmae import CLMAEForPreTraining, MAEForPreTraining
+from clmae.modeling.losses import patch_targets
 
 from . import reference
 
@@ -22,11 +23,12 @@ SETTINGS = ["plain", "checkpointing", "autocast", "bfloat16", "accumulation"]
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
-@pytest.fixture
-def build(tiny_config):
-    """`build(**fields)`: a tiny CL-MAE in training mode whose weights are random without zeros."""
+@pytest.fixture(params=["attention", "tokens"])
+def build(tiny_config, request):
+    """`build(**fields)`: a tiny CL-MAE in training mode whose weights are random without zeros; both soft maskings."""
 
     def make(**fields) -> CLMAEForPreTraining:
+        fields = {"soft_masking": request.param, **fields}
         model = CLMAEForPreTraining(tiny_config("cl_mae", **fields)).train()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -127,6 +129,33 @@ def test_equals_the_reference_on_non_square_images_of_any_channels(build, make_i
     torch.testing.assert_close(outputs.loss, expected["loss"], atol=1e-11, rtol=0)
     for name, gradient in actual.items():
         torch.testing.assert_close(gradient, expected["grads"][name], atol=1e-11, rtol=0)
+
+
+def test_soft_masking_by_attention_is_the_hard_task_at_the_corners(build, make_images):
+    """With m of 0 and 1, L_soft is pass A's loss under that mask; the authors' scaling is far from it."""
+    model = build().double()
+    pixel_values = make_images(model.config, 3, torch.float64)
+    embeddings = model.vit.embeddings(pixel_values)
+    targets = patch_targets(pixel_values, (4, 4), model.config.norm_pix_loss)
+    hard = model(pixel_values)
+    soft = model.soft_reconstruction_loss(embeddings, 1 - hard.mask, targets, (4, 4))
+    difference = (soft - hard.reconstruction_loss).abs().item()
+    assert difference < 1e-6 if model.config.soft_masking == "attention" else difference > 1e-2
+
+
+def test_eager_and_fused_attention_give_the_same_soft_gradient(build, make_images):
+    model = build().double()
+    pixel_values = make_images(model.config, 3, torch.float64)
+    embeddings = model.vit.embeddings(pixel_values)
+    targets = patch_targets(pixel_values, (4, 4), model.config.norm_pix_loss)
+    keep = torch.linspace(0.01, 0.99, 48, dtype=torch.float64).reshape(3, 16).requires_grad_()
+    gradients = []
+    for implementation in ("eager", "sdpa"):
+        model.config._attn_implementation = implementation
+        loss = model.soft_reconstruction_loss(embeddings, keep, targets, (4, 4))
+        gradients += torch.autograd.grad(loss, keep)
+    assert gradients[0].abs().min() > 1e-9
+    torch.testing.assert_close(*gradients, atol=1e-11, rtol=0)
 
 
 # -- separation -------------------------------------------------------------------------------------------------------

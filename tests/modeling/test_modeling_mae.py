@@ -25,7 +25,7 @@ from transformers import (
 
 import clmae
 from clmae.modeling.losses import patch_targets
-from clmae.modeling.modeling_mae import MAELayer, resize_positions
+from clmae.modeling.modeling_mae import MAELayer, MAEModel, resize_positions
 
 from . import reference
 
@@ -713,3 +713,28 @@ def test_models_list_their_blocks_and_input_embeddings(build, family):
     assert model.vit.get_input_embeddings() is model.vit.embeddings.patch_embeddings
     assert model.main_input_name == "pixel_values"
     assert model.accepts_loss_kwargs is False
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_scores_are_added_whatever_the_attention(tiny_config, implementation):
+    """What cannot add to the scores, or not differentiate it, falls back to the fused kernel that can."""
+    model = MAEModel(tiny_config()).double()
+    tokens = torch.randn(3, 17, 32, dtype=torch.float64)
+    weights, outputs = torch.randn_like(tokens), []
+    for name in ("eager", implementation):
+        model.config._attn_implementation = name
+        scores = torch.linspace(-9, 0, 51, dtype=torch.float64).reshape(3, 1, 1, 17).requires_grad_()
+        hidden_states = model(inputs_embeds=tokens, attention_mask=scores).last_hidden_state
+        outputs.append((hidden_states, *torch.autograd.grad((weights * hidden_states).sum(), scores)))
+    assert outputs[0][1].abs().max() > 1e-3
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-10, rtol=0)
+
+
+def test_a_score_of_minus_infinity_removes_a_token(tiny_config):
+    model = MAEModel(tiny_config(attn_implementation="eager")).double()
+    tokens = torch.randn(2, 17, 32, dtype=torch.float64)
+    scores = torch.zeros(2, 1, 1, 17, dtype=torch.float64)
+    scores[..., 10:] = -torch.inf
+    hidden_states = model(inputs_embeds=tokens, attention_mask=scores).last_hidden_state[:, :10]
+    expected = model(inputs_embeds=tokens[:, :10]).last_hidden_state
+    torch.testing.assert_close(hidden_states, expected, atol=1e-12, rtol=0)

@@ -234,7 +234,7 @@ def test_soft_loss_by_hand():
 
 
 def test_pass_b_scales_tokens_and_uses_no_mask_token():
-    config = tiny_config()
+    config = tiny_config(soft_masking="tokens")
     params, pixel_values = random_params(config), random_images(config, 1)
     ones = torch.ones(1, 16, dtype=torch.float64)
     full = reference.mae_forward(params, SimpleNamespace(**{**config.to_dict(), "mask_ratio": 0.0}), pixel_values, ones)
@@ -253,6 +253,17 @@ def test_pass_b_scales_tokens_and_uses_no_mask_token():
     expected = reference.pass_b(halved, config, pixel_values, ones)
     actual = reference.pass_b(params, config, pixel_values, ones / 2)
     torch.testing.assert_close(actual["logits"], expected["logits"], atol=1e-12, rtol=0)
+
+
+def test_pass_b_by_attention_is_pass_a_where_m_is_0_or_1():
+    config = tiny_config(soft_masking="attention")
+    params, pixel_values = random_params(config), random_images(config, 2)
+    m = torch.rand(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    hard = reference.pass_a(params, config, pixel_values, m)
+    soft = reference.pass_b(params, config, pixel_values, 1 - hard["mask"])
+    assert soft["loss"].item() == pytest.approx(hard["loss"].item(), abs=1e-6)  # 1e-8 a hidden token, times 2 x 16
+    between = reference.pass_b(params, config, pixel_values, m)
+    assert abs(between["loss"].item() - hard["loss"].item()) > 1e-4
 
 
 def test_keep_probabilities_equal_transformers_encoder():
@@ -307,7 +318,7 @@ def central_difference(function, params: dict[str, torch.Tensor], name: str, ind
     ],
 )
 def test_masker_gradient_is_the_derivative_of_its_loss(name, index):
-    config = tiny_config(kl_reduction="sum", kl_loss_weight=0.3, gauss_loss_weight=0.8)
+    config = tiny_config(kl_reduction="sum", kl_loss_weight=0.3, gauss_loss_weight=0.8, diversity_loss_weight=2.0)
     params, pixel_values = random_params(config), random_images(config, 3)
 
     def terms(params):

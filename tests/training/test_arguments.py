@@ -45,6 +45,7 @@ def test_defaults_are_those_of_the_recipe(make):
     assert not args.remove_unused_columns
     assert not args.logging_nan_inf_filter
     assert (args.masker_learning_rate_multiplier, args.masker_update_interval) == (1.0, 1)
+    assert args.masker_lr_scheduler_type == "constant"
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,11 @@ def test_defaults_are_those_of_the_recipe(make):
 def test_out_of_range_fields_are_refused(make, field, value):
     with pytest.raises(ValueError, match=rf"`{field}` is {value}; give "):
         make(**{field: value})
+
+
+def test_unknown_masker_schedule_is_refused(make):
+    with pytest.raises(ValueError, match=r"`masker_lr_scheduler_type` is 'cosin'; choose one of constant, .*, cosine"):
+        make(masker_lr_scheduler_type="cosin")
 
 
 @pytest.mark.parametrize(

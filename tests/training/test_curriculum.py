@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 
-from clmae.training.curriculum import curriculum_factor, keep_probability_statistics, keep_probability_sums
+from clmae.training.curriculum import (
+    curriculum_factor,
+    keep_probability_statistics,
+    keep_probability_sums,
+    mask_warnings,
+)
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -87,3 +92,33 @@ def test_sums_of_parts_say_what_the_whole_batch_says():
         {name: value.item() for name, value in whole.items()}, abs=1e-5
     )
     assert whole["keep_spread"].item() == pytest.approx(keep.std(0, correction=0).mean().item(), abs=1e-6)
+
+
+HEALTHY = dict(keep_mean=0.26, keep_std=0.4, keep_low=0.7, keep_high=0.2, keep_spread=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "figure", "remedy"),
+    [
+        (dict(keep_spread=0.049), "collapsed", "0.049", "`diversity_loss_weight`"),
+        (dict(keep_low=0.75, keep_high=0.245), "saturated", "99.5%", "`gauss_loss_weight`"),
+        (dict(keep_mean=0.31), "mask_ratio", "0.310", "`kl_loss_weight`"),
+        (dict(keep_mean=0.19), "mask_ratio", "0.190", "`kl_loss_weight`"),
+    ],
+)
+def test_mask_warnings(fields, kind, figure, remedy):
+    assert mask_warnings(HEALTHY, 0.75) == {}
+    (found,) = mask_warnings({**HEALTHY, **fields}, 0.75).items()
+    assert found[0] == kind
+    assert figure in found[1]
+    assert remedy in found[1]
+
+
+def test_mask_warnings_follow_the_mask_ratio():
+    assert set(mask_warnings(HEALTHY, 0.5)) == {"mask_ratio"}
+    assert mask_warnings({**HEALTHY, "keep_mean": 0.52}, 0.5) == {}
+
+
+def test_every_fault_is_told():
+    statistics = dict(keep_mean=0.0, keep_low=1.0, keep_high=0.0, keep_spread=0.0)
+    assert set(mask_warnings(statistics, 0.75)) == {"collapsed", "saturated", "mask_ratio"}

@@ -18,8 +18,17 @@ import clmae
 from .runs import record_run, tiny_model, weights
 
 # Means over processes of means over 4 images are means over the 8. (keep_std and keep_spread are no means.)
-SAME = ("loss", "reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
+SAME = (
+    "eval_mask_difficulty",
+    "loss",
+    "reconstruction_loss",
+    "soft_reconstruction_loss",
+    "gauss_loss",
+    "kl_loss",
+    "diversity_loss",
+)
 SAME += ("keep_mean", "keep_low", "keep_high", "curriculum_factor", "learning_rate", "eval_loss", "mask_difficulty")
+SAME += ("eval_mask_difficulty",)
 
 SHORT = dict(max_steps=4, learning_rate=0.01)
 RUNS = {

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from clmae.training import CurriculumTrainer, PictureCallback, PretrainingArguments, curriculum_factor
+from clmae.training import trainer as trainer_module
 from clmae.training.data import ImageDataset, StreamingImageDataset, make_image_processor
 from clmae.training.trainer import EpochSampler
 
@@ -154,7 +155,16 @@ def test_model_without_masking_module_has_one_rate(tmp_path):
     assert sorted(name for names in optimiser_names(trainer) for name in names) == sorted(trainable)
 
 
-def test_schedule_keeps_the_multiplier(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "masker_schedule"),
+    [
+        ("cosine", [0.5, *((1 + math.cos(math.pi * k / 4)) / 2 for k in range(5))]),
+        ("constant", [1.0] * 6),
+        ("constant_with_warmup", [0.5, *[1.0] * 5]),
+        ("linear", [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]),
+    ],
+)
+def test_schedules_of_autoencoder_and_masking_module(tmp_path, kind, masker_schedule):
     rates = []
 
     def record(step, optimizer, **kwargs):
@@ -163,7 +173,12 @@ def test_schedule_keeps_the_multiplier(tmp_path):
         )
 
     trainer = tiny_trainer(
-        tmp_path, masker_learning_rate_multiplier=0.5, max_steps=6, warmup_steps=2, callbacks=[EachStep(record)]
+        tmp_path,
+        masker_learning_rate_multiplier=0.5,
+        masker_lr_scheduler_type=kind,
+        max_steps=6,
+        warmup_steps=2,
+        callbacks=[EachStep(record)],
     )
     trainer.create_optimizer()
     groups = optimiser_names(trainer)
@@ -172,9 +187,24 @@ def test_schedule_keeps_the_multiplier(tmp_path):
     # After step k, the rate of the next: 1/2, then the cosine over the 4 steps that are left.
     expected = [5e-4, *(1e-3 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(5))]
     assert schedule == pytest.approx(expected)
-    for rate, base in zip(rates, schedule, strict=True):
+    for rate, base, factor in zip(rates, schedule, masker_schedule, strict=True):
         for name, value in rate.items():
-            assert value == pytest.approx(base * (0.5 if name.startswith("masking_module.") else 1))
+            assert value == pytest.approx(0.5e-3 * factor if name.startswith("masking_module.") else base)
+
+
+def test_masking_modules_first_rate_is_its_own_schedules(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=6, warmup_steps=2)
+    trainer.create_optimizer_and_scheduler(6)
+    rates = {group.get("masking_module", False): group["lr"] for group in trainer.optimizer.param_groups}
+    assert rates == {False: 0.0, True: 1e-3}  # the autoencoder warms up, the masking module does not
+    assert trainer.lr_scheduler.get_last_lr()[0] == 0.0
+
+
+def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+    with pytest.raises(ValueError, match=r"`lr_scheduler_type` is 'reduce_lr_on_plateau', .* such as cosine"):
+        trainer.train()
+    tiny_trainer(tmp_path, "mae", max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch").train()
 
 
 def test_given_optimiser_is_left_alone(tmp_path):
@@ -375,6 +405,46 @@ def test_difficulty_is_logged_once_where_the_last_step_is_a_multiple(tmp_path):
     trainer.train()
     steps = [entry["step"] for entry in trainer.state.log_history if "mask_difficulty" in entry]
     assert steps == [0, 2, 4]
+
+
+def test_evaluation_reports_the_difficulty_of_all_images(tmp_path):
+    dataset = image_dataset(6, train=False)  # batches of 4 and 2
+    trainer = tiny_trainer(tmp_path, eval_dataset=dataset, num_probe_images=2, max_steps=2, eval_strategy="epoch")
+    samples = [dataset[i] for i in range(6)]
+    losses = [reconstruction_loss(trainer.model, samples, masking=masking) for masking in ("learned", "random")]
+    metrics = trainer.evaluate()
+    assert metrics["eval_mask_difficulty"] == pytest.approx(losses[0] / losses[1], rel=1e-5)
+    assert metrics["eval_mask_difficulty"] != pytest.approx(trainer.measure_difficulty(), abs=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(losses[1], rel=1e-5)
+    assert trainer.evaluate(metric_key_prefix="other")["other_mask_difficulty"] == metrics["eval_mask_difficulty"]
+    assert "test_mask_difficulty" in trainer.predict(dataset).metrics
+    trainer.train()
+    assert logged(trainer, "eval_mask_difficulty").keys() == {2}
+
+
+def test_masks_that_go_astray_are_reported_once_and_early(tmp_path, monkeypatch):
+    # Without any hold on the mask ratio and the masks' likeness, and with everything else switched off.
+    model = tiny_model(kl_loss_weight=0.0, diversity_loss_weight=0.0, gauss_loss_weight=0.0)
+    with torch.no_grad():
+        model.masking_module.head.weight.zero_()
+        model.masking_module.head.bias.fill_(6.0)
+    trainer = tiny_trainer(tmp_path, model, max_steps=40, masker_learning_rate_multiplier=0.0)
+    found = []
+    monkeypatch.setattr(trainer_module.logger, "warning", found.append)
+    trainer.train()
+    assert [message.split(":")[0] for message in found] == ["Step 4"] * 3  # a tenth of the run
+    assert ["collapsed" in found[0], "saturated" in found[1], "left the mask ratio" in found[2]] == [True] * 3
+
+
+def test_healthy_masks_give_no_warning(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    model = tiny_model(mask_ratio=0.28)  # which is what the masks below have
+    with torch.no_grad():  # masks that differ from image to image
+        model.masking_module.head.weight.mul_(9)
+        model.masking_module.head.bias.fill_(-2.5)
+    tiny_trainer(tmp_path, model, max_steps=3, masker_learning_rate_multiplier=0.0).train()
+    assert warnings == []
 
 
 def test_measuring_difficulty_costs_no_training_log(tmp_path):
