@@ -12,12 +12,16 @@ from transformers import (
     BitImageProcessorPil,
 )
 
-from clmae.configuration import CLMAEConfig, MAEConfig
+from clmae.configuration import CLMAEConfig, CMAEConfig, MAEConfig
 from clmae.modeling import (
     CLMAEBackbone,
     CLMAEForImageClassification,
     CLMAEForPreTraining,
     CLMAEModel,
+    CMAEBackbone,
+    CMAEForImageClassification,
+    CMAEForPreTraining,
+    CMAEModel,
     MAEBackbone,
     MAEForImageClassification,
     MAEForPreTraining,
@@ -30,6 +34,7 @@ __version__ = "0.1.0"
 FAMILIES = {
     "mae": (MAEConfig, MAEModel, MAEForPreTraining, MAEForImageClassification, MAEBackbone),
     "cl_mae": (CLMAEConfig, CLMAEModel, CLMAEForPreTraining, CLMAEForImageClassification, CLMAEBackbone),
+    "cmae": (CMAEConfig, CMAEModel, CMAEForPreTraining, CMAEForImageClassification, CMAEBackbone),
 }
 
 for _config, *_models in FAMILIES.values():
@@ -51,6 +56,11 @@ __all__ = [
     "CLMAEForImageClassification",
     "CLMAEForPreTraining",
     "CLMAEModel",
+    "CMAEBackbone",
+    "CMAEConfig",
+    "CMAEForImageClassification",
+    "CMAEForPreTraining",
+    "CMAEModel",
     "MAEBackbone",
     "MAEConfig",
     "MAEForImageClassification",

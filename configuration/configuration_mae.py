@@ -124,6 +124,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         ("hidden_size", "num_attention_heads"),
         ("decoder_hidden_size", "decoder_num_attention_heads"),
     )
+    _decoder_follows_size: ClassVar[bool] = True  # whether `from_size` sets the decoder too
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Checked before anything is derived, so that a wrong value is reported and not its consequence.
@@ -187,6 +188,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if size not in SIZES:
             raise ValueError(f"`model_size` is {size!r}; choose one of {', '.join(SIZES)}.")
         preset = {**SIZES[size], "patch_size": _SIZE_PATCH.get(size, 16)}
+        if not cls._decoder_follows_size:
+            preset = {name: value for name, value in preset.items() if not name.startswith("decoder_")}
         return cls(**{**preset, **kwargs})
 
     # -- checks -------------------------------------------------------------------------------------------------

@@ -9,6 +9,14 @@ from clmae.modeling.modeling_cl_mae import (
     CLMAEModel,
     CLMAEPreTrainedModel,
 )
+from clmae.modeling.modeling_cmae import (
+    CMAEBackbone,
+    CMAEForImageClassification,
+    CMAEForPreTraining,
+    CMAEForPreTrainingOutput,
+    CMAEModel,
+    CMAEPreTrainedModel,
+)
 from clmae.modeling.modeling_mae import (
     MAEBackbone,
     MAEForImageClassification,
@@ -26,6 +34,12 @@ __all__ = [
     "CLMAEForPreTrainingOutput",
     "CLMAEModel",
     "CLMAEPreTrainedModel",
+    "CMAEBackbone",
+    "CMAEForImageClassification",
+    "CMAEForPreTraining",
+    "CMAEForPreTrainingOutput",
+    "CMAEModel",
+    "CMAEPreTrainedModel",
     "MAEBackbone",
     "MAEForImageClassification",
     "MAEForPreTraining",

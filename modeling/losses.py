@@ -77,6 +77,27 @@ def diversity_loss(keep: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.exp(-scale * torch.pdist(keep)).mean()
 
 
+def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Symmetric InfoNCE of two views' vectors `(B, d)` (arXiv 1807.03748; symmetric as in SimCLR, arXiv 2002.05709).
+
+    `½·[CE(S, i) + CE(Sᵀ, i)]`, `S_ij = cos(first_i, second_j) / temperature`: view i of one kind has to be found among
+    all B of the other. Computed outside of autocast, so that half precision does not round the similarities.
+
+    Raises:
+        ValueError: There is one image, and so nothing to tell it from.
+    """
+    if len(first) < 2:
+        raise ValueError(
+            "`pixel_values` holds one image, but contrast needs others to tell it from: take a batch of at least 2, or "
+            "set `contrastive_loss_weight` to 0."
+        )
+    with torch.autocast(first.device.type, enabled=False):
+        first, second = (torch.nn.functional.normalize(vectors, dim=1) for vectors in (first, second))
+        scores = first @ second.T / temperature
+        own = torch.arange(len(scores), device=scores.device)
+        return (torch.nn.functional.cross_entropy(scores, own) + torch.nn.functional.cross_entropy(scores.T, own)) / 2
+
+
 def world_size() -> int:
     """Number of data-parallel processes; 1 where torch.distributed is not running."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

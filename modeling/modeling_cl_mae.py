@@ -25,8 +25,9 @@ from clmae.modeling.losses import (
     sum_across_processes,
     world_size,
 )
-from clmae.modeling.masking import keep_lowest
+from clmae.modeling.masking import Masking, keep_lowest
 from clmae.modeling.modeling_mae import (
+    TASK_HEADS,
     MAEBackbone,
     MAEForImageClassification,
     MAEForPreTraining,
@@ -36,6 +37,7 @@ from clmae.modeling.modeling_mae import (
     MAEPreTrainedModel,
     check_pixel_values,
     sample_masking,
+    select_visible,
 )
 
 MASKINGS = ("learned", "random")
@@ -123,7 +125,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
     loop it stays at `config.curriculum_start` unless it is passed.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^fc_norm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^fc_norm\.", *TASK_HEADS]
 
     def __init__(self, config: CLMAEConfig):
         super().__init__(config)
@@ -160,29 +162,13 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         Raises:
             ValueError: `masking` has no such value, or the images another shape than the configuration says.
         """
-        if masking not in MASKINGS:
-            raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-        learned = masking == "learned"
-        if compute_masker_loss is None:
-            compute_masker_loss = self.training and learned
         embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-
-        keep = None
-        if learned or compute_masker_loss:
-            keep = self.keep_probabilities(embeddings, grid_size, with_gradient=compute_masker_loss)
-        if learned:
-            # The largest m stay visible; choosing has no gradient.
-            chosen = keep_lowest(-keep.detach(), self.config.num_visible(keep.shape[1]))
-        else:
-            if noise is None:
-                noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
-            chosen = sample_masking(self.config, noise, len(pixel_values), grid_size)
-
         # Pass B first: its graph is gone before pass A builds its own, so the peak is the larger of the two.
-        terms = self.masker_terms(embeddings, keep, targets, grid_size) if compute_masker_loss else {}
-        encoded, logits, reconstruction_loss = self.autoencode(embeddings, chosen, targets, grid_size, **kwargs)
+        chosen, keep, terms = self.choose_masks(embeddings, targets, grid_size, noise, masking, compute_masker_loss)
+        visible = select_visible(embeddings, chosen)
+        encoded, logits, reconstruction_loss = self.autoencode(visible, chosen, targets, grid_size, **kwargs)
         loss = reconstruction_loss
         if terms:
             loss = loss + self.masker_loss(terms, curriculum_factor)
@@ -197,6 +183,34 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
             keep_probabilities=keep,
             **terms,
         )
+
+    def choose_masks(
+        self,
+        embeddings: torch.Tensor,
+        targets: torch.Tensor,
+        grid_size: tuple[int, int],
+        noise: torch.Tensor | None,
+        masking: str,
+        compute_masker_loss: bool | None,
+    ) -> tuple[Masking, torch.Tensor | None, dict[str, torch.Tensor]]:
+        """Which patches stay visible; m `(B, N)`, if it was needed; and pass B's terms, if it was wanted."""
+        if masking not in MASKINGS:
+            raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
+        learned = masking == "learned"
+        if compute_masker_loss is None:
+            compute_masker_loss = self.training and learned
+        keep = None
+        if learned or compute_masker_loss:
+            keep = self.keep_probabilities(embeddings, grid_size, with_gradient=compute_masker_loss)
+        if learned:
+            # The largest m stay visible; choosing has no gradient.
+            chosen = keep_lowest(-keep.detach(), self.config.num_visible(keep.shape[1]))
+        else:
+            if noise is None:
+                noise = torch.rand(len(embeddings), math.prod(grid_size), device=embeddings.device)
+            chosen = sample_masking(self.config, noise, len(embeddings), grid_size)
+        terms = self.masker_terms(embeddings, keep, targets, grid_size) if compute_masker_loss else {}
+        return chosen, keep, terms
 
     def keep_probabilities(
         self, embeddings: torch.Tensor, grid_size: tuple[int, int], with_gradient: bool

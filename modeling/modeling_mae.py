@@ -324,6 +324,10 @@ class MAEDecoder(nn.Module):
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
+# What CMAE's pretraining adds; every other model of the families leaves it aside.
+TASK_HEADS = [r"^projector\.", r"^position_head\."]
+
+
 class MAEPreTrainedModel(PreTrainedModel):
     """What transformers needs to know about every model of the families."""
 
@@ -393,7 +397,13 @@ class MAEModel(MAEPreTrainedModel):
     """
 
     # What a checkpoint of the whole autoencoder has beyond the encoder.
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^classifier\.", r"^fc_norm\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^decoder\.",
+        r"^masking_module\.",
+        r"^classifier\.",
+        r"^fc_norm\.",
+        *TASK_HEADS,
+    ]
 
     def __init__(self, config: MAEConfig, add_final_layernorm: bool = True):
         super().__init__(config)
@@ -490,7 +500,7 @@ def select_visible(embeddings: torch.Tensor, masking: Masking) -> torch.Tensor:
 class MAEForPreTraining(MAEPreTrainedModel):
     """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^masking_module\.", r"^classifier\.", r"^fc_norm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^masking_module\.", r"^classifier\.", r"^fc_norm\.", *TASK_HEADS]
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
@@ -530,7 +540,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
             noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
         masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        encoded, logits, loss = self.autoencode(embeddings, masking, targets, grid_size, **kwargs)
+        visible = select_visible(embeddings, masking)
+        encoded, logits, loss = self.autoencode(visible, masking, targets, grid_size, **kwargs)
         return MAEForPreTrainingOutput(
             loss=loss,
             reconstruction_loss=loss,
@@ -543,14 +554,14 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
     def autoencode(
         self,
-        embeddings: torch.Tensor,
+        visible: torch.Tensor,
         masking: Masking,
         targets: torch.Tensor,
         grid_size: tuple[int, int],
         **kwargs: Any,
     ) -> tuple[MAEModelOutput, torch.Tensor, torch.Tensor]:
-        """Encodes the visible of all tokens `(B, 1 + N, D)`, decodes: the encoder's output, logits and L_rec."""
-        encoded = self.vit(inputs_embeds=select_visible(embeddings, masking), **kwargs)
+        """Encodes class token and visible tokens `(B, 1 + K, D)`, decodes: the encoder's output, logits and L_rec."""
+        encoded = self.vit(inputs_embeds=visible, **kwargs)
         logits = self.decoder(encoded.last_hidden_state, masking.ids_keep, grid_size)
         return encoded, logits, masked_mean(patch_errors(logits, targets), masking.mask)
 
@@ -562,7 +573,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
     class token after the encoder's LayerNorm.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^vit\.layernorm\."]
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^vit\.layernorm\.", *TASK_HEADS]
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)

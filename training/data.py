@@ -383,6 +383,7 @@ class _ImageViews:
         crop_scale: tuple[float, float] = (0.2, 1.0),
         horizontal_flip: bool = True,
         crop_ratio: float = 1.0,
+        num_views: int = 1,
         on_bad_image: str = "raise",
     ) -> None:
         if on_bad_image not in ON_BAD_IMAGE:
@@ -398,6 +399,7 @@ class _ImageViews:
         self.mean, self.std = list(mean), list(std)
         self.train, self.seed = train, seed
         self.crop_scale, self.horizontal_flip, self.crop_ratio = crop_scale, horizontal_flip, crop_ratio
+        self.num_views = num_views if train else 1
         self.on_bad_image = on_bad_image
 
     def _decode(self, value: Any) -> np.ndarray:
@@ -412,18 +414,21 @@ class _ImageViews:
     def _sample(self, image: np.ndarray, epoch: int, key: int) -> dict[str, torch.Tensor]:
         if self.train:
             generator = sample_generator(self.seed, epoch, key, "augmentation")
-            box = random_resized_crop_box(*image.shape[:2], generator, self.crop_scale)
-            pixels = crop_and_resize(image, box, self.image_size)
-            if self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5:
-                pixels = pixels.flip(-1)
+            views = [self._random_view(image, generator) for _ in range(self.num_views)]
         else:
             epoch = 0  # the same masks at every evaluation
-            pixels = center_view(image, self.image_size, self.crop_ratio)
+            views = [center_view(image, self.image_size, self.crop_ratio)]
         generator = sample_generator(self.seed, epoch, key, "noise")
-        return {
-            "pixel_values": normalize(pixels, self.mean, self.std),
-            "noise": torch.rand(self.num_patches, generator=generator),
-        }
+        pixel_values = torch.stack([normalize(pixels, self.mean, self.std) for pixels in views])
+        noise = torch.rand(self.num_views, self.num_patches, generator=generator)
+        one = self.num_views == 1
+        return {"pixel_values": pixel_values[0] if one else pixel_values, "noise": noise[0] if one else noise}
+
+    def _random_view(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
+        box = random_resized_crop_box(*image.shape[:2], generator, self.crop_scale)
+        pixels = crop_and_resize(image, box, self.image_size)
+        flipped = self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5
+        return pixels.flip(-1) if flipped else pixels
 
     def _error(self, where: str, value: Any, cause: Exception) -> ValueError:
         path = value.get("path") if isinstance(value, dict) else None
@@ -453,6 +458,8 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
         crop_scale (`tuple[float, float]`): Smallest and largest share of the image in a random crop.
         horizontal_flip (`bool`): Whether half of the samples are mirrored.
         crop_ratio (`float`): Share of the sides that the centre shows, in (0, 1].
+        num_views (`int`): Random views of an image in a training sample; with more than one, `pixel_values` is
+            `(num_views, C, H, W)` and `noise` `(num_views, num_patches)`. Evaluation always shows one.
         on_bad_image (`str`): `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
     Raises:
@@ -725,6 +732,7 @@ def build_datasets(
         crop_scale=(args.min_crop_scale, 1.0),
         horizontal_flip=args.horizontal_flip,
         crop_ratio=crop_ratio,
+        num_views=getattr(config, "num_views", 1),
         on_bad_image=args.on_bad_image,
     )
     train, evaluation, excluded = _split(args)

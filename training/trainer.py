@@ -256,7 +256,8 @@ class CurriculumTrainer(Trainer):
         patch_size = pair(self.model.config.patch_size)
         num_patches = math.prod(n // p for n, p in zip(pixel_values.shape[-2:], patch_size, strict=True))
         generator = sample_generator(self.data_seed, step, key)
-        return torch.rand(len(pixel_values), num_patches, generator=generator).to(pixel_values.device)
+        # A row for each image, or for each of its views.
+        return torch.rand(*pixel_values.shape[:-3], num_patches, generator=generator).to(pixel_values.device)
 
     # -- loss -----------------------------------------------------------------------------------------------------
 

@@ -331,7 +331,8 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     if "difficulty" in rows[0]:
         for quarter in range(4):
             inside = [r for r in rows if quarter / 4 <= r["step"] / steps <= (quarter + 1) / 4]
-            result[f"Q{quarter + 1}"] = statistics.mean(r["difficulty"] for r in inside)
+            if inside:  # a very short run has quarters without a measurement
+                result[f"Q{quarter + 1}"] = statistics.mean(r["difficulty"] for r in inside)
         later = [r for r in rows if r["step"] >= steps / 10]
         means = [r["keep_mean"] for r in later]
         result |= {

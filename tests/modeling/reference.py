@@ -389,3 +389,87 @@ def _gradients(loss: Tensor, leaves: Params) -> Params:
         return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=True)
     return dict(zip(leaves, gradients, strict=True))
+
+
+# -- CMAE ---------------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Symmetric InfoNCE of `(B, d)` and `(B, d)`: each row has to be found among all rows of the other, both ways."""
+    cosines = [[(a @ b) / (a.norm() * b.norm()) / temperature for b in second] for a in first]
+    total = first.new_zeros(())
+    for i in range(len(first)):
+        forth = torch.stack([cosines[i][j] for j in range(len(second))])
+        back = torch.stack([cosines[j][i] for j in range(len(first))])
+        total = total - (cosines[i][i] - torch.logsumexp(forth, 0)) - (cosines[i][i] - torch.logsumexp(back, 0))
+    return total / (2 * len(first))
+
+
+def cmae_gradients(params: Params, config: Any, pixel_values: Tensor, noise: Tensor) -> dict[str, Any]:
+    """All losses of CMAE under random masks, and their gradients.
+
+    Args:
+        params: Float64 parameters; every name but the fixed positions must take part in a loss.
+        config: A `CMAEConfig` whose weights are not 0.
+        pixel_values: `(B, 2, C, H, W)`.
+        noise: `(B, 2, N)`, without ties; of a view's K visible patches, the `int(K * position_mask_ratio)` with the
+            smallest fractional part of `noise * 4096` lose their position.
+
+    Returns:
+        `reconstruction_loss` (mean of the two views'), `contrastive_loss`, `position_loss`, `position_accuracy`,
+        `loss`, `projections` `(B, 2, d)`, `mask` `(B, 2, N)`; `grads`: name -> gradient of `loss`.
+    """
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in params.items() if name not in FIXED}
+    params = {**params, **leaves}
+    count = num_visible(config)
+    errors, masks, projections, losses, hits = [], [], [], [], []
+    for image_views, image_noise in zip(pixel_values.double(), noise.tolist(), strict=True):
+        for image, view_noise in zip(image_views, image_noise, strict=True):
+            patches = range(len(view_noise))
+            visible = sorted(patches, key=lambda patch: view_noise[patch])[:count]
+            fractions = {patch: math.modf(view_noise[patch] * 4096)[0] for patch in visible}
+            lost = sorted(visible, key=lambda patch: fractions[patch])[: int(count * config.position_mask_ratio)]
+            tokens = _patch_tokens(params, config, image)
+            seen = []
+            for patch in visible:
+                token = tokens[patch]
+                if patch in lost:
+                    token = token - params["vit.embeddings.position_embeddings"][0, 1 + patch]
+                    token = token + params["position_head.mask_token"][0, 0]
+                seen.append(token)
+            encoded = _encode(params, config, torch.stack(seen))
+            embedded = _linear(params, "decoder.decoder_embed", encoded)
+            full = [embedded[0]]
+            for patch in patches:
+                full.append(
+                    embedded[1 + visible.index(patch)] if patch in visible else params["decoder.mask_token"][0, 0]
+                )
+            errors.append(_patch_errors(config, _decode(params, config, torch.stack(full)), image))
+            masks.append(torch.tensor([float(patch not in visible) for patch in patches], dtype=torch.float64))
+            mean = sum(encoded[1 + k] for k in range(count)) / count
+            hidden = _linear(params, "projector.fc1", mean)
+            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+            projections.append(_linear(params, "projector.fc2", hidden))
+            for patch in lost:
+                scores = _linear(params, "position_head.classifier", encoded[1 + visible.index(patch)])
+                losses.append(torch.logsumexp(scores, 0) - scores[patch])
+                hits.append(float(scores.argmax().item() == patch))
+    projected = torch.stack(projections).unflatten(0, (-1, 2))
+    terms = {
+        "reconstruction_loss": _weighted_mean(torch.stack(errors), torch.stack(masks)),
+        "contrastive_loss": contrastive_loss(projected[:, 0], projected[:, 1], config.contrastive_temperature),
+        "position_loss": sum(losses) / len(losses),
+    }
+    loss = (
+        terms["reconstruction_loss"]
+        + config.contrastive_loss_weight * terms["contrastive_loss"]
+        + config.position_loss_weight * terms["position_loss"]
+    )
+    grads = _gradients(loss, leaves)
+    values = {**terms, "loss": loss, "projections": projected}
+    return {
+        **{name: value.detach() for name, value in values.items()},
+        "position_accuracy": sum(hits) / len(hits),
+        "mask": torch.stack(masks).unflatten(0, (-1, 2)),
+        "grads": grads,
+    }

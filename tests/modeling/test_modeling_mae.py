@@ -30,15 +30,19 @@ from clmae.modeling.modeling_mae import MAELayer, MAEModel, resize_positions
 from . import reference
 
 HEADS = {"encoder": 1, "pretraining": 2, "classifier": 3, "backbone": 4}
-both_families = pytest.mark.parametrize("family", ["mae", "cl_mae"])
+every_family = pytest.mark.parametrize("family", list(clmae.FAMILIES))
 every_head = pytest.mark.parametrize("head", HEADS)
 
 
 @pytest.fixture
 def build(tiny_config):
-    """`build(family, head, **fields)`: a tiny model of random weights without zeros, in evaluation mode."""
+    """`build(family, head, **fields)`: a tiny model of random weights without zeros, in evaluation mode.
+
+    CMAE without its contrast, which needs two views; test_modeling_cmae.py has those.
+    """
 
     def make(family: str = "mae", head: str = "pretraining", **fields):
+        fields = {"contrastive_loss_weight": 0.0, **fields} if family == "cmae" else fields
         model = clmae.FAMILIES[family][HEADS[head]](tiny_config(family, **fields))
         return perturb(model).eval()
 
@@ -145,7 +149,7 @@ def test_masks_are_drawn_anew_and_can_be_seeded(build, make_images):
 # -- from scratch -----------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 @every_head
 def test_fresh_weights(tiny_config, family, head):
     config = tiny_config(family, image_size=(16, 24), num_labels=5)
@@ -162,7 +166,7 @@ def test_fresh_weights(tiny_config, family, head):
             assert 0.9 * bound < parameter.abs().max() <= bound, name
         elif name.endswith(("cls_token", "mask_token")):
             assert 0.01 < parameter.std() < 0.03, name
-    positions = {name: p for name, p in model.named_parameters() if "pos" in name}
+    positions = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     assert len(positions) == (2 if head == "pretraining" else 1)
     for name, position in positions.items():
         expected = reference.sincos_positions(position.shape[-1], 4, 6)
@@ -171,15 +175,15 @@ def test_fresh_weights(tiny_config, family, head):
 
 
 @pytest.mark.parametrize("head", ["encoder", "pretraining"])
-def test_same_seed_same_encoder_in_both_families(tiny_config, head):
+def test_same_seed_same_encoder_in_every_family(tiny_config, head):
     states = []
-    for family in ("mae", "cl_mae"):
+    for family in clmae.FAMILIES:
         torch.manual_seed(3)
         states.append(clmae.FAMILIES[family][HEADS[head]](tiny_config(family)).state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-@both_families
+@every_family
 @pytest.mark.parametrize("head", ["pretraining", "classifier"])
 def test_every_trainable_parameter_moves_within_three_steps(tiny_config, make_images, family, head):
     config = tiny_config(family)
@@ -191,7 +195,9 @@ def test_every_trainable_parameter_moves_within_three_steps(tiny_config, make_im
     inputs = {"labels": torch.tensor([0, 1, 0, 1])} if head == "classifier" else {}
     for _ in range(3):
         optimizer.zero_grad()
-        model(make_images(config, 4), **inputs).loss.backward()
+        images = make_images(config, 4)
+        images = images.unflatten(0, (2, 2)) if (family, head) == ("cmae", "pretraining") else images
+        model(images, **inputs).loss.backward()
         for name, gradient in gradients(model).items():
             largest[name] = max(largest[name], gradient.abs().max().item())
         optimizer.step()
@@ -210,7 +216,7 @@ def test_every_trainable_parameter_moves_within_three_steps(tiny_config, make_im
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 def test_every_auto_class_loads_a_pretrained_folder(build, make_images, family, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path)
@@ -242,7 +248,7 @@ def test_every_auto_class_loads_a_pretrained_folder(build, make_images, family, 
     torch.testing.assert_close(backbone(pixel_values).feature_maps[-1], expected)
 
 
-@both_families
+@every_family
 @every_head
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_round_trip(build, make_images, family, head, pooling, tmp_path):
@@ -260,7 +266,7 @@ def test_round_trip(build, make_images, family, head, pooling, tmp_path):
     assert_equal_outputs(dict(loaded(**inputs)), dict(model(**inputs)))
 
 
-@both_families
+@every_family
 def test_classifier_folder_gives_an_encoder(build, make_images, family, tmp_path):
     model = build(family, "classifier", pooling="cls")
     model.save_pretrained(tmp_path)
@@ -271,7 +277,7 @@ def test_classifier_folder_gives_an_encoder(build, make_images, family, tmp_path
     assert torch.equal(encoder(pixel_values).last_hidden_state, model.vit(pixel_values).last_hidden_state)
 
 
-@both_families
+@every_family
 def test_pipelines(build, family, tmp_path):
     model = build(family, "classifier", image_size=32, patch_size=8, num_labels=3)
     model.save_pretrained(tmp_path)
@@ -291,7 +297,7 @@ def test_pipelines(build, family, tmp_path):
     torch.testing.assert_close(torch.tensor(features), encoder(pixel_values).last_hidden_state)
 
 
-@both_families
+@every_family
 def test_feature_extraction_pipeline_on_a_pretrained_folder(build, family, tmp_path):
     model = build(family, image_size=32, patch_size=8)
     model.save_pretrained(tmp_path)
@@ -305,7 +311,7 @@ def test_feature_extraction_pipeline_on_a_pretrained_folder(build, family, tmp_p
     torch.testing.assert_close(torch.tensor(extractor(image, pool=True)), expected.pooler_output)
 
 
-@both_families
+@every_family
 def test_loading_on_a_device_map(build, make_images, family, tmp_path):
     model = build(family)
     model.save_pretrained(tmp_path)
@@ -314,7 +320,7 @@ def test_loading_on_a_device_map(build, make_images, family, tmp_path):
     assert_equal_outputs(loaded(**inputs), model(**inputs))
 
 
-@both_families
+@every_family
 @every_head
 def test_bfloat16_weights_take_float32_images(build, make_images, family, head, tmp_path):
     model = build(family, head)
@@ -337,7 +343,7 @@ def test_bfloat16_weights_take_float32_images(build, make_images, family, head, 
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 @pytest.mark.parametrize("by_config", [True, False])
 def test_hidden_states(build, make_images, family, by_config):
     asked = {} if by_config else {"output_hidden_states": True}
@@ -354,7 +360,7 @@ def test_hidden_states(build, make_images, family, by_config):
         assert model.vit(pixel_values).hidden_states is None
 
 
-@both_families
+@every_family
 def test_attentions(build, make_images, family):
     model = build(family, attn_implementation="eager").train()
     pixel_values = make_images(model.config)
@@ -366,7 +372,7 @@ def test_attentions(build, make_images, family):
     assert model(pixel_values).attentions is None
 
 
-@both_families
+@every_family
 @every_head
 def test_attentions_of_a_fused_kernel_are_refused(build, make_images, family, head):
     model = build(family, head, attn_implementation="sdpa")
@@ -376,7 +382,7 @@ def test_attentions_of_a_fused_kernel_are_refused(build, make_images, family, he
     assert len(model(make_images(model.config), output_attentions=True).attentions) == 2
 
 
-@both_families
+@every_family
 @every_head
 def test_tuples(build, make_images, family, head):
     model = build(family, head)
@@ -388,7 +394,7 @@ def test_tuples(build, make_images, family, head):
     torch.testing.assert_close(actual, expected)
 
 
-@both_families
+@every_family
 def test_eager_and_sdpa_agree(build, make_images, family):
     model = build(family, attn_implementation="sdpa").double().train()
     eager = build(family, attn_implementation="eager").double().train()
@@ -403,7 +409,7 @@ def test_eager_and_sdpa_agree(build, make_images, family):
         torch.testing.assert_close(gradient, gradients(eager)[name], atol=1e-12, rtol=0)
 
 
-@both_families
+@every_family
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention(build, make_images, family):
     model = build(family, attn_implementation="sdpa")
@@ -418,7 +424,7 @@ def test_flex_attention(build, make_images, family):
 # -- compilers --------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 def test_encoder_compiles_as_one_graph(build, make_images, family):
     model = build(family, "encoder")
     pixel_values = make_images(model.config)
@@ -429,7 +435,7 @@ def test_encoder_compiles_as_one_graph(build, make_images, family):
     assert_equal_outputs(compiled(pixel_values, noise=noise), model(pixel_values, noise=noise), atol=1e-6, rtol=0)
 
 
-@both_families
+@every_family
 def test_encoder_exports(build, make_images, family):
     model = build(family, "encoder")
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -441,7 +447,7 @@ def test_encoder_exports(build, make_images, family):
 # -- shapes -----------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 @every_head
 @pytest.mark.parametrize(
     "fields",
@@ -469,7 +475,7 @@ def test_any_channels_and_shape(build, make_images, family, head, fields):
     assert value.isfinite().all()
 
 
-@both_families
+@every_family
 @every_head
 @pytest.mark.parametrize("size", [(32, 32), (16, 24), (8, 12)], ids=str)
 def test_other_image_sizes(build, family, head, size):
@@ -526,7 +532,7 @@ def test_encoder_positions_are_interpolated_as_transformers_does(build, size):
     torch.testing.assert_close(actual[:, 1:], expected, atol=1e-6, rtol=0)
 
 
-@both_families
+@every_family
 @every_head
 @pytest.mark.parametrize(
     ("shape", "message"),
@@ -575,7 +581,7 @@ def test_encoder_needs_one_input(build, make_images):
 # -- heads ------------------------------------------------------------------------------------------------------------
 
 
-@both_families
+@every_family
 def test_mean_pooling_classifier_normalises_after_pooling(build, make_images, family):
     model = build(family, "classifier", pooling="mean", num_labels=5)
     outputs = model(make_images(model.config), output_hidden_states=True)
@@ -584,7 +590,7 @@ def test_mean_pooling_classifier_normalises_after_pooling(build, make_images, fa
     assert not any(name.startswith("vit.layernorm") for name in model.state_dict())
 
 
-@both_families
+@every_family
 def test_class_token_classifier(build, make_images, family):
     model = build(family, "classifier", pooling="cls", num_labels=5)
     outputs = model(make_images(model.config), output_hidden_states=True)
@@ -601,7 +607,7 @@ def test_classifier_loss_is_cross_entropy(build, make_images):
     assert model(make_images(model.config)).loss is None
 
 
-@both_families
+@every_family
 @pytest.mark.parametrize("apply_layernorm", [True, False])
 @pytest.mark.parametrize("reshape_hidden_states", [True, False])
 def test_backbone_feature_maps(build, make_images, family, apply_layernorm, reshape_hidden_states):
@@ -691,7 +697,7 @@ def test_the_loss_counts_masked_patches_only(build, make_images, norm_pix_loss):
     torch.testing.assert_close(outputs.loss, expected)
 
 
-@both_families
+@every_family
 @every_head
 def test_deepcopy_after_a_run(build, make_images, family, head):
     model = build(family, head)
@@ -706,7 +712,7 @@ def test_deepcopy_after_a_run(build, make_images, family, head):
     assert not torch.equal(next(duplicate.parameters()), next(model.parameters()))
 
 
-@both_families
+@every_family
 def test_models_list_their_blocks_and_input_embeddings(build, family):
     model = build(family)
     assert {type(module).__name__ for module in model.modules()} >= set(model._no_split_modules)

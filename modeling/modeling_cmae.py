@@ -1,0 +1,270 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""CMAE (Mao et al., arXiv 2205.10546): MAE with a small decoder, and tasks for the encoder itself.
+
+The abstract fixes the ideas; architecture and losses here are this project's reading of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.utils.generic import can_return_tuple
+
+from clmae.configuration.configuration_cmae import CMAEConfig
+from clmae.configuration.configuration_mae import pair
+from clmae.modeling.losses import contrastive_loss, gather_across_processes, patch_targets
+from clmae.modeling.masking import Masking, gather_tokens
+from clmae.modeling.modeling_cl_mae import (
+    CLMAEForPreTraining,
+    CLMAEForPreTrainingOutput,
+    CLMAEPreTrainedModel,
+    MaskingModule,
+)
+from clmae.modeling.modeling_mae import (
+    MAEBackbone,
+    MAEForImageClassification,
+    MAEForPreTraining,
+    MAEModel,
+    check_pixel_values,
+    select_visible,
+)
+
+
+@dataclass
+class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
+    """What [`CMAEForPreTraining`] returns: [`CLMAEForPreTrainingOutput`] and the encoder's tasks.
+
+    With two views, everything that has a row for each image has two: `logits` `(batch_size, 2, num_patches, …)`,
+    `mask`, `ids_restore` and `keep_probabilities` `(batch_size, 2, num_patches)`. `hidden_states` and `attentions` are
+    those of the `2 * batch_size` views, an image's two side by side. Losses stand before their weights.
+
+    Args:
+        contrastive_loss (`torch.FloatTensor`, a scalar): L_con, symmetric InfoNCE between the views.
+        position_loss (`torch.FloatTensor`, a scalar): L_pos, cross-entropy over the N positions.
+        position_accuracy (`torch.FloatTensor`, a scalar): Share of withheld positions that were found; chance is 1/N.
+        projections (`torch.FloatTensor` of shape `(batch_size, 2, projection_size)`): What L_con compares, before it
+            is normalised.
+    """
+
+    contrastive_loss: torch.FloatTensor | None = None
+    position_loss: torch.FloatTensor | None = None
+    position_accuracy: torch.FloatTensor | None = None
+    projections: torch.FloatTensor | None = None
+
+
+class CMAEProjector(nn.Module):
+    """From an image's mean token `(…, hidden_size)` to what is compared `(…, projection_size)`; no batch statistics."""
+
+    def __init__(self, config: CMAEConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.projection_hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.projection_hidden_size, config.projection_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(tokens)))
+
+
+class CMAEPositionHead(nn.Module):
+    """What stands for a withheld position, and which of the N positions an encoder's output `(…, hidden_size)` has."""
+
+    def __init__(self, config: CMAEConfig):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.classifier = nn.Linear(config.hidden_size, config.num_patches)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.classifier(tokens)
+
+
+class CMAEPreTrainedModel(CLMAEPreTrainedModel):
+    """What transformers needs to know about every CMAE model."""
+
+    config_class = CMAEConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CMAEPositionHead):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+
+
+class CMAEModel(CMAEPreTrainedModel, MAEModel):
+    """The ViT encoder of a CMAE: the same as [`MAEModel`]; positions are always given."""
+
+
+class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
+    """Autoencoder with a small decoder, whose encoder also contrasts two views and finds its tokens' positions.
+
+    `L = L_rec + λ_con·L_con + λ_pos·L_pos`. A task of weight 0 has no parameters and is not computed; without both
+    tasks, and with one view, this is [`MAEForPreTraining`]. With `config.learned_masks` the masks of all views are
+    chosen by a masking module, and `L_mask` is added as in [`CLMAEForPreTraining`].
+    """
+
+    def __init__(self, config: CMAEConfig):
+        MAEForPreTraining.__init__(self, config)  # CL-MAE's would always make a masking module
+        if config.learned_masks:
+            self.masking_module = MaskingModule(config)
+        if config.contrastive_loss_weight:
+            self.projector = CMAEProjector(config)
+        if config.position_loss_weight:
+            self.position_head = CMAEPositionHead(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        masking: str | None = None,
+        curriculum_factor: torch.Tensor | float | None = None,
+        compute_masker_loss: bool | None = None,
+        compute_task_losses: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
+    ) -> CMAEForPreTrainingOutput:
+        """Reconstructs masked patches, contrasts views and predicts positions.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, 2, num_channels, height, width)` or
+                `(batch_size, num_channels, height, width)`): Normalised images, two views of each or one.
+            noise (`torch.FloatTensor` of shape `(batch_size, 2, num_patches)` or `(batch_size, num_patches)`,
+                *optional*): Uniform in [0, 1); fixes the random masks, and whose positions are withheld.
+            masking (`str`, *optional*): `"random"`, or `"learned"` with `config.learned_masks`, where it is the
+                default.
+            curriculum_factor, compute_masker_loss, interpolate_pos_encoding: As in [`CLMAEForPreTraining`].
+            compute_task_losses (`bool`, *optional*): Whether to withhold positions and compute the encoder's tasks;
+                if not given: in training. Without, all positions are given.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: The views are to be contrasted, but there is one of each image, or one image; or the images
+                have another shape than the configuration says.
+        """
+        views = pixel_values.shape[1] if pixel_values.ndim == 5 else None
+        if views is not None:
+            pixel_values = pixel_values.flatten(0, 1)
+            noise = noise if noise is None else noise.flatten(0, 1)
+        if compute_task_losses is None:
+            compute_task_losses = self.training
+        contrast = compute_task_losses and self.config.contrastive_loss_weight > 0
+        if contrast and views != 2:
+            raise ValueError(
+                f"`pixel_values` has {views or 1} view(s) of each image, but two are contrasted; give (batch_size, 2, "
+                "num_channels, height, width), or set `contrastive_loss_weight` to 0."
+            )
+        masking = masking or ("learned" if self.config.learned_masks else "random")
+        if masking == "learned" and not self.config.learned_masks:
+            raise ValueError("`masking` is 'learned', but `learned_masks` is false: this model has no masking module.")
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        if noise is None:
+            noise = torch.rand(len(pixel_values), grid_size[0] * grid_size[1], device=pixel_values.device)
+
+        embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+        targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
+        chosen, keep, terms = self.choose_masks(embeddings, targets, grid_size, noise, masking, compute_masker_loss)
+        visible, withheld = select_visible(embeddings, chosen), None
+        if compute_task_losses and self.config.position_loss_weight > 0:
+            visible, withheld = self.withhold_positions(visible, chosen, noise, grid_size)
+        encoded, logits, reconstruction_loss = self.autoencode(visible, chosen, targets, grid_size, **kwargs)
+        tokens = encoded.last_hidden_state[:, 1:]
+        loss = reconstruction_loss
+        if terms:
+            loss = loss + self.masker_loss(terms, curriculum_factor)
+        if withheld is not None:
+            terms |= self.predict_positions(tokens, chosen, withheld)
+            loss = loss + self.config.position_loss_weight * terms["position_loss"]
+        if contrast:
+            terms |= self.contrast_views(tokens)
+            loss = loss + self.config.contrastive_loss_weight * terms["contrastive_loss"]
+        rows = {
+            "logits": logits,
+            "mask": chosen.mask,
+            "ids_restore": chosen.ids_restore,
+            "keep_probabilities": keep,
+        }
+        if views is not None:
+            rows = {name: None if value is None else value.unflatten(0, (-1, views)) for name, value in rows.items()}
+        return CMAEForPreTrainingOutput(
+            loss=loss,
+            reconstruction_loss=reconstruction_loss,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            **rows,
+            **terms,
+        )
+
+    def withhold_positions(
+        self, visible: torch.Tensor, chosen: Masking, noise: torch.Tensor, grid_size: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replaces the position of some visible tokens by one learned vector.
+
+        Args:
+            visible (`(B, 1 + K, D)`): Class token and visible tokens.
+            chosen: Which those are.
+            noise (`(B, N)`): Uniform in [0, 1); its finer digits draw the tokens, so that one noise fixes everything.
+            grid_size: The patch grid; the configured one, since the head has an output for each of its positions.
+
+        Returns:
+            The tokens, and which of the K are without their position, `(B, int(K * position_mask_ratio))`.
+        """
+        if grid_size != self.config.grid_size:
+            raise ValueError(
+                f"`position_loss_weight` is {self.config.position_loss_weight}, which needs images of "
+                f"{self.config.image_size} pixels: the position head has one output for each of "
+                f"{self.config.num_patches} positions. Resize the images, or set it to 0."
+            )
+        num_visible = chosen.ids_keep.shape[1]
+        digits = (noise.gather(1, chosen.ids_keep) * 2**12).frac()  # the visible tokens' noise itself is small
+        withheld = digits.argsort(dim=1)[:, : int(num_visible * self.config.position_mask_ratio)]
+        is_withheld = torch.zeros_like(digits, dtype=torch.bool).scatter(1, withheld, True).unsqueeze(-1)
+        positions = self.vit.embeddings.position_embeddings[0, 1:][chosen.ids_keep]
+        patches = visible[:, 1:]
+        patches = torch.where(is_withheld, patches - positions + self.position_head.mask_token, patches)
+        return torch.cat([visible[:, :1], patches], dim=1), withheld
+
+    def predict_positions(
+        self, tokens: torch.Tensor, chosen: Masking, withheld: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """L_pos and accuracy from the encoder's output `(B, K, D)` for the `withheld` `(B, n)` of its tokens."""
+        scores = self.position_head(gather_tokens(tokens, withheld)).flatten(0, 1)
+        places = chosen.ids_keep.gather(1, withheld).flatten()
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        return {
+            "position_loss": nn.functional.cross_entropy(scores, places),
+            "position_accuracy": (scores.detach().argmax(1) == places).float().mean(),
+        }
+
+    def contrast_views(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        """L_con between the views' mean tokens, from the encoder's output `(2 * B, K, D)`, views side by side."""
+        projections = self.projector(tokens.mean(1)).unflatten(0, (-1, 2))
+        first, second = projections.to(torch.promote_types(projections.dtype, torch.float32)).unbind(1)
+        if self.training:
+            first, second = gather_across_processes(first), gather_across_processes(second)
+        return {
+            "contrastive_loss": contrastive_loss(first, second, self.config.contrastive_temperature),
+            "projections": projections,
+        }
+
+
+class CMAEForImageClassification(CMAEPreTrainedModel, MAEForImageClassification):
+    """The encoder of a CMAE and a linear classifier, as [`MAEForImageClassification`]."""
+
+
+class CMAEBackbone(CMAEPreTrainedModel, MAEBackbone):
+    """The encoder of a CMAE as a backbone, as [`MAEBackbone`]."""
+
+
+__all__ = [
+    "CMAEBackbone",
+    "CMAEForImageClassification",
+    "CMAEForPreTraining",
+    "CMAEForPreTrainingOutput",
+    "CMAEModel",
+    "CMAEPreTrainedModel",
+]
