@@ -148,7 +148,7 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+        self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
@@ -156,11 +156,11 @@ class MAEAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         implementation = self.config._attn_implementation
-        if attention_mask is not None and implementation != "eager":
+        if attention_bias is not None and implementation != "eager":
             implementation = "sdpa"  # the one fused kernel that adds to the scores, and differentiates what it adds
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            self, query, key, value, attention_bias, dropout=0.0, scaling=self.scaling, **kwargs
         )
         return self.o_proj(output.reshape(hidden_states.shape)), weights
 
@@ -432,7 +432,7 @@ class MAEModel(MAEPreTrainedModel):
         noise: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_bias: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MAEModelOutput:
         """Encodes images.
@@ -443,7 +443,7 @@ class MAEModel(MAEPreTrainedModel):
                 only the patches that `config.mask_sampler` picks by it are encoded.
             inputs_embeds (`torch.FloatTensor` of shape `(batch_size, 1 + n, hidden_size)`, *optional*): Class token
                 and any selection of patch tokens, as [`MAEEmbeddings`] makes them, instead of `pixel_values`.
-            attention_mask (`torch.FloatTensor` broadcastable to `(batch_size, num_heads, 1 + n, 1 + n)`, *optional*):
+            attention_bias (`torch.FloatTensor` broadcastable to `(batch_size, num_heads, 1 + n, 1 + n)`, *optional*):
                 Added to the attention scores of every block, before the softmax.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
@@ -464,7 +464,7 @@ class MAEModel(MAEPreTrainedModel):
                 inputs_embeds = select_visible(inputs_embeds, masking)
         hidden_states = inputs_embeds
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
+            hidden_states = layer(hidden_states, attention_bias=attention_bias, **kwargs)
         hidden_states = self.layernorm(hidden_states)
         pooled = hidden_states[:, 1:].mean(1) if self.config.pooling == "mean" else hidden_states[:, 0]
         return MAEModelOutput(

@@ -38,7 +38,7 @@ class PretrainingArguments(TrainingArguments):
         default="constant",
         metadata={
             "help": "Masking module's learning-rate schedule: constant, constant_with_warmup, linear, cosine or "
-            "inverse_sqrt; warm-up as the autoencoder's."
+            "inverse_sqrt; warm-up as the autoencoder's. Not for an optimiser of your own."
         },
     )
     masker_update_interval: int = field(

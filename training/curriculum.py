@@ -33,11 +33,11 @@ def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end
 
 
 def keep_probability_sums(keep: torch.Tensor) -> torch.Tensor:
-    """What [`keep_probability_statistics`] needs of m `(batch_size, num_patches)`: sums `(5, num_patches)` over images.
+    """What [`keep_probability_statistics`] needs of m `(..., num_patches)`: sums `(5, num_patches)` over the images.
 
     Sums of several batches, or of several processes, may be added.
     """
-    keep = keep.detach().float()
+    keep = keep.detach().float().flatten(0, -2)
     return torch.stack([torch.ones_like(keep), keep, keep.square(), (keep < 0.1).float(), (keep > 0.9).float()]).sum(1)
 
 

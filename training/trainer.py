@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, SchedulerType
@@ -141,6 +140,12 @@ class CurriculumTrainer(Trainer):
                 "`gradient_checkpointing_kwargs` asks for `use_reentrant`, which cannot differentiate inside the "
                 "forward pass, as a masking module needs; leave it out."
             )
+        name = SchedulerType(self.args.lr_scheduler_type).value
+        if self.lr_scheduler is None and name in ("reduce_lr_on_plateau", "greedy"):
+            raise ValueError(
+                f"`lr_scheduler_type` is {name!r}, which gives all parameters one schedule, but the masking module has "
+                "its own. Choose a schedule that is a function of the step, such as cosine."
+            )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 2:
             raise ValueError(
@@ -187,16 +192,12 @@ class CurriculumTrainer(Trainer):
         """The Trainer's scheduler, with the masking module on a schedule of its own (`masker_lr_scheduler_type`)."""
         created = self.lr_scheduler is None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if not created:
+            return scheduler
         groups = scheduler.optimizer.param_groups
         own = [i for i, group in enumerate(groups) if group.get("masking_module")]
-        if not created or not own:
+        if not own:
             return scheduler
-        if not isinstance(scheduler, LambdaLR):
-            name = SchedulerType(self.args.lr_scheduler_type).value
-            raise ValueError(
-                f"`lr_scheduler_type` is {name!r}, which gives all parameters one schedule, but the masking module has "
-                "its own. Choose a schedule that is a function of the step, such as cosine."
-            )
         schedule = get_scheduler(
             self.args.masker_lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1)], lr=1.0),  # only its function of the step is wanted
@@ -332,7 +333,10 @@ class CurriculumTrainer(Trainer):
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """As the Trainer's; with a masking module, also `mask_difficulty` over the whole data set."""
+        """As the Trainer's; with a masking module, also `mask_difficulty` over the whole data set.
+
+        As in the Trainer's own loss, images that accelerate repeats to fill the processes' last batches count twice.
+        """
         self._eval_sums.zero_()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.has_masking_module:
@@ -385,18 +389,27 @@ class CurriculumTrainer(Trainer):
             logs.update(zip(names, means, strict=True))
             if self._keep_sums:
                 sums = self.accelerator.reduce(torch.stack(list(self._keep_sums.values())), reduction="sum")
-                statistics = {k: v.mean().item() for k, v in keep_probability_statistics(sums).items()}
-                logs.update(statistics)
-                self._warn(statistics)
+                logs.update({k: v.mean().item() for k, v in keep_probability_statistics(sums).items()})
+                self._warn(sums[[step >= self._settled for step in self._keep_sums]])
+            rates = {group["lr"] for group in self.optimizer.param_groups if group.get("masking_module")}
+            if rates:
+                logs["masker_learning_rate"] = max(rates)
             self._sums, self._keep_sums = {}, {}
         super().log(logs, start_time)
 
-    def _warn(self, statistics: dict[str, float]) -> None:
-        """Says once what is wrong with the masks; not in the first tenth, when m has hardly left its start."""
-        if not self.is_world_process_zero() or self.state.global_step < self.state.max_steps / 10:
+    @property
+    def _settled(self) -> float:
+        """The step from which on the masks are judged; before, m has hardly left its start."""
+        return max(self.state.max_steps / 10, 50)
+
+    def _warn(self, keep_sums: torch.Tensor) -> None:
+        """Says once what is wrong with the masks, by the sums `(steps, 5, num_patches)` of settled steps."""
+        if not len(keep_sums) or not self.is_world_process_zero():
             return
+        statistics = {k: v.mean().item() for k, v in keep_probability_statistics(keep_sums).items()}
+        few = keep_sums[0, 0, 0] < 8  # images, whose spread says little
         for kind, message in mask_warnings(statistics, self.model.config.mask_ratio).items():
-            if kind not in self._warned:
+            if kind not in self._warned and not (kind == "collapsed" and few):
                 self._warned.add(kind)
                 logger.warning(f"Step {self.state.global_step}: {message}")
 

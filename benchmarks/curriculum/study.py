@@ -92,9 +92,11 @@ class MeasureCallback(TrainerCallback):
         self._measure(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _synchronize()
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _synchronize()
         self.step_seconds.append(time.perf_counter() - self._start)
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._measure(state.global_step)
@@ -104,9 +106,15 @@ class MeasureCallback(TrainerCallback):
         self.rows.append({name: round(float(value), 5) for name, value in row.items()})
 
 
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def measure(trainer: CurriculumTrainer, with_gradients: bool) -> dict[str, float]:
-    """Losses on the held-out images under random and learned masks; of the masks, statistics and gradients."""
+    """Losses on 256 held-out images under random and learned masks; of the masks, statistics and gradients."""
     model, batch = trainer.model, trainer.held_out_batch()
+    was_training = model.training
     model.eval()
     row = {}
     if not trainer.has_masking_module:
@@ -121,7 +129,7 @@ def measure(trainer: CurriculumTrainer, with_gradients: bool) -> dict[str, float
         row |= keep_probability_statistics(keep_probability_sums(learned.keep_probabilities))
         if with_gradients:
             row |= gradients_and_alignment(model, batch["pixel_values"][:PROBE], row["factor"])
-    model.train()
+    model.train(was_training)
     return row
 
 
@@ -130,7 +138,7 @@ def gradients_and_alignment(model: torch.nn.Module, pixel_values: torch.Tensor, 
 
     `gradient_<term>`: L2 norm of the weighted term's gradient at the logits `(PROBE, N)`. `alignment_<soft masking>`:
     exchange a visible and a masked patch of the hard mask, SWAPS times an image; the correlation of the change in the
-    image's L_rec with the change that L_soft's gradient foretells (1: it knows what is hard; 0: it does not).
+    image's L_rec with the change that L_soft's gradient foretells. In float32, whatever the training's precision.
     """
     config = model.config
     targets = patch_targets(pixel_values, pair(config.patch_size), config.norm_pix_loss)
@@ -282,20 +290,24 @@ def report(options: argparse.Namespace) -> None:
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.results.glob("*.json"))]
     if not runs:
         raise SystemExit(f"`--results` {options.results} holds no runs; make some with `study.py run`.")
+    unknown = sorted({run["setting"] for run in runs} - set(names))
+    if unknown:
+        raise SystemExit(f"`--results` {options.results} holds runs of {', '.join(unknown)}: not in settings.yaml.")
     runs.sort(key=lambda run: (run["scale"], -run["max_steps"], names.index(run["setting"]), run["target"]))
-    groups: dict[tuple, list[dict]] = {}
+    groups: dict[tuple[str, int, str, str], list[dict]] = {}
     for one in runs:
         groups.setdefault((one["scale"], one["max_steps"], one["label"], one["target"]), []).append(one)
     text = table(groups)
     (options.results / "table.md").write_text(text, encoding="utf-8")
     print(text)
     for scale in sorted({key[0] for key in groups}):
-        masked = {key: group for key, group in groups.items() if key[0] == scale and "factor" in group[0]["rows"][0]}
-        longest = max(key[1] for key in masked)
-        full = {f"{label}, {target} targets": g for (_, n, label, target), g in masked.items() if n == longest}
-        causes = {label: g for (_, n, label, target), g in masked.items() if n < longest and target == "normalised"}
-        save_figure(difficulty_figure(full), options.results / f"{scale}-difficulty.png")
-        if causes:
+        masked = {key[1:]: g for key, g in groups.items() if key[0] == scale and "factor" in g[0]["rows"][0]}
+        lengths = sorted({steps for steps, _, _ in masked}, reverse=True)
+        if lengths:
+            full = {f"{label}, {target} targets": g for (n, label, target), g in masked.items() if n == lengths[0]}
+            save_figure(difficulty_figure(full), options.results / f"{scale}-difficulty.png")
+        if len(lengths) > 1:  # the causes are compared in shorter runs
+            causes = {label: g for (n, label, target), g in masked.items() if (n, target) == (lengths[1], "normalised")}
             save_figure(causes_figure(causes), options.results / f"{scale}-causes.png")
 
 
@@ -330,7 +342,7 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"random-mask loss": rows[-1]["random_loss"]}
     if "difficulty" in rows[0]:
         for quarter in range(4):
-            inside = [r for r in rows if quarter / 4 <= r["step"] / steps <= (quarter + 1) / 4]
+            inside = [r for r in rows if quarter / 4 < r["step"] / steps <= (quarter + 1) / 4]
             if inside:  # a very short run has quarters without a measurement
                 result[f"Q{quarter + 1}"] = statistics.mean(r["difficulty"] for r in inside)
         later = [r for r in rows if r["step"] >= steps / 10]

@@ -730,7 +730,7 @@ def test_scores_are_added_whatever_the_attention(tiny_config, implementation):
     for name in ("eager", implementation):
         model.config._attn_implementation = name
         scores = torch.linspace(-9, 0, 51, dtype=torch.float64).reshape(3, 1, 1, 17).requires_grad_()
-        hidden_states = model(inputs_embeds=tokens, attention_mask=scores).last_hidden_state
+        hidden_states = model(inputs_embeds=tokens, attention_bias=scores).last_hidden_state
         outputs.append((hidden_states, *torch.autograd.grad((weights * hidden_states).sum(), scores)))
     assert outputs[0][1].abs().max() > 1e-3
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-10, rtol=0)
@@ -741,6 +741,6 @@ def test_a_score_of_minus_infinity_removes_a_token(tiny_config):
     tokens = torch.randn(2, 17, 32, dtype=torch.float64)
     scores = torch.zeros(2, 1, 1, 17, dtype=torch.float64)
     scores[..., 10:] = -torch.inf
-    hidden_states = model(inputs_embeds=tokens, attention_mask=scores).last_hidden_state[:, :10]
+    hidden_states = model(inputs_embeds=tokens, attention_bias=scores).last_hidden_state[:, :10]
     expected = model(inputs_embeds=tokens[:, :10]).last_hidden_state
     torch.testing.assert_close(hidden_states, expected, atol=1e-12, rtol=0)

@@ -38,7 +38,7 @@ def tiny_model(family: str = "cl_mae", **fields: Any) -> nn.Module:
     """A model of 16 patches of 4 pixels; always the same weights."""
     torch.manual_seed(0)
     config, _, model, *_ = clmae.FAMILIES[family]
-    return model(config(**{**CONFIG, **(MASKER if family == "cl_mae" else {}), **fields}))
+    return model(config(**{**CONFIG, **({} if family == "mae" else MASKER), **fields}))
 
 
 def pil_dataset(count: int, size: int = 20) -> datasets.Dataset:
@@ -66,12 +66,14 @@ def tiny_trainer(output_dir: Path, model: nn.Module | str = "cl_mae", **options:
 
     The learning rate has no warm-up, so that the first step moves the weights.
     """
-    own = {"train_dataset": image_dataset(), "eval_dataset": image_dataset(6, train=False)}
+    model = tiny_model(model) if isinstance(model, str) else model
+    views = getattr(model.config, "num_views", 1)
+    own = {"train_dataset": image_dataset(num_views=views), "eval_dataset": image_dataset(6, train=False)}
     for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class", "optimizers"):
         if name in options:
             own[name] = options.pop(name)
     args = PretrainingArguments(output_dir=str(output_dir), **{**QUIET, **SHORT, **SILENT, **options})
-    return CurriculumTrainer(tiny_model(model) if isinstance(model, str) else model, args, **own)
+    return CurriculumTrainer(model, args, **own)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -371,6 +371,19 @@ def test_samples_are_keyed_by_seed_epoch_and_index():
     assert torch.equal(dataset[2 * 8 + 5]["noise"], expected)
 
 
+def test_two_views_are_two_draws():
+    one = ImageDataset(memory(), "image", **SETTINGS)
+    two = ImageDataset(memory(), "image", **SETTINGS, num_views=2)
+    sample = two[13]
+    assert {name: tuple(t.shape) for name, t in sample.items()} == {"pixel_values": (2, 3, 16, 16), "noise": (2, 16)}
+    assert same({name: t[0] for name, t in sample.items()}, one[13])
+    assert not torch.equal(sample["pixel_values"][0], sample["pixel_values"][1])
+    assert not torch.equal(sample["noise"][0], sample["noise"][1])
+    assert same(sample, two[13])
+    still = ImageDataset(memory(), "image", **SETTINGS, num_views=2, train=False)
+    assert same(still[2], ImageDataset(memory(), "image", **SETTINGS, train=False)[2])
+
+
 def test_masks_do_not_depend_on_augmentation():
     plain = ImageDataset(memory(), "image", **SETTINGS, crop_scale=(1.0, 1.0), horizontal_flip=False)
     augmented = ImageDataset(memory(), "image", **SETTINGS)

@@ -28,7 +28,6 @@ SAME = (
     "diversity_loss",
 )
 SAME += ("keep_mean", "keep_low", "keep_high", "curriculum_factor", "learning_rate", "eval_loss", "mask_difficulty")
-SAME += ("eval_mask_difficulty",)
 
 SHORT = dict(max_steps=4, learning_rate=0.01)
 RUNS = {

@@ -201,10 +201,20 @@ def test_masking_modules_first_rate_is_its_own_schedules(tmp_path):
 
 
 def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+    options = dict(max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
     with pytest.raises(ValueError, match=r"`lr_scheduler_type` is 'reduce_lr_on_plateau', .* such as cosine"):
-        trainer.train()
-    tiny_trainer(tmp_path, "mae", max_steps=2, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch").train()
+        tiny_trainer(tmp_path, **options)
+    tiny_trainer(tmp_path, "mae", **options).train()
+
+
+def test_schedulers_of_the_users_own_are_left_alone(tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    trainer = tiny_trainer(tmp_path, model, optimizers=(optimizer, scheduler), max_steps=1)
+    trainer.train()
+    assert trainer.lr_scheduler is scheduler
+    assert not logged(trainer, "masker_learning_rate")
 
 
 def test_given_optimiser_is_left_alone(tmp_path):
@@ -323,7 +333,7 @@ def reconstruction_loss(model, samples, **kwargs):
     return model.eval()(**batch, **kwargs).reconstruction_loss.item()
 
 
-@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
 def test_evaluation_is_the_loss_under_the_data_sets_noise(tmp_path, family):
     dataset = image_dataset(10, train=False)
     trainer = tiny_trainer(tmp_path, family, eval_dataset=dataset, max_steps=2, logging_steps=100)
@@ -422,28 +432,46 @@ def test_evaluation_reports_the_difficulty_of_all_images(tmp_path):
     assert logged(trainer, "eval_mask_difficulty").keys() == {2}
 
 
-def test_masks_that_go_astray_are_reported_once_and_early(tmp_path, monkeypatch):
-    # Without any hold on the mask ratio and the masks' likeness, and with everything else switched off.
-    model = tiny_model(kl_loss_weight=0.0, diversity_loss_weight=0.0, gauss_loss_weight=0.0)
+def astray(**fields):
+    """A model whose masks are alike, saturated and far from the mask ratio, and stay so."""
+    model = tiny_model(**fields)
     with torch.no_grad():
         model.masking_module.head.weight.zero_()
         model.masking_module.head.bias.fill_(6.0)
-    trainer = tiny_trainer(tmp_path, model, max_steps=40, masker_learning_rate_multiplier=0.0)
-    found = []
-    monkeypatch.setattr(trainer_module.logger, "warning", found.append)
-    trainer.train()
-    assert [message.split(":")[0] for message in found] == ["Step 4"] * 3  # a tenth of the run
-    assert ["collapsed" in found[0], "saturated" in found[1], "left the mask ratio" in found[2]] == [True] * 3
+    return model
+
+
+@pytest.mark.parametrize("logging_steps", [1, 20])
+def test_masks_that_go_astray_are_reported_once_and_early(tmp_path, monkeypatch, logging_steps):
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    options = dict(per_device_train_batch_size=8, masker_learning_rate_multiplier=0.0, logging_steps=logging_steps)
+    tiny_trainer(tmp_path, astray(), max_steps=80, **options).train()
+    first = -(-51 // logging_steps) * logging_steps  # the first log that holds a step from 50 on
+    assert [message.split(":")[0] for message in warnings] == [f"Step {first}"] * 3
+    assert "collapsed" in warnings[0]
+    assert "saturated" in warnings[1]
+    assert "left the mask ratio" in warnings[2]
+
+
+@pytest.mark.parametrize(("steps", "batch_size", "kinds"), [(50, 8, 0), (52, 7, 2), (52, 8, 3)])
+def test_masks_are_not_judged_too_early_nor_by_few_images(tmp_path, monkeypatch, steps, batch_size, kinds):
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    options = dict(per_device_train_batch_size=batch_size, masker_learning_rate_multiplier=0.0)
+    tiny_trainer(tmp_path, astray(), max_steps=steps, **options).train()
+    assert len(warnings) == kinds
 
 
 def test_healthy_masks_give_no_warning(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
-    model = tiny_model(mask_ratio=0.28)  # which is what the masks below have
+    model = tiny_model(mask_ratio=0.3)  # which is about what the masks below have
     with torch.no_grad():  # masks that differ from image to image
         model.masking_module.head.weight.mul_(9)
         model.masking_module.head.bias.fill_(-2.5)
-    tiny_trainer(tmp_path, model, max_steps=3, masker_learning_rate_multiplier=0.0).train()
+    options = dict(per_device_train_batch_size=8, learning_rate=1e-6, masker_learning_rate_multiplier=0.0)
+    tiny_trainer(tmp_path, model, max_steps=70, logging_steps=70, **options).train()
     assert warnings == []
 
 
@@ -473,6 +501,44 @@ def test_mae_has_no_mask_difficulty(tmp_path):
     trainer = tiny_trainer(tmp_path, "mae", max_steps=2, difficulty_steps=1)
     trainer.train()
     assert not logged(trainer, "mask_difficulty")
+
+
+# -- two views --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learned_masks", [False, True])
+def test_cmae_logs_its_tasks(tmp_path, learned_masks):
+    model = tiny_model("cmae", learned_masks=learned_masks)
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=2, difficulty_steps=1, picture_steps=2)
+    trainer.train()
+    for step, (inputs, outputs) in enumerate(zip(recorder.inputs, recorder.outputs, strict=True)):
+        assert inputs["pixel_values"].shape == (4, 2, 3, 16, 16)
+        assert inputs["noise"].shape == (4, 2, 16)
+        assert not torch.equal(inputs["noise"][:, 0], inputs["noise"][:, 1])
+        assert not torch.equal(inputs["pixel_values"][:, 0], inputs["pixel_values"][:, 1])
+        for name in ("contrastive_loss", "position_loss", "position_accuracy"):
+            assert logged(trainer, name)[step + 1] == pytest.approx(outputs[name].item(), rel=1e-5)
+    assert trainer.has_masking_module is learned_masks
+    assert bool(logged(trainer, "mask_difficulty")) is learned_masks
+    assert ("curriculum_factor" in recorder.inputs[0]) is learned_masks
+    assert (tmp_path / "pictures" / "step-000002.png").is_file()
+
+
+def test_views_without_noise_are_masked_each_for_itself(tmp_path):
+    model = tiny_model("cmae")
+    recorder = Recorder(model)
+    data = [{"pixel_values": torch.stack([sample["pixel_values"]] * 2)} for sample in plain_dataset(8)]
+    tiny_trainer(tmp_path, model, train_dataset=data, max_steps=2).train()
+    noise = [inputs["noise"] for inputs in recorder.inputs]
+    assert {tuple(n.shape) for n in noise} == {(4, 2, 16)}
+    assert len(torch.cat(noise).flatten(0, 1).unique(dim=0)) == 16
+
+
+def test_one_view_where_two_are_contrasted(tmp_path):
+    trainer = tiny_trainer(tmp_path, "cmae", train_dataset=image_dataset(), max_steps=1)
+    with pytest.raises(ValueError, match=r"`pixel_values` has 1 view\(s\) of each image, but two are contrasted"):
+        trainer.train()
 
 
 # -- update interval ------------------------------------------------------------------------------------------------
@@ -592,7 +658,7 @@ def test_bf16(tmp_path):
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
-@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
 def test_torch_compile(tmp_path, family):
     torch._dynamo.reset()
     options = dict(torch_compile=True, torch_compile_backend="eager", max_steps=3)
@@ -711,6 +777,8 @@ def whole_runs(tmp_path_factory):
         ("cl_mae", 6, 0, False, 2),
         ("cl_mae", 4, 2, True, 2),
         ("mae", 6, 0, False, 1),
+        ("cmae", 6, 0, False, 1),
+        ("cmae", 2, 2, True, 2),
     ],
 )
 def test_resumed_runs_end_bit_by_bit_as_whole_ones(
@@ -752,7 +820,7 @@ def test_resume_of_data_without_noise(tmp_path):
 # -- saving ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
 def test_saved_model_is_loaded_by_the_auto_classes(tmp_path, family):
     processor = make_image_processor(16, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     trainer = tiny_trainer(tmp_path, family, processing_class=processor, max_steps=2, save_strategy="steps")
