@@ -44,6 +44,13 @@ class PretrainingArguments(TrainingArguments):
     masker_update_interval: int = field(
         default=1, metadata={"help": "Update the masking module at every k-th step only (cheaper)."}
     )
+    contrastive_crop_interval: float = field(
+        default=0.2,
+        metadata={
+            "help": "With contrastive_crop: share of the epochs after which the objects' boxes are first computed, and "
+            "then anew each time; in (0, 1]."
+        },
+    )
     difficulty_steps: int = field(
         default=100,
         metadata={
@@ -108,6 +115,11 @@ class PretrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not math.isfinite(value) or value < 0:
                 raise ValueError(f"`{name}` is {value}; give a finite number of at least 0.")
+        if not 0 < self.contrastive_crop_interval <= 1:
+            raise ValueError(
+                f"`contrastive_crop_interval` is {self.contrastive_crop_interval}; give a share of the epochs, in "
+                "(0, 1]."
+            )
         if self.masker_lr_scheduler_type not in MASKER_SCHEDULES:
             raise ValueError(
                 f"`masker_lr_scheduler_type` is {self.masker_lr_scheduler_type!r}; choose one of "

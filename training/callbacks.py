@@ -9,9 +9,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from clmae.configuration.configuration_mae import pair
+from clmae.training.contrastive_crop import CROP_THRESHOLD, heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
 
 logger = logging.get_logger(__name__)
@@ -104,6 +110,107 @@ class PictureCallback(_TrainerAware):
             writer = getattr(callback, "tb_writer", None)
             if writer is not None:
                 writer.add_image("reconstructions", figure_to_array(figure), state.global_step, dataformats="HWC")
+
+
+class ContrastiveCropCallback(_TrainerAware):
+    """Recomputes the boxes of an `ImageDataset` with `contrastive_crop` from what the encoder sees by now.
+
+    Every `contrastive_crop_interval` of the epochs, not at the start; the images are shared among the processes, and
+    all of them have all boxes afterwards. The boxes are saved in each checkpoint, and restored on resume.
+    """
+
+    file_name = "contrastive_crop.safetensors"
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Whole images again."""
+        self.refreshed_epoch = 0
+        self.trainer.train_dataset.crop_boxes[:] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+
+    def load(self, checkpoint: str) -> None:
+        """Takes the boxes of a checkpoint.
+
+        Raises:
+            ValueError: The checkpoint has none, or of another number of images.
+        """
+        path, boxes = Path(checkpoint) / self.file_name, self.trainer.train_dataset.crop_boxes
+        if not path.is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` is {checkpoint}, which has no {self.file_name}: that run cropped at random. "
+                "Leave out `contrastive_crop`, or start anew."
+            )
+        saved = load_file(path)
+        if saved["boxes"].shape != boxes.shape:
+            raise ValueError(
+                f"`resume_from_checkpoint` is {checkpoint}, which has the boxes of {len(saved['boxes'])} images, but "
+                f"the training set has {len(boxes)}: resume with the same images."
+            )
+        boxes.copy_(saved["boxes"])
+        self.refreshed_epoch = int(saved["refreshed_epoch"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts the boxes beside the weights."""
+        if not args.should_save:
+            return
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
+        temporary = path.with_suffix(".tmp")
+        save_file(
+            {
+                "boxes": self.trainer.train_dataset.crop_boxes.clone(),
+                "refreshed_epoch": torch.tensor(self.refreshed_epoch),
+            },
+            temporary,
+        )
+        temporary.replace(path)
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refreshes the boxes, if it is time and was not done before a resume."""
+        epoch = int((state.epoch or 0) + 1e-6)
+        if epoch > self.refreshed_epoch and epoch in refresh_epochs(
+            state.num_train_epochs, args.contrastive_crop_interval
+        ):
+            self.refresh()
+            self.refreshed_epoch = epoch
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Runs the encoder over all training images, un-augmented, and takes the boxes of its heat maps."""
+        trainer, args, dataset = self.trainer, self.trainer.args, self.trainer.train_dataset
+        model, boxes = trainer.model, torch.zeros_like(dataset.crop_boxes, device=args.device)
+        was_training = model.training
+        model.eval()
+        loader = DataLoader(
+            _WholeImages(dataset, range(args.process_index, len(dataset), args.world_size)),
+            batch_size=args.eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator(),  # or the loader would draw from the global one
+        )
+        quiet = args.disable_tqdm or not trainer.is_world_process_zero()
+        for indices, pixel_values in tqdm(loader, desc="object boxes", disable=quiet, leave=False):
+            with trainer.compute_loss_context_manager():
+                tokens = model.vit(pixel_values.to(args.device)).last_hidden_state[:, 1:]
+            maps = object_heat_map(tokens, model.config.grid_size)
+            boxes[indices] = heat_map_box(maps, pair(model.config.image_size), CROP_THRESHOLD)
+        dataset.crop_boxes.copy_(trainer.accelerator.reduce(boxes, reduction="sum"))
+        model.train(was_training)
+
+
+class _WholeImages(Dataset):
+    """Some images of an `ImageDataset`, un-augmented, each with its index."""
+
+    def __init__(self, dataset: Any, indices: range):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[int, torch.Tensor]:
+        return self.indices[position], self.dataset.whole_image(self.indices[position])
 
 
 class InterruptCallback(TrainerCallback):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 
 from clmae.training.images import Box, random_resized_crop_box
 
+CROP_THRESHOLD = 0.5  # of the heat map's range: chosen with the map, where the original's 0.1 holds nearly all
+
 
 def contrastive_crop_box(
     height: int,
@@ -73,6 +75,38 @@ def _symmetric_beta(u: float, v: float, alpha: float) -> float:
     rest = -math.expm1(math.log1p(-u) / alpha)
     cosine = math.cos(2 * math.pi * v)  # never exactly 0 in floating point, so that the root below is not either
     return (1 + cosine * math.sqrt(rest) / math.sqrt(1 - rest + rest * cosine**2)) / 2
+
+
+def refresh_epochs(num_epochs: int, interval: float) -> list[int]:
+    """Epochs, from 0, before which the boxes are recomputed: each `interval` of `num_epochs`, but not at the start.
+
+    `interval` is a share of the epochs, in (0, 1]; the first one is the warm-up, in which the box is the whole image.
+    """
+    steps = range(1, math.ceil(1 / interval) + 1)
+    return sorted({epoch for step in steps if (epoch := math.ceil(step * interval * num_epochs - 1e-9)) < num_epochs})
+
+
+def object_heat_map(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    """Where an encoder sees something else than background.
+
+    The distance of each patch token from the mean token of the image's border, chosen by measurement
+    (`benchmarks/contrastive_crop/heat_maps.md`). The original's sum over the channels is constant for a ViT, whose
+    tokens are layer-normalised.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, h * w, D)`): The encoder's output for all patches.
+        grid_size (`tuple[int, int]`): `(h, w)`.
+
+    Returns:
+        Float32 `(B, h, w)`; exactly constant where all tokens are alike up to rounding.
+    """
+    tokens = tokens.float().unflatten(1, grid_size)
+    inner = torch.zeros(grid_size, dtype=torch.bool, device=tokens.device)
+    inner[1:-1, 1:-1] = True
+    distances = (tokens - tokens[:, ~inner].mean(1)[:, None, None]).norm(dim=-1)
+    noise = 1e-4 * tokens.norm(dim=-1).amax((1, 2), keepdim=True)
+    flat = distances.amax((1, 2), keepdim=True) - distances.amin((1, 2), keepdim=True) <= noise
+    return torch.where(flat, 0.0, distances)
 
 
 def heat_map_box(
@@ -142,4 +176,4 @@ def box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.where(union > 0, intersection / union, 0.0)
 
 
-__all__ = ["box_iou", "contrastive_crop_box", "heat_map_box"]
+__all__ = ["box_iou", "contrastive_crop_box", "heat_map_box", "object_heat_map", "refresh_epochs"]

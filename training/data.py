@@ -19,6 +19,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.training.contrastive_crop import contrastive_crop_box
 from clmae.training.images import (
     ImageDecodeError,
     center_view,
@@ -400,6 +401,7 @@ class _ImageViews:
         self.train, self.seed = train, seed
         self.crop_scale, self.horizontal_flip, self.crop_ratio = crop_scale, horizontal_flip, crop_ratio
         self.num_views = num_views if train else 1
+        self.crop_boxes: torch.Tensor | None = None
         self.on_bad_image = on_bad_image
 
     def _decode(self, value: Any) -> np.ndarray:
@@ -414,7 +416,7 @@ class _ImageViews:
     def _sample(self, image: np.ndarray, epoch: int, key: int) -> dict[str, torch.Tensor]:
         if self.train:
             generator = sample_generator(self.seed, epoch, key, "augmentation")
-            views = [self._random_view(image, generator) for _ in range(self.num_views)]
+            views = [self._random_view(image, generator, key) for _ in range(self.num_views)]
         else:
             epoch = 0  # the same masks at every evaluation
             views = [center_view(image, self.image_size, self.crop_ratio)]
@@ -424,8 +426,11 @@ class _ImageViews:
         one = self.num_views == 1
         return {"pixel_values": pixel_values[0] if one else pixel_values, "noise": noise[0] if one else noise}
 
-    def _random_view(self, image: np.ndarray, generator: torch.Generator) -> torch.Tensor:
-        box = random_resized_crop_box(*image.shape[:2], generator, self.crop_scale)
+    def _random_view(self, image: np.ndarray, generator: torch.Generator, key: int) -> torch.Tensor:
+        if self.crop_boxes is None:
+            box = random_resized_crop_box(*image.shape[:2], generator, self.crop_scale)
+        else:
+            box = contrastive_crop_box(*image.shape[:2], self.crop_boxes[key].tolist(), generator, self.crop_scale)
         pixels = crop_and_resize(image, box, self.image_size)
         flipped = self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5
         return pixels.flip(-1) if flipped else pixels
@@ -460,6 +465,8 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
         crop_ratio (`float`): Share of the sides that the centre shows, in (0, 1].
         num_views (`int`): Random views of an image in a training sample; with more than one, `pixel_values` is
             `(num_views, C, H, W)` and `noise` `(num_views, num_patches)`. Evaluation always shows one.
+        contrastive_crop (`bool`): Whether random crops have their centres in `crop_boxes`, `(len(dataset), 4)` in
+            shared memory, at first the whole image; `ContrastiveCropCallback` moves them to the objects.
         on_bad_image (`str`): `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
     Raises:
@@ -467,12 +474,16 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
             When indexed: the image is bad, and `on_bad_image` is `"raise"`.
     """
 
-    def __init__(self, dataset: datasets.Dataset, image_column: str, **kwargs: Any) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, image_column: str, *, contrastive_crop: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(dataset, image_column, **kwargs)
         if not len(dataset):
             raise ValueError("`dataset` is empty: there is no image in it.")
-        # In shared memory, so that what a worker finds is known to all.
+        # In shared memory, so that what a worker finds is known to all, and persistent workers see new boxes.
         self.bad_images = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        if contrastive_crop:
+            self.crop_boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(dataset), 1).share_memory_()
         self._load(0)
 
     def __len__(self) -> int:
@@ -481,6 +492,11 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
     def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
         epoch, index = divmod(int(key), len(self))
         return self._sample(self._load(index), epoch, index)
+
+    def whole_image(self, index: int) -> torch.Tensor:
+        """All of an image, un-augmented and squeezed to `image_size`: normalised `(C, H, W)`."""
+        image = self._load(index)
+        return normalize(crop_and_resize(image, (0, 0, *image.shape[:2]), self.image_size), self.mean, self.std)
 
     @property
     def num_bad_images(self) -> int:
@@ -663,6 +679,10 @@ class DataArguments:
         default=0.2, metadata={"help": "Smallest share of an image's area that a random crop shows, in (0, 1]."}
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+    contrastive_crop: bool = field(
+        default=False,
+        metadata={"help": "Crop around the objects that the encoder finds while it trains (ContrastiveCrop)."},
+    )
     crop_ratio: float | None = field(
         default=None,
         metadata={"help": "Share of the sides that evaluation shows; 0.875 from 160 pixels on, 1 for smaller images."},
@@ -671,6 +691,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         if self.on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+        if self.contrastive_crop and self.streaming:
+            raise ValueError(
+                "`contrastive_crop` keeps a box for each image, which a stream has no place for; leave out "
+                "`streaming`, or crop at random."
+            )
         _check_count("num_held_out", self.num_held_out, minimum=0)
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
@@ -736,7 +761,8 @@ def build_datasets(
         on_bad_image=args.on_bad_image,
     )
     train, evaluation, excluded = _split(args)
-    train_samples = _views(*train, excluded=excluded, **settings)
+    own = {"contrastive_crop": True} if args.contrastive_crop else {}
+    train_samples = _views(*train, excluded=excluded, **settings, **own)
     eval_samples = None if evaluation is None else _views(*evaluation, train=False, **settings)
     processor = make_image_processor(image_size, config.num_channels, mean, std, crop_ratio)
     return train_samples, eval_samples, processor

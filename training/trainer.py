@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput, SchedulerType, get_last_checkpoint
 from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
+from clmae.modeling import MAEPreTrainedModel
 from clmae.training.arguments import PretrainingArguments
-from clmae.training.callbacks import DifficultyCallback, EpochCallback, PictureCallback
+from clmae.training.callbacks import ContrastiveCropCallback, DifficultyCallback, EpochCallback, PictureCallback
 from clmae.training.curriculum import (
     curriculum_factor,
     keep_probability_statistics,
@@ -122,6 +123,15 @@ class CurriculumTrainer(Trainer):
         self._eval_sums = torch.zeros(2, device=self.args.device)  # L_rec of images under learned and random masks
         self._warned: set[str] = set()
         self.add_callback(EpochCallback(self))
+        self._crops = None
+        if getattr(self.train_dataset, "crop_boxes", None) is not None:
+            if not isinstance(self.model, MAEPreTrainedModel):
+                raise ValueError(
+                    f"`model` is a {type(self.model).__name__}, but `contrastive_crop` needs an encoder of this "
+                    "project's families; take one, or crop at random."
+                )
+            self._crops = ContrastiveCropCallback(self)
+            self.add_callback(self._crops)
         if self.eval_dataset is not None and args.picture_steps:
             self.add_callback(PictureCallback(self))
         if self.has_masking_module and args.difficulty_steps:
@@ -163,6 +173,11 @@ class CurriculumTrainer(Trainer):
         if resume_from_checkpoint and not hasattr(self.train_dataset, "__len__"):
             logger.warning("Resuming a stream: the run continues exactly only within the stream's first pass.")
         self._sums, self._keep_sums, self._warned = {}, {}, set()
+        if self._crops is not None:
+            self._crops.reset()
+            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            if last or resume_from_checkpoint:
+                self._crops.load(last or resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     # -- optimiser ------------------------------------------------------------------------------------------------

@@ -108,14 +108,19 @@ class FirstGradients(TrainerCallback):
             }
 
 
-def record_run(output_dir: Path, **options: Any) -> dict[str, Any]:
+def record_run(output_dir: Path, everything: bool = False, **options: Any) -> dict[str, Any]:
     """Gradients of the first step, weights at the end and everything logged of a run by plain gradient descent.
 
-    Not by AdamW: it turns the rounding errors of gradients that are 0 into whole steps.
+    Not by AdamW: it turns the rounding errors of gradients that are 0 into whole steps. Of a CL-MAE, or with
+    `everything` of a CMAE with learned masks, two views, and crops around the objects.
     """
     first = FirstGradients()
+    model = tiny_model("cmae", learned_masks=True) if everything else tiny_model()
+    dataset = image_dataset(contrastive_crop=everything, num_views=1 + everything)
     trainer = tiny_trainer(
         output_dir,
+        model,
+        train_dataset=dataset,
         optim="sgd",
         eval_dataset=image_dataset(8, train=False),
         eval_strategy="steps",
@@ -126,4 +131,9 @@ def record_run(output_dir: Path, **options: Any) -> dict[str, Any]:
         **options,
     )
     trainer.train()
-    return {"gradients": first.gradients, "weights": weights(trainer.model), "history": trainer.state.log_history}
+    return {
+        "gradients": first.gradients,
+        "weights": weights(trainer.model),
+        "history": trainer.state.log_history,
+        "boxes": dataset.crop_boxes,
+    }

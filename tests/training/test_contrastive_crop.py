@@ -9,8 +9,19 @@ import pytest
 import torch
 from scipy.stats import beta, kstest, uniform
 
-from clmae.training.contrastive_crop import box_iou, contrastive_crop_box, heat_map_box
-from clmae.training.images import random_resized_crop_box, sample_generator
+from clmae.training.callbacks import ContrastiveCropCallback
+from clmae.training.contrastive_crop import (
+    CROP_THRESHOLD,
+    box_iou,
+    contrastive_crop_box,
+    heat_map_box,
+    object_heat_map,
+    refresh_epochs,
+)
+from clmae.training.data import DataArguments
+from clmae.training.images import crop_and_resize, random_resized_crop_box, sample_generator
+
+from .runs import assert_equal_weights, image_dataset, tiny_model, tiny_trainer, weights
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -387,3 +398,153 @@ def test_object_images_are_a_function_of_seed_and_place(object_images):
 def test_wrong_object_images(object_images, count, size, seed, name):
     with pytest.raises(ValueError, match=f"`{name}` is "):
         object_images(count, size, seed)
+
+
+# -- heat map of an encoder -------------------------------------------------------------------------------------
+
+
+def test_object_heat_map_by_hand():
+    tokens = torch.zeros(1, 3, 4, 2)
+    tokens[..., 0] = 1.0  # the background, and the border's mean
+    tokens[0, 1, 2] = torch.tensor([1.0, 3.0])
+    tokens[0, 1, 1] = torch.tensor([5.0, 0.0])
+    maps = object_heat_map(tokens.flatten(1, 2), (3, 4))
+    expected = torch.zeros(1, 3, 4)
+    expected[0, 1, 2], expected[0, 1, 1] = 3.0, 4.0
+    torch.testing.assert_close(maps, expected)
+
+
+def test_tokens_alike_up_to_rounding_give_the_whole_image():
+    tokens = torch.randn(1, 1, 8).expand(2, 16, 8) * (1 + 1e-6 * torch.randn(2, 16, 1))
+    maps = object_heat_map(tokens, (4, 4))
+    assert not maps.any()
+    assert heat_map_box(maps, (16, 16)).tolist() == [list(WHOLE)] * 2
+
+
+@pytest.mark.parametrize("grid_size", [(1, 4), (2, 2), (1, 1)])
+def test_grids_that_are_all_border(grid_size):
+    count = math.prod(grid_size)
+    boxes = heat_map_box(object_heat_map(torch.randn(3, count, 8), grid_size), (8, 8), CROP_THRESHOLD)
+    assert boxes.isfinite().all()
+    assert (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+# -- over a run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "interval", "expected"),
+    [
+        (10, 0.2, [2, 4, 6, 8]),
+        (5, 0.2, [1, 2, 3, 4]),
+        (3, 0.2, [1, 2]),
+        (100, 0.3, [30, 60, 90]),
+        (7, 0.5, [4]),
+        (1, 0.2, []),
+        (10, 1.0, []),
+    ],
+)
+def test_refresh_epochs(num_epochs, interval, expected):
+    assert refresh_epochs(num_epochs, interval) == expected
+
+
+def cropping(tmp_path, family="mae", count=10, views=1, **options):
+    """A trainer of 5 epochs whose crops follow the boxes, which are refreshed before the epochs 2 and 4."""
+    dataset = image_dataset(count, contrastive_crop=True, num_views=views)
+    model = tiny_model(family, **({"contrastive_loss_weight": 0.0} if family == "cmae" and views == 1 else {}))
+    defaults = dict(num_train_epochs=5, contrastive_crop_interval=0.4)
+    return tiny_trainer(tmp_path, model, train_dataset=dataset, **{**defaults, **options})
+
+
+def callback_of(trainer):
+    (found,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, ContrastiveCropCallback))
+    return found
+
+
+def test_samples_are_cropped_around_their_boxes():
+    dataset = image_dataset(4, contrastive_crop=True, horizontal_flip=False, crop_scale=(0.3, 0.3))
+    assert dataset.crop_boxes.tolist() == [list(WHOLE)] * 4
+    dataset.crop_boxes[2] = torch.tensor([0.9, 0.9, 1.0, 1.0])
+    key = 3 * 4 + 2
+    pixels = dataset._load(2)
+    generator = sample_generator(dataset.seed, 3, 2, "augmentation")
+    box = contrastive_crop_box(20, 20, (0.9, 0.9, 1.0, 1.0), generator, (0.3, 0.3))
+    assert (box[0] + box[2], box[1] + box[3]) == (20, 20)
+    expected = (crop_and_resize(pixels, box, (16, 16)).float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(dataset[key]["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(("family", "views"), [("mae", 1), ("cl_mae", 1), ("cmae", 2)])
+def test_boxes_are_those_of_the_encoders_heat_maps(tmp_path, family, views):
+    trainer = cropping(tmp_path, family, views=views, per_device_eval_batch_size=4)
+    state, generator = trainer.train_dataset.crop_boxes, torch.get_rng_state()
+    trainer.model.train()
+    callback_of(trainer).refresh()
+    assert trainer.model.training
+    assert torch.equal(torch.get_rng_state(), generator)
+    for i in range(10):
+        image = crop_and_resize(trainer.train_dataset._load(i), (0, 0, 20, 20), (16, 16)).float() / 255
+        tokens = trainer.model.vit(((image - 0.5) / 0.25)[None]).last_hidden_state[:, 1:]
+        expected = heat_map_box(object_heat_map(tokens, (4, 4)), (16, 16), CROP_THRESHOLD)[0]
+        torch.testing.assert_close(state[i], expected, atol=1 / 16 + 1e-6, rtol=0)
+    assert len(state.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, False), (1, True)])
+def test_boxes_move_on_schedule_and_workers_see_them(tmp_path, workers, persistent):
+    refreshed, alone = [], cropping(tmp_path / "alone")
+    trainer = cropping(tmp_path / "workers", dataloader_num_workers=workers, dataloader_persistent_workers=persistent)
+    original = callback_of(trainer).refresh
+    callback_of(trainer).refresh = lambda: refreshed.append(trainer.state.epoch) or original()
+    trainer.train()
+    assert refreshed == [2, 4]
+    alone.train()
+    assert torch.equal(trainer.train_dataset.crop_boxes, alone.train_dataset.crop_boxes)
+    assert_equal_weights(weights(trainer.model), weights(alone.model))
+    fixed = cropping(tmp_path / "fixed", contrastive_crop_interval=1.0)
+    fixed.train()
+    assert not torch.equal(fixed.model.decoder.mask_token, alone.model.decoder.mask_token)
+
+
+@pytest.mark.parametrize("step", [3, 4, 5, 6])  # 2 steps an epoch; refreshed after 4 and 8
+def test_resumed_runs_have_the_boxes_of_whole_ones(tmp_path, step):
+    options = dict(save_strategy="steps", save_steps=1, save_total_limit=None)
+    whole = cropping(tmp_path / "whole", **options)
+    whole.train()
+    resumed = cropping(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert torch.equal(resumed.train_dataset.crop_boxes, whole.train_dataset.crop_boxes)
+    assert_equal_weights(weights(resumed.model), weights(whole.model))
+    assert not list((tmp_path / "whole").rglob("*.tmp"))
+
+
+def test_resuming_the_last_checkpoint_and_starting_anew(tmp_path):
+    trainer = cropping(tmp_path, save_strategy="steps", save_steps=5)
+    trainer.train()
+    boxes = trainer.train_dataset.crop_boxes.clone()
+    again = cropping(tmp_path, save_strategy="steps", save_steps=5)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(again.train_dataset.crop_boxes, boxes)
+    callback_of(again).reset()
+    assert again.train_dataset.crop_boxes.tolist() == [list(WHOLE)] * 10
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    saving = dict(save_strategy="steps", save_steps=1, max_steps=1)
+    cropping(tmp_path / "twelve", count=12, **saving).train()
+    with pytest.raises(ValueError, match=r"has the boxes of 12 images, but the training set has 10"):
+        cropping(tmp_path / "a").train(resume_from_checkpoint=str(tmp_path / "twelve" / "checkpoint-1"))
+    tiny_trainer(tmp_path / "random", "mae", **saving).train()
+    with pytest.raises(ValueError, match=r"has no contrastive_crop.safetensors: that run cropped at random"):
+        cropping(tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "random" / "checkpoint-1"))
+
+
+def test_streams_are_refused():
+    with pytest.raises(ValueError, match=r"`contrastive_crop` keeps a box for each image.*leave out `streaming`"):
+        DataArguments(dataset="d", contrastive_crop=True, streaming=True)
+
+
+@pytest.mark.parametrize("interval", [0, -0.2, 1.1])
+def test_wrong_intervals(tmp_path, interval):
+    with pytest.raises(ValueError, match=rf"`contrastive_crop_interval` is {interval}; give a share"):
+        cropping(tmp_path, contrastive_crop_interval=interval)

@@ -35,6 +35,7 @@ RUNS = {
     "every_second_step": dict(SHORT, masker_update_interval=2),
     # Here transformers would not look for parameters without gradient.
     "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
+    "everything": dict(SHORT, everything=True, contrastive_crop_interval=0.5),
 }
 PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
 
@@ -92,13 +93,25 @@ def test_weights_at_the_end(runs):
 
 def test_logs(runs):
     first, second, alone, _ = runs
+    names = SAME + (("contrastive_loss", "position_loss", "position_accuracy") if alone["boxes"] is not None else ())
     values = [
-        {(entry["step"], name): entry[name] for entry in run["history"] for name in SAME if name in entry}
+        {(entry["step"], name): entry[name] for entry in run["history"] for name in names if name in entry}
         for run in (first, second, alone)
     ]
-    assert {name for _, name in values[2]} == set(SAME)
+    assert {name for _, name in values[2]} == set(names)
     assert values[0] == pytest.approx(values[2], rel=1e-3, abs=1e-4)
     assert values[1] == pytest.approx(values[0], rel=1e-5)
+
+
+def test_boxes(runs):
+    first, second, alone, _ = runs
+    if alone["boxes"] is None:
+        assert first["boxes"] is second["boxes"] is None
+        return
+    assert torch.equal(first["boxes"], second["boxes"])
+    assert len(alone["boxes"].unique(dim=0)) > 4
+    # The weights differ by rounding, which may move an edge by a pixel.
+    torch.testing.assert_close(first["boxes"], alone["boxes"], rtol=0, atol=1 / 16 + 1e-6)
 
 
 def test_only_the_first_process_draws(runs):
