@@ -167,15 +167,15 @@ def config_options(config_class: type) -> type:
     Fields left out keep the size's preset; `image_size` and `patch_size` take one number or two.
     """
     helps = _field_helps(config_class)
-    options = []
+    options = {}  # a family may repeat a field of its parent, with another default
     for owner in reversed(config_class.__mro__):
         if not owner.__module__.startswith("clmae."):
             continue
         for name, kind in inspect.get_annotations(owner, eval_str=True).items():
             if not name.startswith("_") and name not in _NOT_OPTIONS:
                 option = dataclasses.field(default=None, metadata={"help": helps.get(name, "")})
-                options.append((name, _option_type(kind), option))
-    return dataclasses.make_dataclass("ModelOptions", options)
+                options[name] = (name, _option_type(kind), option)
+    return dataclasses.make_dataclass("ModelOptions", options.values())
 
 
 def _option_type(kind: Any) -> Any:

@@ -54,7 +54,8 @@ class FamilyArguments:
     """Which model to train."""
 
     family: str = field(
-        default="cl_mae", metadata={"help": "mae (random masks) or cl_mae (masks learned under a curriculum)."}
+        default="cl_mae",
+        metadata={"help": "mae (random masks), cl_mae (masks learned under a curriculum) or cmae (encoder tasks)."},
     )
     model_size: str = field(
         default="base", metadata={"help": f"Preset: {', '.join(SIZES)}; any option below overrides a part of it."}
