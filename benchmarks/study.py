@@ -1,11 +1,13 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Does the curriculum bite? Trains CL-MAE under given settings and records what its masks do, then draws it.
+"""Trains under given settings on CIFAR-10, records what happens, then tabulates and draws it.
 
-    python benchmarks/curriculum/study.py run --setting default --seed 0 --dataset uoft-cs/cifar10
-    python benchmarks/curriculum/study.py report
+    python benchmarks/study.py run curriculum --setting default --seed 0
+    python benchmarks/study.py report curriculum
 
-`run` writes `results/<scale>-<setting>-<target>-<seed>.json` when it is done; `report` makes `table.md`,
-`<scale>-difficulty.png` and `<scale>-causes.png` of all of them. Settings are in `settings.yaml`.
+A study is a folder here with a `settings.yaml`: `curriculum` (does CL-MAE's masking module turn from partner to
+adversary?), `cmae` (what does each part of CMAE do?). `run` writes
+`<study>/results/<scale>-<setting>-<target>-<seed>.json` when it is done; `report` makes `table.md` of all of them and,
+where masks are learned, `<scale>-difficulty.png` and `<scale>-causes.png`.
 """
 
 from __future__ import annotations
@@ -128,7 +130,11 @@ def measure(trainer: CurriculumTrainer, with_gradients: bool) -> dict[str, float
         row["difficulty"] = learned.reconstruction_loss / row["random_loss"]
         row |= keep_probability_statistics(keep_probability_sums(learned.keep_probabilities))
         if with_gradients:
-            row |= gradients_and_alignment(model, batch["pixel_values"][:PROBE], row["factor"])
+            row |= gradients_and_alignment(model, batch["pixel_values"].flatten(0, -4)[:PROBE], row["factor"])
+    if getattr(model.config, "position_loss_weight", 0):
+        views = {name: torch.stack([value] * model.config.num_views, 1) for name, value in batch.items()}
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            row["position_accuracy"] = model(**views, compute_task_losses=True).position_accuracy
     model.train(was_training)
     return row
 
@@ -198,17 +204,16 @@ def _exchange(
 
 def run(options: argparse.Namespace) -> None:
     """One run, and its file."""
-    setting = _settings()[options.setting]
+    setting = _settings(options.study)[options.setting]
     scale = SCALES[options.scale]
     family = setting.get("family", "cl_mae")
-    fields = {k: v for k, v in scale["model"].items() if family == "cl_mae" or not k.startswith("masker_")}
+    fields = {k: v for k, v in scale["model"].items() if family != "mae" or not k.startswith("masker_")}
     config_class, _, model_class, *_ = FAMILIES[family]
-    config = config_class.from_size(
-        "tiny", image_size=32, patch_size=4, norm_pix_loss=not options.raw, **fields, **setting.get("config", {})
-    )
+    fields |= {"image_size": 32, "patch_size": 4, "norm_pix_loss": not options.raw, **setting.get("config", {})}
+    config = config_class.from_size("tiny", **fields)
     args = PretrainingArguments(
         **{
-            "output_dir": f"outputs/curriculum/{_name(options)}",
+            "output_dir": f"outputs/{options.study}/{_name(options)}",
             "seed": options.seed,
             "bf16": True,
             "use_cpu": options.scale == "cpu",
@@ -223,7 +228,10 @@ def run(options: argparse.Namespace) -> None:
         }
     )
     data = DataArguments(
-        dataset=options.dataset, num_held_out=512, max_train_samples=scale["max_train_samples"], min_crop_scale=0.5
+        dataset=options.dataset,
+        num_held_out=512,
+        max_train_samples=scale["max_train_samples"],
+        **{"min_crop_scale": 0.5, **setting.get("data", {})},
     )
     train_dataset, eval_dataset, processor = build_datasets(data, config, options.seed)
     set_seed(options.seed)
@@ -253,8 +261,9 @@ def run(options: argparse.Namespace) -> None:
     }
     if options.evaluate:
         result |= evaluate(trainer, options.dataset, scale["max_eval_samples"])
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / f"{_name(options)}.json"
+    folder = _results(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_name(options)}.json"
     path.write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(f"{path}: {json.dumps({k: v for k, v in result.items() if k != 'rows'})}")
 
@@ -270,8 +279,12 @@ def evaluate(trainer: CurriculumTrainer, dataset: str, most: int | None) -> dict
     return {name: result.rows[0].accuracies for name, result in results.items()}
 
 
-def _settings() -> dict[str, dict[str, Any]]:
-    return yaml.safe_load((HERE / "settings.yaml").read_text(encoding="utf-8"))
+def _settings(study: str) -> dict[str, dict[str, Any]]:
+    return yaml.safe_load((HERE / study / "settings.yaml").read_text(encoding="utf-8"))
+
+
+def _results(options: argparse.Namespace) -> Path:
+    return options.results or HERE / options.study / "results"
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -281,46 +294,51 @@ def _name(options: argparse.Namespace) -> str:
 
 # -- reporting --------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("Q1", "Q2", "Q3", "Q4", "end", "mean of m", "least spread", "random-mask loss", "k-NN", "linear")
+COLUMNS = (
+    *("Q1", "Q2", "Q3", "Q4", "end", "mean of m", "least spread"),
+    *("random-mask loss", "position accuracy", "k-NN", "linear"),
+)
 
 
 def report(options: argparse.Namespace) -> None:
     """Table and figures of every file in the folder of results."""
-    names = list(_settings())
-    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(options.results.glob("*.json"))]
+    settings, folder = _settings(options.study), _results(options)
+    names = list(settings)
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     if not runs:
-        raise SystemExit(f"`--results` {options.results} holds no runs; make some with `study.py run`.")
+        raise SystemExit(f"`--results` {folder} holds no runs; make some with `study.py run`.")
     unknown = sorted({run["setting"] for run in runs} - set(names))
     if unknown:
-        raise SystemExit(f"`--results` {options.results} holds runs of {', '.join(unknown)}: not in settings.yaml.")
+        raise SystemExit(f"`--results` {folder} holds runs of {', '.join(unknown)}: not in settings.yaml.")
     runs.sort(key=lambda run: (run["scale"], -run["max_steps"], names.index(run["setting"]), run["target"]))
     groups: dict[tuple[str, int, str, str], list[dict]] = {}
     for one in runs:
         groups.setdefault((one["scale"], one["max_steps"], one["label"], one["target"]), []).append(one)
     text = table(groups)
-    (options.results / "table.md").write_text(text, encoding="utf-8")
+    (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
     for scale in sorted({key[0] for key in groups}):
         masked = {key[1:]: g for key, g in groups.items() if key[0] == scale and "factor" in g[0]["rows"][0]}
         lengths = sorted({steps for steps, _, _ in masked}, reverse=True)
         if lengths:
             full = {f"{label}, {target} targets": g for (n, label, target), g in masked.items() if n == lengths[0]}
-            save_figure(difficulty_figure(full), options.results / f"{scale}-difficulty.png")
+            save_figure(difficulty_figure(full), folder / f"{scale}-difficulty.png")
         if len(lengths) > 1:  # the causes are compared in shorter runs
             causes = {label: g for (n, label, target), g in masked.items() if (n, target) == (lengths[1], "normalised")}
-            save_figure(causes_figure(causes), options.results / f"{scale}-causes.png")
+            save_figure(causes_figure(causes, settings), folder / f"{scale}-causes.png")
 
 
 def table(groups: dict[tuple, list[dict]]) -> str:
     """A row a setting: mean and standard deviation over the seeds; for m and its spread the extremes of all."""
-    head = ("setting", "targets", "steps", "seeds", *COLUMNS)
+    summaries = {key: [summary(one) for one in group] for key, group in groups.items()}
+    columns = [column for column in COLUMNS if any(column in s for group in summaries.values() for s in group)]
+    head = ("setting", "targets", "steps", "seeds", *columns)
     lines = [head, ("---",) * 2 + ("---:",) * (len(head) - 2)]
-    for (_, steps, label, target), group in groups.items():
-        seeds = ", ".join(str(one["seed"]) for one in group)
-        summaries = [summary(one) for one in group]
-        cells = [label, target, str(steps), seeds]
-        for column in COLUMNS:
-            values = [s[column] for s in summaries if column in s]
+    for key, group in groups.items():
+        _, steps, label, target = key
+        cells = [label, target, str(steps), ", ".join(str(one["seed"]) for one in group)]
+        for column in columns:
+            values = [s[column] for s in summaries[key] if column in s]
             cells.append(_cell(column, values) if values else "")
         lines.append(tuple(cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -340,6 +358,8 @@ def summary(one: dict[str, Any]) -> dict[str, Any]:
     """A run in figures: mean difficulty of each quarter; m and its spread after the first tenth of the steps."""
     rows, steps = one["rows"], one["max_steps"]
     result: dict[str, Any] = {"random-mask loss": rows[-1]["random_loss"]}
+    if "position_accuracy" in rows[-1]:
+        result["position accuracy"] = rows[-1]["position_accuracy"]
     if "difficulty" in rows[0]:
         for quarter in range(4):
             inside = [r for r in rows if quarter / 4 < r["step"] / steps <= (quarter + 1) / 4]
@@ -381,13 +401,13 @@ def difficulty_figure(groups: dict[str, list[dict]]) -> Figure:
     return figure
 
 
-def causes_figure(groups: dict[str, list[dict]]) -> Figure:
+def causes_figure(groups: dict[str, list[dict]], settings: dict[str, dict[str, Any]]) -> Figure:
     """Difficulty and alignment of each setting; what pulls at the logits under the first and the last setting."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     for label, group in groups.items():
         _draw(axes[0, 0], group, "difficulty", label)
-        soft_masking = _settings()[group[0]["setting"]].get("config", {}).get("soft_masking", CLMAEConfig.soft_masking)
+        soft_masking = settings[group[0]["setting"]].get("config", {}).get("soft_masking", CLMAEConfig.soft_masking)
         _draw(axes[0, 1], group, f"alignment_{soft_masking}", label)
     _label(axes[0, 0], "mask difficulty")
     axes[0, 0].axhline(1.0, color="grey", linewidth=0.8)
@@ -430,7 +450,9 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    studies = sorted(path.parent.name for path in HERE.glob("*/settings.yaml"))
     runner = commands.add_parser("run", help="train under one setting")
+    runner.add_argument("study", choices=studies)
     runner.add_argument("--setting", required=True, help="a name in settings.yaml")
     runner.add_argument("--seed", type=int, default=0)
     runner.add_argument("--raw", action="store_true", help="raw pixels as targets, not normalised patches")
@@ -438,10 +460,11 @@ def main() -> None:
     runner.add_argument("--max_steps", type=int, help="another number of steps than the scale's")
     runner.add_argument("--dataset", default="uoft-cs/cifar10", help="Hub id or local copy of CIFAR-10")
     runner.add_argument("--evaluate", action="store_true", help="k-NN and linear accuracy afterwards")
-    runner.add_argument("--results", type=Path, default=HERE / "results")
+    runner.add_argument("--results", type=Path, help="another folder for the results than the study's")
     runner.set_defaults(function=run)
     reporter = commands.add_parser("report", help="table and figures of all runs")
-    reporter.add_argument("--results", type=Path, default=HERE / "results")
+    reporter.add_argument("study", choices=studies)
+    reporter.add_argument("--results", type=Path, help="another folder of results than the study's")
     reporter.set_defaults(function=report)
     options = parser.parse_args()
     options.function(options)
