@@ -319,12 +319,12 @@ def report(options: argparse.Namespace) -> None:
     print(text)
     for scale in sorted({key[0] for key in groups}):
         masked = {key[1:]: g for key, g in groups.items() if key[0] == scale and "factor" in g[0]["rows"][0]}
-        lengths = sorted({steps for steps, _, _ in masked}, reverse=True)
-        if lengths:
-            full = {f"{label}, {target} targets": g for (n, label, target), g in masked.items() if n == lengths[0]}
+        shortest = min((steps for steps, _, _ in masked), default=0)
+        causes = {label: g for (n, label, target), g in masked.items() if (n, target) == (shortest, "normalised")}
+        full = {f"{label}, {target} targets, {n} steps": g for (n, label, target), g in masked.items() if n > shortest}
+        if full:  # else all runs are of one length, and there are no shorter ones to compare causes by
             save_figure(difficulty_figure(full), folder / f"{scale}-difficulty.png")
-        if len(lengths) > 1:  # the causes are compared in shorter runs
-            causes = {label: g for (n, label, target), g in masked.items() if (n, target) == (lengths[1], "normalised")}
+        if causes:
             save_figure(causes_figure(causes, settings), folder / f"{scale}-causes.png")
 
 

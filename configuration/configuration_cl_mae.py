@@ -34,7 +34,7 @@ class CLMAEConfig(MAEConfig):
         kl_loss_weight (`float`, *optional*): Weight of the term that holds the mask ratio; 25.6 for the reduction
             `"mean"`, 0.1 for `"sum"` (equal at the authors' 256 images per device) if not given.
         kl_reduction (`str`, *optional*, defaults to `"mean"`): `"mean"` over the batch, or the authors' `"sum"`.
-        diversity_loss_weight (`float`, *optional*, defaults to 0.2): Weight of the term that keeps the masks of
+        diversity_loss_weight (`float`, *optional*, defaults to 0.5): Weight of the term that keeps the masks of
             different images apart; the authors' is 2.
         diversity_scale (`float`, *optional*, defaults to 0.1): Factor of the distance in that term's exponent.
         curriculum_shape (`str`, *optional*, defaults to `"linear"`): How the factor λ_CL goes from start to end over
@@ -57,7 +57,7 @@ class CLMAEConfig(MAEConfig):
     gauss_sigma: float = 0.12
     kl_loss_weight: float | None = None
     kl_reduction: str = "mean"
-    diversity_loss_weight: float = 0.2
+    diversity_loss_weight: float = 0.5
     diversity_scale: float = 0.1
     curriculum_shape: str = "linear"
     curriculum_start: float = 1.0

@@ -151,7 +151,7 @@ def test_defaults_are_the_papers_but_for_the_curriculum():
     assert (config.masker_num_hidden_layers, config.masker_num_attention_heads) == (5, 4)
     assert (config.masker_intermediate_size, config.masker_layer_norm_eps) == (4 * 768, 1e-5)
     assert (config.gauss_loss_weight, config.gauss_sigma) == (0.1, 0.12)
-    assert (config.diversity_loss_weight, config.diversity_scale) == (0.2, 0.1)
+    assert (config.diversity_loss_weight, config.diversity_scale) == (0.5, 0.1)
     assert config.soft_masking == "attention"
     assert (config.curriculum_shape, config.curriculum_start, config.curriculum_end) == ("linear", 1.0, -1.0)
 
