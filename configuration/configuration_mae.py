@@ -6,10 +6,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+
+from clmae.configuration.hub_code import hub_auto_map, write_hub_code
 
 MASK_SAMPLERS = ("random", "block", "grid")
 POOLINGS = ("mean", "cls")
@@ -141,7 +145,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', which sets overrides (`from_pretrained(..., mask_ratio=0.5)`) unchecked."""
         cls._check_unknown(kwargs)
-        loaded = super().from_dict(config_dict, **kwargs)
+        # A family that goes on from another's folder is itself, and says so when it is saved.
+        loaded = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).check()
         return loaded
 
@@ -150,6 +155,23 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.decoder_intermediate_size is None:
             self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+
+    # -- the model's own code beside it ----------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As transformers', with the family's code beside `config.json`: the folder loads without `clmae` too."""
+        auto_map = hub_auto_map(type(self))
+        if auto_map:
+            self.auto_map = auto_map
+        super().save_pretrained(save_directory)
+        if auto_map:
+            write_hub_code(self.model_type, save_directory)
+        if push_to_hub:  # only now: transformers would upload what it wrote itself, and no code
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: `save_pretrained` writes code and `auto_map`, and transformers' way would mix with it."""
 
     # -- derived sizes ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,188 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, ViTMAEConfig
+from transformers.hf_argparser import string_to_bool
+
+from clmae import FAMILIES
+from clmae.cli.folders import PathsParser, new_folder
+from clmae.cli.options import UsageError
+from clmae.modeling.conversion import TIMM, Import, read_weights
+from clmae.training.data import make_image_processor
+
+EXAMPLES = """\
+  clmae convert mae_visualize_vit_base.pth out/mae-base
+  clmae convert checkpoint-799.pth out/cl-mae --num_attention_heads 8
+  clmae convert ./vit-mae-base out/mae-base"""
+
+# (name, type, how many, help) of the fields that weights do not tell, or not always.
+FIELDS = (
+    ("num_attention_heads", int, None, "Attention heads of the encoder."),
+    ("decoder_num_attention_heads", int, None, "Attention heads of the decoder."),
+    ("masker_num_attention_heads", int, None, "Attention heads of the masking module."),
+    ("image_size", int, "+", "Image size in pixels, one number or height and width."),
+    ("layer_norm_eps", float, None, "Epsilon of encoder's and decoder's LayerNorms."),
+    ("norm_pix_loss", string_to_bool, None, "Whether it was trained on normalised patches."),
+    ("mask_ratio", float, None, "Share of the patches that is masked."),
+)
+# What transformers' ViTMAE configuration tells beyond the weights.
+VIT_MAE_FIELDS = (
+    "num_attention_heads",
+    "decoder_num_attention_heads",
+    "image_size",
+    "hidden_act",
+    "initializer_range",
+    "layer_norm_eps",
+    "norm_pix_loss",
+    "mask_ratio",
+)
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+# facebookresearch/mae shows its models ImageNet's way: resize to 256, crop 224.
+IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_ratio=0.875)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Converts a checkpoint of another project into a folder of ours, and reports what went where."""
+    parser = PathsParser(
+        "clmae convert",
+        "Convert weights of facebookresearch/mae, CL-MAE's authors, timm or transformers' ViTMAE.",
+        EXAMPLES,
+    )
+    parser.add_argument("source", metavar="SRC", help="File (.pth, .safetensors), or folder of transformers or timm.")
+    parser.add_argument("destination", metavar="DST", help="Folder to write.")
+    for name, kind, nargs, text in FIELDS:
+        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=None, metavar="VALUE", help=text)
+    parser.add_argument("--ignore_unexpected", action="store_true", help="Drop weights that have no place here.")
+    args = parser.read(argv)
+    fields = {name: getattr(args, name) for name, *_ in FIELDS if getattr(args, name) is not None}
+    if "image_size" in fields and len(fields["image_size"]) == 1:
+        (fields["image_size"],) = fields["image_size"]
+    source = Path(args.source)
+    weights, told = read_source(source)
+    found = read_weights(weights, **(told | fields))
+    print(report(found))
+    if found.unexpected and not args.ignore_unexpected:
+        raise UsageError(
+            "a model with the unexpected weights computes something else than ours would; convert without them by "
+            "--ignore_unexpected."
+        )
+    with new_folder(args.destination) as folder:
+        found.load().save_pretrained(folder)
+        save_image_processor(source, found, folder)
+    print(f"wrote {args.destination}: a {found.model_class.__name__}, for its from_pretrained or an Auto class.")
+    return 0
+
+
+def report(found: Import) -> str:
+    """What was loaded, missing, unexpected and assumed, for the reader."""
+
+    def listed(names: list[str]) -> str:
+        return f"{len(names)}{': ' if names else ''}{', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+
+    lines = [
+        f"layout: {found.layout.name}; read as a {found.model_class.__name__}",
+        f"loaded: {len(found.loaded)} weights",
+        f"missing: {listed(found.missing)}",
+        f"unexpected: {listed(found.unexpected)}",
+    ]
+    if found.assumed:
+        assumed = ", ".join(f"{name} = {value}" for name, value in found.assumed.items())
+        lines.append(f"not told by the weights, and assumed: {assumed} (an option of the same name overrides each)")
+    return "\n".join(lines)
+
+
+def save_image_processor(source: Path, found: Import, folder: Path) -> None:
+    """The source's image processor if it has one, and ImageNet's for the layouts that come without."""
+    if (source / "preprocessor_config.json").is_file():
+        AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
+    elif found.layout is TIMM and found.config.num_channels == 3:
+        make_image_processor(found.config.image_size, 3, **IMAGENET).save_pretrained(folder)
+        print("image processor: ImageNet's mean and standard deviation, resized to 8/7 and cropped, as in MAE's code")
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_source(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """`(weights, fields of the configuration that stand beside them)` of a file or folder."""
+    if not source.exists():
+        raise UsageError(f"SRC {str(source)!r} does not exist; give a file or folder (`hf download` fetches one).")
+    if source.is_dir():
+        return read_folder(source)
+    if source.suffix == ".safetensors":
+        return load_file(source), {}
+    return read_pickle(source)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights of a transformers or timm folder, sharded or not, and what its `config.json` tells."""
+    config = folder / "config.json"
+    config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    if config.get("model_type") in FAMILIES:
+        raise UsageError(f"SRC {str(folder)!r} is a model of this package already.")
+    told = {}
+    if config.get("model_type") == "vit_mae":
+        vit_mae = ViTMAEConfig.from_dict(config)  # its defaults stand in for what the file leaves out
+        told = {name: getattr(vit_mae, name) for name in VIT_MAE_FIELDS}
+    for name in WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            shards = [read_source(folder / Path(name).name)[0] for name in names]
+            return {name: tensor for shard in shards for name, tensor in shard.items()}, told
+        if (folder / name).is_file():
+            return read_source(folder / name)[0], told
+    raise UsageError(f"SRC {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}; name the weights' file itself.")
+
+
+def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights of a `.pth`, and what the arguments of the run in it tell; nothing in the file is executed."""
+    payload = load_safely(path)
+    for name in ("model", "state_dict", "model_state_dict"):
+        if isinstance(payload, dict) and isinstance(payload.get(name), dict):
+            weights = payload[name]
+            break
+    else:
+        weights = payload
+    if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise UsageError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
+    told = {}
+    if isinstance(payload.get("args"), argparse.Namespace):
+        run = vars(payload["args"])
+        kinds = {"norm_pix_loss": bool, "mask_ratio": float}
+        told = {name: run[name] for name, kind in kinds.items() if isinstance(run.get(name), kind)}
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, told
+
+
+def load_safely(path: Path) -> Any:
+    """What `torch.save` wrote, if it is tensors, plain containers and `argparse.Namespace`, and refused otherwise."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            # Mapped into memory, which files from before PyTorch 1.6 cannot be.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            culprit = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"`{culprit[1]}`" if culprit else "something else than tensors"
+            raise UsageError(
+                f"SRC {str(path)!r} is refused, and nothing in it was run: it holds {what}, and to load more than "
+                "tensors could run code. If you trust the file, load it yourself and save the weights alone with "
+                "`safetensors.torch.save_file`."
+            ) from error
+        except (RuntimeError, EOFError, OSError) as error:
+            raise UsageError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
+
+
+__all__ = ["load_safely", "read_source", "report", "run"]

@@ -1,0 +1,240 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae convert`: what files it reads, what it says, what it refuses; the tables are tested with `modeling`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForPreTraining,
+    ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+from clmae import FAMILIES
+from clmae.cli import main
+from clmae.modeling.conversion import to_mae, to_vit_mae
+
+HEADS = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def model(tiny_config):
+    """An autoencoder whose weights the tests write in other layouts."""
+    model = FAMILIES["mae"][2](tiny_config())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def convert(*argv, code=0):
+    assert main(["convert", *argv]) == code
+
+
+def assert_same(folder, model):
+    state = AutoModelForPreTraining.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert list(state) == list(model.state_dict())
+
+
+# -- what is read -------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_facebookresearch(model, capsys):
+    run = argparse.Namespace(model="mae_vit_tiny", norm_pix_loss=False, mask_ratio=0.5, lr=1e-3, output_dir="out")
+    torch.save({"model": to_mae(model), "optimizer": {"state": {}}, "epoch": 3, "args": run}, "checkpoint-3.pth")
+    convert("checkpoint-3.pth", "ours", *HEADS)
+    assert_same("ours", model)
+    config = AutoConfig.from_pretrained("ours")
+    assert (config.norm_pix_loss, config.mask_ratio, config.num_attention_heads) == (False, 0.5, 4)
+    printed = capsys.readouterr().out
+    weights = len(model.state_dict())
+    assert "layout: facebookresearch/mae, CL-MAE's authors or timm; read as a MAEForPreTraining" in printed
+    assert f"loaded: {weights} weights\nmissing: 0\nunexpected: 0\n" in printed
+    assert "assumed: layer_norm_eps = 1e-06 (an option" in printed
+    processor = AutoImageProcessor.from_pretrained("ours")
+    assert list(processor.image_mean) == [0.485, 0.456, 0.406]
+    assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (16, 18)
+
+
+def test_options_go_before_what_is_assumed_or_told(model):
+    torch.save({"model": to_mae(model), "args": argparse.Namespace(norm_pix_loss=False)}, "mae.pth")
+    options = ["--norm_pix_loss", "true", "--mask_ratio=0.5", "--image_size", "16", "--layer_norm_eps", "1e-5"]
+    convert("mae.pth", "ours", *HEADS, *options)
+    config = AutoConfig.from_pretrained("ours")
+    assert (config.norm_pix_loss, config.mask_ratio, config.image_size, config.layer_norm_eps) == (True, 0.5, 16, 1e-5)
+
+
+@pytest.mark.parametrize("wrapper", ["bare", "old format", "state_dict", "safetensors"])
+def test_files_of_other_kinds(model, wrapper):
+    weights = to_mae(model)
+    if wrapper == "safetensors":
+        save_file(weights, "mae.safetensors")
+    else:
+        old = wrapper == "old format"
+        payload = {"state_dict": weights} if wrapper == "state_dict" else weights
+        torch.save(payload, "mae.pth", _use_new_zipfile_serialization=not old)
+    convert("mae.safetensors" if wrapper == "safetensors" else "mae.pth", "ours", *HEADS)
+    assert_same("ours", model)
+
+
+@pytest.mark.parametrize("kind", ["4, pickled", "5", "sharded"])
+def test_a_folder_of_transformers_vit_mae(model, kind, capsys):
+    config, weights = to_vit_mae(model)
+    config.mask_ratio = 0.5
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained("theirs")
+    if kind == "5":
+        stock = ViTMAEForPreTraining(config)
+        stock.load_state_dict(model.state_dict())
+        stock.save_pretrained("theirs")
+    else:
+        config.save_pretrained("theirs")
+        if kind == "sharded":
+            names = sorted(weights)
+            shards = {"a.safetensors": names[:20], "b.safetensors": names[20:]}
+            for file, part in shards.items():
+                save_file({name: weights[name] for name in part}, f"theirs/{file}")
+            index = {"weight_map": {name: file for file, part in shards.items() for name in part}}
+            with open("theirs/model.safetensors.index.json", "w") as file:
+                json.dump(index, file)
+        else:
+            torch.save(weights, "theirs/pytorch_model.bin")
+    convert("theirs", "ours")  # the heads stand in config.json
+    assert_same("ours", model)
+    assert "assumed" not in capsys.readouterr().out
+    assert AutoConfig.from_pretrained("ours").mask_ratio == 0.5
+    assert type(AutoImageProcessor.from_pretrained("ours")).__name__.startswith("ViTImageProcessor")
+
+
+def test_what_config_json_leaves_out_is_vit_maes_default(model):
+    config, weights = to_vit_mae(model)
+    config.save_pretrained("theirs")
+    save_file(weights, "theirs/model.safetensors")
+    with open("theirs/config.json") as file:
+        written = json.load(file)
+    for name in ("layer_norm_eps", "norm_pix_loss"):
+        written.pop(name, None)
+    with open("theirs/config.json", "w") as file:
+        json.dump(written, file)
+    convert("theirs", "ours")
+    read = AutoConfig.from_pretrained("ours")
+    assert (read.layer_norm_eps, read.norm_pix_loss) == (ViTMAEConfig().layer_norm_eps, ViTMAEConfig().norm_pix_loss)
+
+
+def test_an_encoder_loads_with_automodel(tiny_config):
+    encoder = FAMILIES["cl_mae"][1](tiny_config("cl_mae"))
+    torch.save({"model": to_mae(encoder)}, "mae.pth")
+    convert("mae.pth", "ours", "--num_attention_heads", "4")
+    state = AutoModel.from_pretrained("ours").state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "among weights"])
+def test_a_file_that_would_run_code_is_refused_and_nothing_runs(model, form, capsys):
+    payload = {"model": to_mae(model), "args": Malicious()} if form == "among weights" else Malicious()
+    if form == "pickle":
+        with open("mae.pth", "wb") as file:
+            pickle.dump(payload, file, protocol=2)
+    else:
+        torch.save(payload, "mae.pth", _use_new_zipfile_serialization=form != "old torch")
+    convert("mae.pth", "ours", *HEADS, code=2)
+    assert sorted(os.listdir()) == ["mae.pth"]
+    error = capsys.readouterr().err
+    assert "is refused, and nothing in it was run" in error
+    assert "safetensors.torch.save_file" in error
+    assert form == "pickle" or "mkdir`" in error
+    with open("mae.pth", "rb") as file:  # the file would do it, if it were loaded without care
+        torch.load(file, weights_only=False) if form != "pickle" else pickle.load(file)
+    assert os.path.isdir("ran")
+
+
+def test_only_namespaces_are_let_through(model, capsys):
+    torch.save({"model": to_mae(model), "args": argparse.ArgumentParser}, "mae.pth")
+    convert("mae.pth", "ours", *HEADS, code=2)
+    assert "holds `argparse.ArgumentParser`" in capsys.readouterr().err
+    torch.save(argparse.Namespace(), "namespace.pth")
+    with pytest.raises(pickle.UnpicklingError):  # and not beyond this command
+        torch.load("namespace.pth", weights_only=True)
+
+
+def test_unexpected_weights_are_refused_unless_dropped(model, capsys):
+    torch.save({**to_mae(model), "blocks.0.ls1.gamma": torch.ones(32)}, "mae.pth")
+    convert("mae.pth", "ours", *HEADS, code=2)
+    captured = capsys.readouterr()
+    assert "unexpected: 1: blocks.0.ls1.gamma" in captured.out
+    assert "--ignore_unexpected" in captured.err
+    assert not os.path.exists("ours")
+    convert("mae.pth", "ours", *HEADS, "--ignore_unexpected")
+    assert_same("ours", model)
+
+
+def test_missing_weights_are_refused_and_nothing_is_left(model, capsys):
+    weights = to_mae(model)
+    del weights["mask_token"]
+    torch.save(weights, "mae.pth")
+    convert("mae.pth", "some/where/ours", *HEADS, code=2)
+    captured = capsys.readouterr()
+    assert "missing: 1: decoder.mask_token" in captured.out
+    assert "complete checkpoint" in captured.err
+    assert os.listdir() == ["mae.pth"]
+
+
+def test_bad_use_is_explained(model, capsys):
+    torch.save(to_mae(model), "mae.pth")
+    torch.save([1, 2], "list.pth")
+    torch.save({"model": {"epoch": 1}}, "empty.pth")
+    os.mkdir("full")
+    model.save_pretrained("full/model")
+    os.mkdir("bare")
+    with open("broken.pth", "wb") as file:
+        file.write(b"PK\x03\x04 and then nothing")
+    for argv, message in (
+        (["mae.pth", "ours"], "give it (--num_attention_heads)"),
+        (["mae.pth", "ours", *HEADS[:2]], "give it (--decoder_num_attention_heads)"),
+        (["mae.pth", "ours", "--num_attention_heads", "5", *HEADS[2:]], "`num_attention_heads` = 5 does not divide"),
+        (["mae.pth", "full", *HEADS], "DST 'full' exists and is not empty"),
+        (["mae.pth", "mae.pth", *HEADS], "DST 'mae.pth' exists"),
+        (["nowhere.pth", "ours"], "SRC 'nowhere.pth' does not exist"),
+        (["bare", "ours"], "SRC 'bare' holds none of model.safetensors, pytorch_model.bin"),
+        (["full/model", "ours"], "is a model of this package already"),
+        (["list.pth", "ours"], "holds no weights by name"),
+        (["empty.pth", "ours"], "holds no weights by name"),
+        (["broken.pth", "ours"], "SRC 'broken.pth'"),
+        (["mae.pth"], "missing: DST"),
+        (["mae.pth", "ours", "--num_heads", "4"], "unknown option '--num_heads'; did you mean"),
+    ):
+        convert(*argv, code=2)
+        assert message in capsys.readouterr().err, argv
+        assert not os.path.exists("ours")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("SRC", "DST", "--num_attention_heads", "clmae convert mae_visualize"))

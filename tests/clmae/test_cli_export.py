@@ -1,0 +1,280 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae export`: what each format's own library computes from the folder, in a process that has no `clmae` too."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import BitImageProcessor, ViTConfig
+
+import clmae.cli.export
+from clmae import FAMILIES
+from clmae.cli import main
+
+KINDS = {"encoder": 1, "autoencoder": 2, "mean": 3, "cls": 3}
+# Every kind of model that transformers' own classes can hold.
+STOCK = [
+    ("vit", "encoder"),
+    ("vit", "autoencoder"),
+    ("vit", "cls"),
+    ("vit_mae", "autoencoder"),
+    ("beit", "mean"),
+    ("dinov2", "encoder"),
+    ("dinov2", "cls"),
+]
+
+# Loads every export with the Auto class alone: no flag, and `clmae` cannot be imported.
+STRANGER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "clmae":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+inputs, outputs = torch.load("inputs.pt"), {}
+for case in sys.argv[1:]:
+    target, kind = case.split("-")
+    auto = {"mean": "AutoModelForImageClassification", "cls": "AutoModelForImageClassification"}.get(kind, "AutoModel")
+    if target == "vit_mae":
+        auto = "AutoModelForPreTraining"
+    model = getattr(transformers, auto).from_pretrained(case).eval()
+    assert type(model).__module__.startswith("transformers.models."), type(model)
+    noise = {"noise": inputs["noise"]} if target == "vit_mae" else {}
+    with torch.no_grad():
+        result = model(inputs["images"], **noise)
+    outputs[case] = result["last_hidden_state" if auto == "AutoModel" else "logits"]
+    assert type(transformers.AutoImageProcessor.from_pretrained(case)).__name__.startswith("BitImageProcessor")
+torch.save(outputs, "outputs.pt")
+"""
+
+
+def export(*argv, code=0):
+    assert main(["export", *map(str, argv)]) == code
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, tiny_config):
+    """`sources(kind, family)`: a saved model whose every parameter is random, and the model itself."""
+    root = tmp_path_factory.mktemp("sources")
+    made = {}
+
+    def make(kind, family="cl_mae", **fields):
+        key = (kind, family, *fields.items())
+        if key not in made:
+            torch.manual_seed(1)
+            pooling = kind if kind in ("mean", "cls") else "mean"
+            model = FAMILIES[family][KINDS[kind]](tiny_config(family, pooling=pooling, num_labels=3, **fields)).eval()
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+            folder = root / str(len(made))
+            model.save_pretrained(folder)
+            sides = {"height": 16, "width": 16}
+            BitImageProcessor(size={"shortest_edge": 20}, crop_size=sides, resample=3).save_pretrained(folder)
+            made[key] = folder, model
+        return made[key]
+
+    return make
+
+
+def differences(printed):
+    """Name and value of every difference that was printed."""
+    return {name: float(value) for name, value in re.findall(r"from the source, (\w+): (\S+)", printed)}
+
+
+@pytest.fixture(scope="module")
+def stock(sources, tmp_path_factory):
+    """The folders of all exports to transformers' classes, and what a process without `clmae` computes by them."""
+    root = tmp_path_factory.mktemp("stock")
+    inputs = {"images": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)}
+    torch.save(inputs, root / "inputs.pt")
+    for target, kind in STOCK:
+        export("--to", target, sources(kind)[0], root / f"{target}-{kind}")
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, *(f"{target}-{kind}" for target, kind in STOCK)],
+        cwd=root,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return root, inputs, torch.load(root / "outputs.pt")
+
+
+@pytest.mark.parametrize(("target", "kind"), STOCK)
+def test_transformers_own_classes_compute_the_same_without_clmae(target, kind, stock, sources):
+    root, inputs, outputs = stock
+    case, model = f"{target}-{kind}", sources(kind)[1]
+    assert {path.name for path in (root / case).iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+    config = json.loads((root / case / "config.json").read_text())
+    assert (config["model_type"], "auto_map" in config) == (target, False)
+    with torch.no_grad():
+        if target == "vit_mae":
+            expected = model(inputs["images"], noise=inputs["noise"], masking="random").logits
+        elif kind in ("mean", "cls"):
+            expected = model(inputs["images"]).logits
+        else:
+            encoder = model.vit if kind == "autoencoder" else model
+            expected = encoder(inputs["images"]).last_hidden_state
+    torch.testing.assert_close(outputs[case], expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_difference_is_printed_and_how_to_load(family, sources, tmp_path, capsys):
+    for target, kind, names in (
+        ("vit", "encoder", {"last_hidden_state"}),
+        ("vit_mae", "autoencoder", {"logits", "loss"}),
+        ("beit", "mean", {"logits"}),
+    ):
+        export("--to", target, sources(kind, family)[0], tmp_path / target)
+        printed = capsys.readouterr().out
+        found = differences(printed)
+        assert set(found) == names
+        assert max(found.values()) <= 1e-5
+        assert f".from_pretrained({str(tmp_path / target)!r}" in printed
+
+
+@pytest.mark.parametrize("target", ["vit", "vit_mae", "beit", "timm"])
+def test_unusual_sizes(target, sources, tmp_path):
+    kind = {"beit": "mean", "vit_mae": "autoencoder"}.get(target, "encoder")
+    sizes = dict(image_size=(8, 24), patch_size=(4, 2)) if target in ("vit", "timm") else {}
+    if target == "timm":
+        pytest.importorskip("timm")
+    fields = dict(num_channels=2, qkv_bias=False, intermediate_size=44, hidden_size=28, mask_sampler="block", **sizes)
+    folder, _ = sources(kind, "mae", **fields)
+    export("--to", target, folder, tmp_path / target)
+
+
+def test_labels_go_along(sources, tmp_path):
+    folder, model = sources("cls")
+    export("--to", "vit", folder, tmp_path / "vit")
+    config = ViTConfig.from_pretrained(tmp_path / "vit")
+    assert (config.num_labels, config.id2label) == (3, model.config.id2label)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_timm(kind, sources, tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    folder, model = sources(kind)
+    export("--to", "timm", folder, tmp_path / "timm")
+    printed = capsys.readouterr().out
+    assert max(differences(printed).values()) <= 1e-5
+    call = re.search(r"timm\.create_model\('(.*)', pretrained=True\)", printed)
+    theirs = timm.create_model(call[1], pretrained=True).eval()
+    images = torch.randn(3, 3, 16, 16)
+    with torch.no_grad():
+        ours = model(images).logits if kind in ("mean", "cls") else getattr(model, "vit", model)(images).pooler_output
+        torch.testing.assert_close(theirs(images), ours, atol=2e-5, rtol=1e-5)
+    shown = timm.data.resolve_model_data_config(theirs)
+    assert (shown["input_size"], shown["crop_pct"], shown["interpolation"]) == ((3, 16, 16), 0.8, "bicubic")
+    assert list(shown["mean"]) == list(BitImageProcessor.from_pretrained(tmp_path / "timm").image_mean)
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "mean"])
+def test_onnx_takes_any_batch_size(kind, sources, tmp_path, capsys):
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder, model = sources(kind, num_hidden_layers=1)
+    export("--to", "onnx", folder, tmp_path / "onnx")
+    printed = capsys.readouterr().out
+    names = ["logits"] if kind == "mean" else ["last_hidden_state", "pooler_output"]
+    assert list(differences(printed)) == names
+    assert (tmp_path / "onnx" / "preprocessor_config.json").is_file()
+    session = onnxruntime.InferenceSession(tmp_path / "onnx" / "model.onnx")
+    for batch_size in (1, 5):
+        images = torch.randn(batch_size, 3, 16, 16)
+        with torch.no_grad():
+            expected = getattr(model, "vit", model)(images) if kind == "autoencoder" else model(images)
+        for name, output in zip(names, session.run(names, {"pixel_values": images.numpy()}), strict=True):
+            torch.testing.assert_close(torch.from_numpy(output), expected[name], atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mae_comes_back_exactly(kind, family, sources, tmp_path, capsys):
+    folder, model = sources(kind, family)
+    export("--to", "mae", folder, tmp_path / "mae")
+    assert set(differences(capsys.readouterr().out).values()) == {0.0}
+    heads = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2", "--masker_num_attention_heads", "2"]
+    assert main(["convert", str(tmp_path / "mae" / "mae.pth"), str(tmp_path / "back"), *heads]) == 0
+    back_class = FAMILIES["cl_mae" if family == "cl_mae" else "mae"][KINDS[kind]]
+    back = back_class.from_pretrained(tmp_path / "back").state_dict()
+    expected = {k: v for k, v in model.state_dict().items() if not k.startswith(("projector.", "position_head."))}
+    assert set(back) == set(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in back.items())
+
+
+# -- what goes wrong ----------------------------------------------------------------------------------------------
+
+
+def test_too_large_a_difference_leaves_nothing(sources, tmp_path, monkeypatch, capsys):
+    convert = clmae.cli.export.to_vit
+
+    def spoilt(model):
+        exported = convert(model)
+        exported.weights["layernorm.bias"] = exported.weights["layernorm.bias"] + 2e-4
+        return exported
+
+    monkeypatch.setitem(clmae.cli.export.EXPORTERS, "vit", clmae.cli.export.transformers_exporter(spoilt))
+    export("--to", "vit", sources("encoder")[0], tmp_path / "some" / "where", code=2)
+    assert "`last_hidden_state` differs from the source's by 2.0e-04, more than 0.0001" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_taken_and_a_full_one_refused(sources, tmp_path, capsys):
+    (tmp_path / "vit").mkdir()
+    export("--to", "vit", sources("encoder")[0], tmp_path / "vit")
+    before = {path: path.read_bytes() for path in (tmp_path / "vit").iterdir()}
+    export("--to", "vit", sources("encoder")[0], tmp_path / "vit", code=2)
+    assert "exists and is not empty; name a new folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "vit").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["vit"]
+
+
+def test_a_missing_package_is_named(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(clmae.cli.export.NEEDED, "timm", ("no_such_package",))
+    export("--to", "timm", sources("encoder")[0], tmp_path / "timm", code=2)
+    assert "needs the package no_such_package: pip install 'clmae[export]'" in capsys.readouterr().err
+
+
+def test_bad_use_is_explained(sources, stock, tmp_path, capsys):
+    encoder, mean = sources("encoder")[0], sources("mean")[0]
+    (tmp_path / "empty").mkdir()
+    for argv, message in (
+        (["--to", "vit", mean, "out"], "`--to vit` has no classifier with `pooling` 'mean'; take `--to beit`"),
+        (["--to", "vit_mae", encoder, "out"], "needs an autoencoder"),
+        (["--to", "beit", encoder, "out"], "is for classifiers"),
+        (["--to", "vit", tmp_path / "empty", "out"], "cannot be exported"),
+        (["--to", "vit", stock[0] / "vit-encoder", "out"], "it is a 'vit', and no model of ours"),
+        (["--to", "tensorflow", encoder, "out"], "invalid choice: 'tensorflow'"),
+        ([encoder, "out"], "missing: --to"),
+        (["--to", "vit", encoder], "missing: DST"),
+        (["--too", "vit", encoder, "out"], "unknown option '--too'; did you mean '--to'?"),
+    ):
+        export(*(tmp_path / arg if arg == "out" else arg for arg in argv), code=2)
+        assert message in capsys.readouterr().err, argv
+        assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_a_source_without_an_image_processor(sources, tmp_path, capsys):
+    sources("encoder")[1].save_pretrained(tmp_path / "ours")
+    export("--to", "vit", tmp_path / "ours", tmp_path / "vit")
+    assert "has no image processor" in capsys.readouterr().out
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", "--help"])
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("SRC", "DST", "--to", "clmae export --to vit"))

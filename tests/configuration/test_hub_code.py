@@ -1,0 +1,228 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The code beside a checkpoint: what is written, and that it loads in a process that has no `clmae`."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+    BitImageProcessor,
+)
+
+from clmae import FAMILIES
+from clmae.configuration import CLMAEConfig
+from clmae.configuration.hub_code import AUTO_CLASSES, hub_auto_map, hub_code
+from clmae.training import CurriculumTrainer, PretrainingArguments
+
+# All that a family's folder may hold: nothing of another family that it does not build on.
+MAE_FILES = {"configuration_mae.py", "hub_code.py", "losses.py", "masking.py", "modeling_mae.py"}
+CL_MAE_FILES = MAE_FILES | {"configuration_cl_mae.py", "modeling_cl_mae.py"}
+FILES = {
+    "mae": MAE_FILES,
+    "cl_mae": CL_MAE_FILES,
+    "cmae": CL_MAE_FILES | {"configuration_cmae.py", "modeling_cmae.py"},
+}
+
+# Loads every folder with every Auto class where `clmae` cannot be imported, saves again, and keeps what came out.
+STRANGER = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "clmae":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Refuse())
+import json, torch, transformers
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
+root, families, images = sys.argv[1], sys.argv[2].split(","), torch.load(sys.argv[1] + "/images.pt")
+outputs, classes = {}, {}
+for family in families:
+    for kind, auto in (
+        ("ForPreTraining", "AutoModelForPreTraining"),
+        ("ForImageClassification", "AutoModelForImageClassification"),
+        ("Model", "AutoModel"),
+    ):
+        folder = f"{root}/{family}/{kind}"
+        try:
+            AutoConfig.from_pretrained(folder)
+            raise SystemExit("code ran without consent")
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+        model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+        classes[f"{family}/{kind}"] = type(model).__name__
+        kwargs = {"noise": torch.linspace(0, 1, 16).expand(2, 16)} if kind == "ForPreTraining" else {}
+        with torch.no_grad():
+            outputs[f"{family}/{kind}"] = model(images, return_dict=True, **kwargs)[-1 if kind == "Model" else "logits"]
+        model.save_pretrained(folder.replace(family, family + "-again"))
+    # The encoder out of the autoencoder's folder, another Auto class than the one that saved it.
+    folder = f"{root}/{family}/ForPreTraining"
+    encoder = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True, out_indices=[-1])
+    backbone = AutoBackbone.from_config(config, trust_remote_code=True).eval()
+    backbone.load_state_dict(encoder.state_dict())
+    with torch.no_grad():
+        outputs[f"{family}/encoder"] = encoder(images).last_hidden_state
+        outputs[f"{family}/backbone"] = backbone(images).feature_maps[0]
+    classes[f"{family}/processor"] = type(AutoImageProcessor.from_pretrained(folder)).__name__
+assert not [name for name in sys.modules if name.split(".")[0] == "clmae"]
+torch.save(outputs, root + "/outputs.pt")
+json.dump(classes, open(root + "/classes.json", "w"))
+"""
+
+
+def python_files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.py")}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, tiny_config, make_images):
+    """Every class of every family, saved here; outputs and saved folders of a process without `clmae`."""
+    root = tmp_path_factory.mktemp("hub")
+    images = make_images(tiny_config())
+    torch.save(images, root / "images.pt")
+    for family, (_, *classes, _) in FAMILIES.items():
+        for model_class in classes:
+            config = tiny_config(family, num_labels=3)
+            folder = root / family / model_class.__name__.removeprefix(config.__class__.__name__.removesuffix("Config"))
+            model_class(config).save_pretrained(folder)
+            BitImageProcessor(size={"shortest_edge": 16}).save_pretrained(folder)
+    environment = os.environ | {"HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", STRANGER, str(root), ",".join(FAMILIES)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=root,
+    )
+    assert done.returncode == 0, done.stderr
+    return root, images, torch.load(root / "outputs.pt"), json.loads((root / "classes.json").read_text())
+
+
+def load_quietly(auto_class, folder, caplog):
+    """The model without the flag, with nothing to warn of."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        model = auto_class.from_pretrained(folder).eval()
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_process_without_clmae_computes_the_same(family, shared, caplog):
+    root, images, outputs, classes = shared
+    prefix = FAMILIES[family][0].__name__.removesuffix("Config")
+    for kind, auto_class in (
+        ("ForPreTraining", AutoModelForPreTraining),
+        ("ForImageClassification", AutoModelForImageClassification),
+        ("Model", AutoModel),
+    ):
+        model = load_quietly(auto_class, root / family / kind, caplog)
+        assert type(model).__module__.startswith("clmae.")  # the local class wins
+        assert classes[f"{family}/{kind}"] == f"{prefix}{kind}" == type(model).__name__
+        arguments = {"noise": torch.linspace(0, 1, 16).expand(2, 16)} if kind == "ForPreTraining" else {}
+        with torch.no_grad():
+            result = model(images, **arguments)
+        expected = result.pooler_output if kind == "Model" else result.logits
+        assert torch.equal(outputs[f"{family}/{kind}"], expected)
+    encoder = AutoModel.from_pretrained(root / family / "ForPreTraining").eval()
+    with torch.no_grad():
+        tokens = encoder(images).last_hidden_state
+    assert torch.equal(outputs[f"{family}/encoder"], tokens)
+    assert torch.equal(outputs[f"{family}/backbone"].flatten(2).transpose(1, 2), tokens[:, 1:])
+    assert classes[f"{family}/processor"].startswith("BitImageProcessor")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["ForPreTraining", "ForImageClassification", "Model"])
+def test_saving_again_without_clmae_writes_the_same_folder(family, kind, shared):
+    root, *_ = shared
+    first, again = root / family / kind, root / f"{family}-again" / kind
+    assert python_files(again) == python_files(first)
+    assert set(python_files(first)) == FILES[family]
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert json.loads((again / "config.json").read_text()) == json.loads((first / "config.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_code_is_whole_flat_and_licensed(family):
+    code = hub_code(family)
+    assert set(code) == FILES[family]
+    assert hub_code(family) == code
+    for name, source in code.items():
+        assert source.startswith("# Copyright 2026 The clmae authors. Licensed under the Apache License"), name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module.split(".")[0] != "clmae") if node.level == 0 else f"{node.module}.py" in code
+            elif isinstance(node, ast.Import):
+                assert all(alias.name.split(".")[0] != "clmae" for alias in node.names)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_map_names_the_registered_classes(family, tiny_config, tmp_path):
+    config = tiny_config(family)
+    config.save_pretrained(tmp_path)
+    assert set(python_files(tmp_path)) == FILES[family]
+    written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert written == {
+        auto_class: f"modeling_{family}.{registered.__name__}"
+        for auto_class, registered in zip(AUTO_CLASSES, FAMILIES[family], strict=True)
+    }
+    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).__class__ is FAMILIES[family][0]
+
+
+def test_a_trainers_checkpoint_holds_the_code(tmp_path, tiny_config, make_images):
+    config = tiny_config("cl_mae")
+    images = [{"pixel_values": image} for image in make_images(config, 4)]
+    args = PretrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        per_device_train_batch_size=4,
+        dataloader_pin_memory=False,
+        use_cpu=True,
+        report_to="none",
+    )
+    trainer = CurriculumTrainer(model=FAMILIES["cl_mae"][2](config), args=args, train_dataset=images)
+    trainer.train()
+    assert set(python_files(tmp_path / "checkpoint-1")) == FILES["cl_mae"]
+
+
+def test_only_the_main_process_writes(tmp_path, tiny_config):
+    FAMILIES["cl_mae"][1](tiny_config("cl_mae")).save_pretrained(tmp_path, is_main_process=False)
+    assert python_files(tmp_path) == {}
+
+
+def test_pushing_a_configuration_pushes_after_the_code_is_there(tmp_path, tiny_config, monkeypatch):
+    pushed = {}
+
+    def push_to_hub(self, repo_id, **kwargs):
+        pushed.update(repo_id=repo_id, **kwargs)
+
+    monkeypatch.setattr(CLMAEConfig, "push_to_hub", push_to_hub)
+    tiny_config("cl_mae").save_pretrained(tmp_path / "mine", push_to_hub=True, private=True)
+    assert pushed == {"repo_id": "mine", "private": True}
+    tiny_config("cl_mae").save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="org/mine")
+    assert pushed["repo_id"] == "org/mine"
+
+
+def test_a_family_from_elsewhere_is_saved_without_code(tmp_path):
+    class OtherConfig(CLMAEConfig):
+        model_type = "other"
+
+    assert hub_auto_map(OtherConfig) == {}
+    OtherConfig().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())

@@ -1,0 +1,359 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Foreign layouts, written out by hand here, against the stock models whose weights they hold; and round trips."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from clmae import FAMILIES, CLMAEForPreTraining, MAEConfig, MAEForImageClassification, MAEForPreTraining, MAEModel
+from clmae.modeling.conversion import (
+    STANDARD_HEADS,
+    TIMM,
+    TRANSFORMERS_4,
+    TRANSFORMERS_5,
+    export_weights,
+    read_weights,
+    to_beit,
+    to_dinov2,
+    to_mae,
+    to_timm,
+    to_vit_mae,
+)
+
+SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=16,
+    patch_size=4,
+    decoder_hidden_size=16,
+    decoder_num_hidden_layers=3,
+    decoder_num_attention_heads=2,
+    decoder_intermediate_size=24,
+)
+HEADS = dict(num_attention_heads=4, decoder_num_attention_heads=2)
+
+
+def randomize(model):
+    """No parameter is left where two could be mixed up unseen: biases 0, norms 1, positions 0."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def vit_mae():
+    return randomize(ViTMAEForPreTraining(ViTMAEConfig(**SIZES, layer_norm_eps=1e-6, norm_pix_loss=True)))
+
+
+def as_transformers_4(weights):
+    """The names that transformers 4's ViTMAE gave its parameters."""
+    named = {}
+    for name, tensor in weights.items():
+        name = name.replace("vit.layers.", "vit.encoder.layer.")
+        name = re.sub(r"attention\.(q|k|v)_proj", lambda m: f"attention.attention.{KEYS_4[m[1]]}", name)
+        name = name.replace("attention.o_proj", "attention.output.dense")
+        name = name.replace("mlp.fc1", "intermediate.dense").replace("mlp.fc2", "output.dense")
+        named[name] = tensor
+    return named
+
+
+KEYS_4 = {"q": "query", "k": "key", "v": "value"}
+
+
+def as_facebookresearch(weights):
+    """The names of facebookresearch/mae's pretraining checkpoints, "visualize" ones among them."""
+    top = {
+        "cls_token": "vit.embeddings.cls_token",
+        "pos_embed": "vit.embeddings.position_embeddings",
+        "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
+        "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
+        "norm.weight": "vit.layernorm.weight",
+        "norm.bias": "vit.layernorm.bias",
+        "mask_token": "decoder.mask_token",
+        "decoder_pos_embed": "decoder.decoder_pos_embed",
+    }
+    for layer in ("decoder_embed", "decoder_norm", "decoder_pred"):
+        top |= {f"{layer}.{kind}": f"decoder.{layer}.{kind}" for kind in ("weight", "bias")}
+    named = {theirs: weights[ours] for theirs, ours in top.items()}
+    for theirs, ours, depth in (("blocks", "vit.layers", 2), ("decoder_blocks", "decoder.decoder_layers", 3)):
+        for i in range(depth):
+            for kind in ("weight", "bias"):
+                block = {
+                    "norm1": "layernorm_before",
+                    "norm2": "layernorm_after",
+                    "attn.proj": "attention.o_proj",
+                    "mlp.fc1": "mlp.fc1",
+                    "mlp.fc2": "mlp.fc2",
+                }
+                for name, our_name in block.items():
+                    named[f"{theirs}.{i}.{name}.{kind}"] = weights[f"{ours}.{i}.{our_name}.{kind}"]
+                parts = [weights[f"{ours}.{i}.attention.{part}_proj.{kind}"] for part in "qkv"]
+                named[f"{theirs}.{i}.attn.qkv.{kind}"] = torch.cat(parts)
+    return named
+
+
+def masking_net(num_patches=16, width=32, depth=2):
+    """What CL-MAE's authors have beyond MAE: a module of their own, with a constant added to its class token."""
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1, width),
+        "mlp_head.0.weight": (width,),
+        "mlp_head.0.bias": (width,),
+        "mlp_head.1.weight": (num_patches, width),
+        "mlp_head.1.bias": (num_patches,),
+    }
+    for i in range(depth):
+        for name, rows, columns in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", 80, width),
+            ("mlp.fc2", width, 80),
+        ):
+            shapes |= {f"blocks.{i}.{name}.weight": (rows, columns), f"blocks.{i}.{name}.bias": (rows,)}
+        for norm in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{norm}.{kind}": (width,) for kind in ("weight", "bias")}
+    return {f"masking_net.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def as_transformers_5_saves(weights):
+    """What is in the files that transformers 5 writes: version 4's names, but other ones for the decoder's blocks."""
+    return {
+        name.replace("decoder_layers.", "decoder_encoder.layer."): tensor
+        for name, tensor in as_transformers_4(weights).items()
+    }
+
+
+LAYOUTS = {
+    "facebookresearch": (as_facebookresearch, TIMM),
+    "transformers 4": (as_transformers_4, TRANSFORMERS_4),
+    "transformers 5": (dict, TRANSFORMERS_5),
+}
+
+
+def assert_same_weights(model, other):
+    state, expected = model.state_dict(), other.state_dict()
+    assert list(state) == list(expected)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# -- import -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("write", "layout"), [*LAYOUTS.values(), (as_transformers_5_saves, TRANSFORMERS_4)], ids=[*LAYOUTS, "5, saved"]
+)
+def test_an_autoencoder_of_each_layout_computes_what_the_stock_model_does(write, layout, vit_mae):
+    found = read_weights(write(vit_mae.state_dict()), **HEADS)
+    assert (found.layout, found.model_class, found.missing, found.unexpected) == (layout, MAEForPreTraining, [], [])
+    assert {field: getattr(found.config, field) for field in SIZES} == SIZES
+    assert found.assumed == {"norm_pix_loss": True, "layer_norm_eps": 1e-6}
+    model = found.load()
+    images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    with torch.no_grad():
+        ours, stock = model(images, noise=noise), vit_mae(images, noise=noise)
+    torch.testing.assert_close(ours.logits, stock.logits)
+    torch.testing.assert_close(ours.loss, stock.loss)
+    assert torch.equal(ours.mask, stock.mask)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_encoder_alone(name, vit_mae):
+    whole = LAYOUTS[name][0](vit_mae.state_dict())
+    encoder = {key: value for key, value in whole.items() if "decoder" not in key and "mask_token" not in key}
+    found = read_weights(encoder, num_attention_heads=4)
+    assert (found.model_class, found.missing, found.unexpected) == (MAEModel, [], [])
+    bare = {key.removeprefix("vit."): value for key, value in encoder.items()}  # as ViTMAEModel saves itself
+    expected = read_weights(whole, **HEADS).load().vit
+    assert_same_weights(found.load(), expected)
+    assert_same_weights(read_weights(bare, num_attention_heads=4).load(), expected)
+
+
+def test_cl_mae_of_the_authors(vit_mae):
+    masker = masking_net()
+    found = read_weights(as_facebookresearch(vit_mae.state_dict()) | masker, **HEADS)
+    assert (found.model_class, found.missing, found.unexpected) == (CLMAEForPreTraining, [], [])
+    config = found.config
+    assert (config.masker_num_hidden_layers, config.masker_intermediate_size) == (2, 80)
+    assert (found.assumed["masker_num_attention_heads"], config.masker_layer_norm_eps) == (4, 1e-5)
+    module = found.load().masking_module
+    position = masker["masking_net.pos_embed"]
+    assert torch.equal(module.cls_token, masker["masking_net.cls_token"] + position)
+    for name, tensor in (
+        ("layernorm.weight", masker["masking_net.mlp_head.0.weight"]),
+        ("head.bias", masker["masking_net.mlp_head.1.bias"]),
+        ("layers.1.attention.k_proj.weight", masker["masking_net.blocks.1.attn.qkv.weight"][32:64]),
+        ("layers.0.layernorm_after.bias", masker["masking_net.blocks.0.norm2.bias"]),
+    ):
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "none"])
+def test_timms_vision_transformer(pooling):
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=4, mlp_ratio=1.5)
+    pool = "avg" if pooling == "mean" else "token"
+    classes = 0 if pooling == "none" else 5
+    theirs = randomize(timm.models.VisionTransformer(**sizes, num_classes=classes, global_pool=pool))
+    found = read_weights(theirs.state_dict(), num_attention_heads=4)
+    assert (found.missing, found.unexpected) == ([], [])
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        if pooling == "none":
+            assert found.model_class is MAEModel
+            torch.testing.assert_close(found.load()(images).last_hidden_state, theirs.forward_features(images))
+        else:
+            assert (found.model_class, found.config.pooling) == (MAEForImageClassification, pooling)
+            torch.testing.assert_close(found.load()(images).logits, theirs(images))
+
+
+def test_half_precision_and_what_is_frozen_stay(vit_mae):
+    weights = as_facebookresearch(vit_mae.half().state_dict())
+    weights = {f"module.{name}": tensor for name, tensor in weights.items()}  # as DistributedDataParallel names them
+    model = read_weights(weights, **HEADS).load()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
+
+
+def test_sizes_of_another_shape():
+    config = MAEConfig(**{**SIZES, "image_size": (8, 24), "patch_size": (4, 2), "num_channels": 2, "qkv_bias": False})
+    model = randomize(MAEForPreTraining(config))
+    weights = to_mae(model)
+    with pytest.raises(ValueError, match=r"`image_size` cannot be told from 25 positions, .* no square .*--image_size"):
+        read_weights(weights, **HEADS)
+    found = read_weights(weights, **HEADS, image_size=[8, 24])
+    assert (found.config.patch_size, found.config.num_channels, found.config.qkv_bias) == ([4, 2], 2, False)
+    assert found.config.grid_size == (2, 12)
+    assert_same_weights(found.load(), model)
+
+
+def test_heads_are_standard_or_asked_for(vit_mae):
+    weights = as_facebookresearch(vit_mae.state_dict())
+    with pytest.raises(ValueError, match=r"`num_attention_heads` cannot be told .* 32 .*--num_attention_heads"):
+        read_weights(weights)
+    with pytest.raises(ValueError, match=r"`decoder_num_attention_heads` cannot be told .* 16 "):
+        read_weights(weights, num_attention_heads=4)
+    assert STANDARD_HEADS == {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+    wide = {**SIZES, "hidden_size": 192, "num_attention_heads": 3, "decoder_hidden_size": 512}
+    weights = to_mae(MAEForPreTraining(MAEConfig(**{**wide, "decoder_num_attention_heads": 16})))
+    found = read_weights(weights)
+    assert found.assumed["num_attention_heads"] == found.config.num_attention_heads == 3
+    assert found.assumed["decoder_num_attention_heads"] == found.config.decoder_num_attention_heads == 16
+    assert "num_attention_heads" not in read_weights(weights, num_attention_heads=6).assumed
+
+
+def test_what_is_missing_or_unexpected_is_named(vit_mae):
+    weights = as_facebookresearch(vit_mae.state_dict())
+    weights["blocks.0.ls1.gamma"] = weights.pop("decoder_norm.bias")
+    found = read_weights(weights, **HEADS)
+    assert (found.missing, found.unexpected) == (["decoder.decoder_norm.bias"], ["blocks.0.ls1.gamma"])
+    with pytest.raises(ValueError, match=r"no whole MAEForPreTraining: decoder\.decoder_norm\.bias are missing"):
+        found.load()
+
+
+def test_weights_that_are_no_mae(vit_mae):
+    with pytest.raises(ValueError, match=r"no known layout: they are named layer1\.weight"):
+        read_weights({"layer1.weight": torch.zeros(3)})
+    weights = as_facebookresearch(vit_mae.state_dict())
+    with pytest.raises(ValueError, match=r"lack `patch_embed\.proj\.weight`"):
+        read_weights({name: value for name, value in weights.items() if "patch" not in name}, **HEADS)
+    weights["blocks.1.attn.qkv.weight"] = torch.zeros(90, 32)
+    with pytest.raises(ValueError, match=r"`blocks\.1\.attn\.qkv\.weight` has shape \(90, 32\).* \(32, 32\)"):
+        read_weights(weights, **HEADS).load()
+
+
+# -- round trips --------------------------------------------------------------------------------------------------
+
+
+def fields_of(model):
+    names = ("num_attention_heads", "decoder_num_attention_heads", "masker_num_attention_heads", "pooling")
+    return {name: getattr(model.config, name) for name in names if hasattr(model.config, name)}
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("family", ["mae", "cl_mae"])
+@pytest.mark.parametrize("kind", ["encoder", "autoencoder", "mean", "cls"])
+def test_ours_to_facebookresearch_and_back_is_exact(kind, family, qkv_bias, tiny_config):
+    pooling = kind if kind in ("mean", "cls") else "mean"
+    model_class = FAMILIES[family][{"encoder": 1, "autoencoder": 2}.get(kind, 3)]
+    model = randomize(model_class(tiny_config(family, pooling=pooling, num_labels=3, qkv_bias=qkv_bias)))
+    found = read_weights(to_mae(model), **fields_of(model))
+    assert (found.missing, found.unexpected) == ([], [])
+    assert_same_weights(found.load(), model)
+    if kind == "autoencoder":
+        assert type(found.load()) is model_class
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ours_to_vit_mae_and_back_is_exact(family, tiny_config):
+    model = randomize(FAMILIES[family][2](tiny_config(family)))
+    config, weights = to_vit_mae(model)
+    found = read_weights(weights, **fields_of(model))
+    assert (found.layout, found.missing, found.unexpected) == (TRANSFORMERS_4, [], [])
+    back = found.load().state_dict()
+    assert set(back) == {name for name in model.state_dict() if name.startswith(("vit.", "decoder."))}
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.items())
+    assert (config.norm_pix_loss, config.mask_ratio, config.layer_norm_eps) == (True, 0.75, 1e-6)
+
+
+def test_the_three_tables_agree_with_the_layouts_written_by_hand(vit_mae, tiny_config):
+    weights = vit_mae.state_dict()
+    model = read_weights(weights, **HEADS).load()
+    for write, layout in LAYOUTS.values():
+        exported, expected = export_weights(model, layout), write(weights)
+        assert set(exported) == set(expected)
+        assert all(torch.equal(exported[name], expected[name]) for name in expected)
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_format_cannot_hold_is_refused(tiny_config):
+    mean, cls = (MAEForImageClassification(tiny_config(pooling=pooling)) for pooling in ("mean", "cls"))
+    for convert, model, message in (
+        (to_dinov2, mean, "`--to dinov2` has no classifier with `pooling` 'mean'; take `--to beit`"),
+        (to_beit, cls, "`--to beit` is for classifiers with `pooling` 'mean'"),
+        (to_beit, MAEModel(tiny_config()), "`--to beit` is for classifiers"),
+        (to_vit_mae, mean, "`--to vit_mae` needs an autoencoder"),
+        (to_vit_mae, MAEForPreTraining(tiny_config(image_size=(8, 16))), "but `image_size` is (8, 16)"),
+        (to_beit, MAEForImageClassification(tiny_config(patch_size=(4, 2))), "but `patch_size` is (4, 2)"),
+        (to_dinov2, MAEModel(tiny_config(image_size=(8, 16))), "needs square images and patches"),
+        (to_dinov2, MAEModel(tiny_config(intermediate_size=80)), "multiple of `hidden_size` = 32, but it is 80"),
+        (to_timm, MAEModel(tiny_config(layer_norm_eps=1e-5)), "`layer_norm_eps` = 1e-06, but it is 1e-05"),
+        (to_timm, MAEModel(tiny_config(hidden_act="relu")), "`hidden_act` = gelu, but it is relu"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            convert(model)
+
+
+# -- going on from a MAE ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [MAEForPreTraining, MAEModel])
+def test_cl_mae_goes_on_from_a_mae_folder_with_a_fresh_masking_module(kind, tiny_config, tmp_path, make_images):
+    source = randomize(kind(tiny_config()))
+    source.save_pretrained(tmp_path / "mae")
+    model = CLMAEForPreTraining.from_pretrained(tmp_path / "mae").train()
+    assert (model.config.model_type, model.config.masker_num_hidden_layers) == ("cl_mae", 5)
+    assert model.config.hidden_size == source.config.hidden_size
+    prefix = "vit." if kind is MAEModel else ""
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(model.state_dict()[f"{prefix}{name}"], tensor), name
+    fresh = model.masking_module
+    assert 0.01 < fresh.cls_token.std() < 0.04
+    assert all(layer.attention.q_proj.weight.std() > 0.05 for layer in fresh.layers)
+    assert torch.equal(fresh.layernorm.weight, torch.ones(32))
+    model(make_images(model.config, 4)).loss.backward()
+    for part in (model.vit.layers, model.decoder.decoder_layers, fresh):
+        gradients = [parameter.grad for parameter in part.parameters()]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    model.save_pretrained(tmp_path / "cl_mae")
+    assert_same_weights(CLMAEForPreTraining.from_pretrained(tmp_path / "cl_mae"), model)
