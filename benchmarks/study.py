@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import yaml
 from matplotlib.figure import Figure
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from clmae import FAMILIES, CLMAEConfig
 from clmae.configuration.configuration_mae import pair
@@ -31,9 +31,9 @@ from clmae.evaluation import LabelledImages, evaluate_protocols
 from clmae.modeling.losses import patch_errors, patch_targets
 from clmae.modeling.masking import keep_lowest
 from clmae.modeling.modeling_mae import select_visible
-from clmae.training import CurriculumTrainer, PretrainingArguments
+from clmae.training import CurriculumTrainer, PretrainingArguments, build_trainer
 from clmae.training.curriculum import keep_probability_statistics, keep_probability_sums
-from clmae.training.data import DataArguments, build_datasets, load_image_dataset, take_samples
+from clmae.training.data import DataArguments, load_image_dataset, take_samples
 from clmae.training.pictures import save_figure
 
 HERE = Path(__file__).resolve().parent
@@ -208,7 +208,7 @@ def run(options: argparse.Namespace) -> None:
     scale = SCALES[options.scale]
     family = setting.get("family", "cl_mae")
     fields = {k: v for k, v in scale["model"].items() if family != "mae" or not k.startswith("masker_")}
-    config_class, _, model_class, *_ = FAMILIES[family]
+    config_class = FAMILIES[family][0]
     fields |= {"image_size": 32, "patch_size": 4, "norm_pix_loss": not options.raw, **setting.get("config", {})}
     config = config_class.from_size("tiny", **fields)
     args = PretrainingArguments(
@@ -233,18 +233,8 @@ def run(options: argparse.Namespace) -> None:
         max_train_samples=scale["max_train_samples"],
         **{"min_crop_scale": 0.5, **setting.get("data", {})},
     )
-    train_dataset, eval_dataset, processor = build_datasets(data, config, options.seed)
-    set_seed(options.seed)
-    attention = "eager" if args.device.type == "cpu" else "sdpa"
     measuring = MeasureCallback(scale["measure_steps"])
-    trainer = CurriculumTrainer(
-        model=model_class._from_config(config, attn_implementation=attention),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=processor,
-        callbacks=[measuring],
-    )
+    trainer = build_trainer(config, data, args, [measuring])
     measuring.trainer = trainer
     trainer.train()
     result = {

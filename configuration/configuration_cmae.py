@@ -80,6 +80,11 @@ class CMAEConfig(CLMAEConfig):
                 f"{visible} visible patches; take at least {math.ceil(1e4 / visible) / 1e4:g}, or set "
                 "`position_loss_weight` to 0."
             )
+        if self.position_loss_weight and self.mask_sampler == "grid" and self.position_mask_ratio < 1:
+            raise ValueError(
+                f"`position_mask_ratio` is {self.position_mask_ratio} with `mask_sampler` 'grid', where one given "
+                "position tells those of all visible patches; set `position_mask_ratio` to 1, or take another sampler."
+            )
 
 
 __all__ = ["CMAEConfig"]

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clmae.evaluation.features import check_labelled, check_same_width
+from clmae.evaluation.metrics.scores import true_class_ranks
 
 # L2 weights beside the mean loss. scikit-learn's C is 1 / (n * l2) from three classes on; with two it writes one
 # weight vector instead of two opposite ones, and its C is 2 / (n * l2).
@@ -29,6 +30,8 @@ class LinearProbeResult:
         validation_accuracies: Top-1 on the held-out part of the training set for each L2 weight, in [0, 1].
         n_train, n_test: Samples in the training set (the held-out part included) and in the test set.
         seed: Of the split.
+        predictions: Classes of the test samples, `(m,)` int64, as `train_labels` numbers them.
+        ranks: How many classes are rated above the right one, `(m,)` int64; below k for those in the top k.
     """
 
     accuracy: float
@@ -37,6 +40,8 @@ class LinearProbeResult:
     n_train: int
     n_test: int
     seed: int
+    predictions: Tensor = field(repr=False, compare=False)
+    ranks: Tensor = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,25 +91,28 @@ def linear_probe(
     check_labelled("train", train_features, train_labels)
     check_labelled("test", test_features, test_labels)
     check_same_width(train_features, test_features)
-    if not l2_grid or not min(l2_grid) > 0:
-        raise ValueError(f"`l2_grid` is {tuple(l2_grid)}; give numbers above 0.")
-    l2_grid = sorted(set(l2_grid), reverse=True)
+    l2_grid = check_l2_grid(l2_grid)
     device = train_features.device
     train, test = train_features.float(), test_features.to(device, torch.float32)
+    truth = test_labels.to(device)
     # Classes need not be numbered without gaps.
     classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
     held_out = stratified_mask(labels, validation_share, seed)
 
-    validation_accuracies = _validate(
-        train[~held_out], labels[~held_out], train[held_out], labels[held_out], l2_grid, max_iter
-    )
-    l2 = max(validation_accuracies, key=lambda value: (validation_accuracies[value], value))
+    validated = validate(train, labels, held_out, l2_grid, max_iter=max_iter)
+    validation_accuracies = {l2: accuracy for l2, (accuracy, _) in validated.items()}
+    l2 = best_l2(validation_accuracies)
     train, test = standardize(train, test)
-    # By way of the stronger weights: from zero, a weak one takes far more iterations.
-    *_, model = regularization_path(train, labels, [weight for weight in l2_grid if weight >= l2], max_iter=max_iter)
-    found = classes[model.logits(test).argmax(1)]
-    accuracy = (found == test_labels.to(device)).double().mean().item()
-    return LinearProbeResult(accuracy, l2, validation_accuracies, len(train), len(test), seed)
+    # The classifier of a part is nearly that of all: from zero, a weak L2 weight takes far more iterations.
+    model = next(regularization_path(train, labels, [l2], max_iter=max_iter, start=validated[l2][1]))
+    logits = model.logits(test)
+    predictions = classes[logits.argmax(1)]
+    column = torch.searchsorted(classes, truth).clamp(max=len(classes) - 1)
+    ranks = true_class_ranks(logits, torch.where(classes[column] == truth, column, len(classes)))
+    accuracy = (predictions == truth).double().mean().item()
+    return LinearProbeResult(
+        accuracy, l2, validation_accuracies, len(train), len(test), seed, predictions.cpu(), ranks.cpu()
+    )
 
 
 def fit_logistic_regression(
@@ -115,7 +123,13 @@ def fit_logistic_regression(
 
 
 def regularization_path(
-    features: Tensor, labels: Tensor, l2_weights: Sequence[float], *, max_iter: int = MAX_ITER, tolerance: float = 1e-5
+    features: Tensor,
+    labels: Tensor,
+    l2_weights: Sequence[float],
+    *,
+    max_iter: int = MAX_ITER,
+    tolerance: float = 1e-5,
+    start: LogisticRegression | None = None,
 ) -> Iterator[LogisticRegression]:
     """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) by full-batch L-BFGS.
 
@@ -125,6 +139,7 @@ def regularization_path(
         l2_weights: Above 0; each fit starts at the one before, so neighbours should follow each other.
         max_iter: Most iterations for one weight.
         tolerance: Stops when no component of the (preconditioned) gradient is larger.
+        start: Where the first fit starts; at zero, if not given.
 
     Yields:
         One classifier for each L2 weight, in their order.
@@ -139,16 +154,31 @@ def regularization_path(
     # Features of encoders, and pixels more so, are strongly correlated, and plain L-BFGS then needs thousands of
     # steps. In the eigenbasis of their covariance, each coordinate scaled by about the Hessian's size at the start, it
     # needs tens. The optimum is the same: a rotation changes neither logits nor penalty.
-    variances, basis = torch.linalg.eigh(features.T @ features / len(features))
-    variances = variances.double().clamp(min=0)[:, None]
+    variances, basis = _principal_axes(features)
     rotated = features @ basis
     basis = basis.double()
-    model = LogisticRegression(basis.new_zeros(len(basis), num_classes), basis.new_zeros(num_classes))
+    if start is None:
+        model = LogisticRegression(basis.new_zeros(basis.shape[1], num_classes), basis.new_zeros(num_classes))
+    else:
+        model = LogisticRegression(basis.T @ start.weight, start.bias)
     for l2 in l2_weights:
         probabilities = model.logits(rotated).softmax(1)
         scales = (variances * (probabilities * (1 - probabilities)).mean() + l2).sqrt()
         model = _minimize(rotated, labels, l2, scales, model, max_iter, tolerance)
         yield LogisticRegression(basis @ model.weight, model.bias)
+
+
+def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances `(r, 1)` float64 and axes `(d, r)` of centred features; with fewer samples than columns r is n.
+
+    Then the axes span the samples, outside of which the penalty leaves no weight.
+    """
+    if len(features) < features.shape[1]:
+        _, singular_values, axes = torch.linalg.svd(features, full_matrices=False)
+        variances, basis = singular_values.square() / len(features), axes.T
+    else:
+        variances, basis = torch.linalg.eigh(features.T @ features / len(features))
+    return variances.double().clamp(min=0)[:, None], basis
 
 
 def _minimize(
@@ -217,35 +247,73 @@ def stratified_mask(labels: Tensor, share: float, seed: int) -> Tensor:
             f"`train_labels` holds classes with only one sample ({len(alone)} of them); the choice of the L2 weight "
             "needs two of each class: give more samples, or leave these classes out."
         )
+    return stratified_part(labels, share, seed).to(device)
+
+
+def stratified_part(labels: Tensor, share: float, seed: int) -> Tensor:
+    """As [`stratified_mask`], `(n,)` bool on the CPU, but nothing of a class with one sample."""
+    labels = labels.cpu()
+    sizes = labels.bincount()
     counts = torch.minimum((sizes * share).round().long().clamp(min=1), (sizes - 1).clamp(min=0))
+    return random_ranks(labels, seed) < counts[labels]
+
+
+def random_ranks(labels: Tensor, seed: int) -> Tensor:
+    """Place of each sample in a random order of its class, `(n,)` int64 from 0; `labels` `(n,)` on the CPU."""
+    sizes = labels.bincount()
     # Shuffled, then sorted by class: each sample's rank within its class is random.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
-    rank = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[order] = rank < counts[labels[order]]
-    return mask.to(device)
+    ranks = torch.empty(len(labels), dtype=torch.int64)
+    ranks[order] = torch.arange(len(labels)) - (sizes.cumsum(0) - sizes)[labels[order]]
+    return ranks
 
 
-def _validate(
-    train: Tensor, labels: Tensor, held_out: Tensor, truth: Tensor, l2_grid: Sequence[float], max_iter: int
-) -> dict[float, float]:
-    """Held-out accuracy for each L2 weight, in their order."""
-    train, held_out = standardize(train, held_out)
-    models = regularization_path(train, labels, l2_grid, max_iter=max_iter)
+def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
+    """The candidates, the strongest first; ValueError unless there are some, all above 0."""
+    if not l2_grid or not min(l2_grid) > 0:
+        raise ValueError(f"`l2_grid` is {tuple(l2_grid)}; give numbers above 0.")
+    return sorted(set(l2_grid), reverse=True)
+
+
+def validate(
+    features: Tensor, labels: Tensor, held_out: Tensor, l2_grid: Sequence[float], *, max_iter: int = MAX_ITER
+) -> dict[float, tuple[float, LogisticRegression]]:
+    """Accuracy in [0, 1] on a part held out of the training set, and the classifier, for each L2 weight.
+
+    Args:
+        features: `(n, d)`, as they are; standardised by what is not held out.
+        labels: `(n,)`, classes from 0 without gaps; each has samples that are not held out.
+        held_out: `(n,)` bool.
+        l2_grid: From the strongest to the weakest; each fit starts at the one before.
+        max_iter: As in [`regularization_path`].
+    """
+    train, validation = standardize(features[~held_out], features[held_out])
+    models = regularization_path(train, labels[~held_out], l2_grid, max_iter=max_iter)
+    truth = labels[held_out]
     return {
-        l2: (model.logits(held_out).argmax(1) == truth).double().mean().item()
+        l2: ((model.logits(validation).argmax(1) == truth).double().mean().item(), model)
         for l2, model in zip(l2_grid, models, strict=True)
     }
+
+
+def best_l2(accuracies: dict[float, float]) -> float:
+    """The L2 weight with the best accuracy; of equal ones the strongest."""
+    return max(accuracies, key=lambda value: (accuracies[value], value))
 
 
 __all__ = [
     "L2_GRID",
     "LinearProbeResult",
     "LogisticRegression",
+    "best_l2",
+    "check_l2_grid",
     "fit_logistic_regression",
     "linear_probe",
+    "random_ranks",
     "regularization_path",
     "standardize",
     "stratified_mask",
+    "stratified_part",
+    "validate",
 ]

@@ -81,7 +81,8 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
     """Symmetric InfoNCE of two views' vectors `(B, d)` (arXiv 1807.03748; symmetric as in SimCLR, arXiv 2002.05709).
 
     `½·[CE(S, i) + CE(Sᵀ, i)]`, `S_ij = cos(first_i, second_j) / temperature`: view i of one kind has to be found among
-    all B of the other. Computed outside of autocast, so that half precision does not round the similarities.
+    all B of the other. Computed in float32 at least, whatever comes in, so that half precision does not round the
+    similarities.
 
     Raises:
         ValueError: There is one image, and so nothing to tell it from.
@@ -92,7 +93,8 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
             "set `contrastive_loss_weight` to 0."
         )
     with torch.autocast(first.device.type, enabled=False):
-        first, second = (torch.nn.functional.normalize(vectors, dim=1) for vectors in (first, second))
+        wide = torch.promote_types(first.dtype, torch.float32)
+        first, second = (torch.nn.functional.normalize(vectors.to(wide), dim=1) for vectors in (first, second))
         scores = first @ second.T / temperature
         own = torch.arange(len(scores), device=scores.device)
         return (torch.nn.functional.cross_entropy(scores, own) + torch.nn.functional.cross_entropy(scores.T, own)) / 2

@@ -46,7 +46,9 @@ class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
     Args:
         contrastive_loss (`torch.FloatTensor`, a scalar): L_con, symmetric InfoNCE between the views.
         position_loss (`torch.FloatTensor`, a scalar): L_pos, cross-entropy over the N positions.
-        position_accuracy (`torch.FloatTensor`, a scalar): Share of withheld positions that were found; chance is 1/N.
+        position_accuracy (`torch.FloatTensor`, a scalar): Share of withheld positions that were found. Chance is
+            1 / (N − positions given) under random masks, and more where the masks themselves tell which patches stay
+            visible (`mask_sampler="block"`, learned masks that differ little between images).
         projections (`torch.FloatTensor` of shape `(batch_size, 2, projection_size)`): What L_con compares, before it
             is normalised.
     """
@@ -147,6 +149,10 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
                 have another shape than the configuration says.
         """
         views = pixel_values.shape[1] if pixel_values.ndim == 5 else None
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding, views is not None)
+        shape = (*pixel_values.shape[:-3], grid_size[0] * grid_size[1])
+        if noise is not None and noise.shape != shape:
+            raise ValueError(f"`noise` has shape {tuple(noise.shape)}; for these `pixel_values` give {shape}.")
         if views is not None:
             pixel_values = pixel_values.flatten(0, 1)
             noise = noise if noise is None else noise.flatten(0, 1)
@@ -159,9 +165,9 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
                 "num_channels, height, width), or set `contrastive_loss_weight` to 0."
             )
         masking = masking or ("learned" if self.config.learned_masks else "random")
-        if masking == "learned" and not self.config.learned_masks:
-            raise ValueError("`masking` is 'learned', but `learned_masks` is false: this model has no masking module.")
-        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        if (masking == "learned" or compute_masker_loss) and not self.config.learned_masks:
+            asked = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
+            raise ValueError(f"{asked}, but `learned_masks` is false: this model has no masking module.")
         if noise is None:
             noise = torch.rand(len(pixel_values), grid_size[0] * grid_size[1], device=pixel_values.device)
 
@@ -243,7 +249,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
     def contrast_views(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
         """L_con between the views' mean tokens, from the encoder's output `(2 * B, K, D)`, views side by side."""
         projections = self.projector(tokens.mean(1)).unflatten(0, (-1, 2))
-        first, second = projections.to(torch.promote_types(projections.dtype, torch.float32)).unbind(1)
+        first, second = projections.unbind(1)
         if self.training:
             first, second = gather_across_processes(first), gather_across_processes(second)
         return {

@@ -230,9 +230,8 @@ class MAEEmbeddings(nn.Module):
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embeddings = MAEPatchEmbeddings(config)
-        self.position_embeddings = nn.Parameter(
-            torch.zeros(1, 1 + config.num_patches, config.hidden_size), requires_grad=False
-        )
+        # A buffer, because it is never trained: what `from_pretrained` loads into a parameter gets a gradient.
+        self.register_buffer("position_embeddings", torch.zeros(1, 1 + config.num_patches, config.hidden_size))
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
@@ -243,15 +242,18 @@ class MAEEmbeddings(nn.Module):
 
 
 def check_pixel_values(
-    config: MAEConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None
+    config: MAEConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None, views: bool = False
 ) -> tuple[int, int]:
-    """The patch grid `(h, w)` of `pixel_values`; ValueError where they are not what the configuration expects."""
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
+    """The patch grid `(h, w)` of `pixel_values`; ValueError where they are not what the configuration expects.
+
+    With `views` every image has several: `(B, V, C, H, W)`.
+    """
+    if pixel_values.ndim != 4 + views or pixel_values.shape[-3] != config.num_channels:
         raise ValueError(
-            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {config.num_channels}, "
-            f"height, width): the model was made with `num_channels` = {config.num_channels}."
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {'views, ' * views}"
+            f"{config.num_channels}, height, width): the model was made with `num_channels` = {config.num_channels}."
         )
-    size, patch_size = tuple(pixel_values.shape[2:]), pair(config.patch_size)
+    size, patch_size = tuple(pixel_values.shape[-2:]), pair(config.patch_size)
     if size != pair(config.image_size) and not interpolate_pos_encoding:
         raise ValueError(
             f"`pixel_values` are {size[0]}x{size[1]} pixels, the model was made for {pair(config.image_size)[0]}x"
@@ -274,7 +276,7 @@ class MAEDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + config.num_patches, width), requires_grad=False)
+        self.register_buffer("decoder_pos_embed", torch.zeros(1, 1 + config.num_patches, width))
         self.decoder_layers = nn.ModuleList(
             MAELayer(
                 config,

@@ -11,6 +11,8 @@ import torch
 import clmae
 from clmae.configuration.configuration_mae import pair
 
+from .local_hub import Client, LocalHub
+
 TINY = dict(
     hidden_size=32,
     num_hidden_layers=2,
@@ -53,3 +55,26 @@ def make_images() -> Callable[..., torch.Tensor]:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """A Hub on this machine; tests take repositories of their own."""
+    with LocalHub() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(hub, tmp_path_factory):
+    """A process that talks to `hub`, for whoever is to use it; its start takes seconds."""
+    started = Client(hub, tmp_path_factory.mktemp("client"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def bare_client(hub, tmp_path_factory):
+    """The same, without `clmae`."""
+    started = Client(hub, tmp_path_factory.mktemp("client"), with_clmae=False)
+    yield started
+    started.close()

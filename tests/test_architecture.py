@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Who may import whom: configuration <- modeling <- training <- evaluation <- clmae, read from the source."""
+"""Who may import whom: configuration <- modeling <- model_cards <- training <- evaluation <- clmae, from the source."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("configuration", "modeling", "training", "evaluation", "clmae")  # each may import those before it, and itself
+# Each may import those before it, and itself.
+ROOMS = ("configuration", "modeling", "model_cards", "training", "evaluation", "clmae")
 # What travels to the Hub depends on nothing else; the configuration not even on torch.
 THIRD_PARTY = {"configuration": {"transformers"}, "modeling": {"transformers", "torch"}}
 
@@ -86,6 +87,7 @@ def test_imports(module):
         ("modeling", "from clmae import MAEConfig"),
         ("modeling", "from modeling.losses import kl_loss"),
         ("modeling", "from . import losses"),
+        ("model_cards", "from clmae.training.pictures import curves_figure"),
         ("training", "import clmae.evaluation.knn"),
         ("evaluation", "import clmae"),
         ("clmae", "import training"),

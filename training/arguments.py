@@ -66,6 +66,14 @@ class PretrainingArguments(TrainingArguments):
         default=64, metadata={"help": "Held-out images on which difficulty is measured; the first 8 are drawn."}
     )
 
+    max_skipped_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Leave out up to that many steps whose loss or gradient is nan or inf; one more, or 0, stops the "
+            "run. Waits for the device at every step."
+        },
+    )
+
     num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation images a device and step."})
@@ -98,6 +106,8 @@ class PretrainingArguments(TrainingArguments):
         own_rate = self.learning_rate is None
         if own_rate:
             self.learning_rate = self.base_learning_rate
+        # The logged mean of a run that goes on after such steps leaves them out.
+        self.logging_nan_inf_filter = self.logging_nan_inf_filter or self.max_skipped_steps > 0
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
@@ -140,6 +150,7 @@ class PretrainingArguments(TrainingArguments):
             "difficulty_steps": 0,
             "picture_steps": 0,
             "num_probe_images": 1,
+            "max_skipped_steps": 0,
             "per_device_train_batch_size": 1,
             "per_device_eval_batch_size": 1,
             "gradient_accumulation_steps": 1,

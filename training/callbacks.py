@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
-from clmae.training.contrastive_crop import CROP_THRESHOLD, heat_map_box, object_heat_map, refresh_epochs
+from clmae.training.contrastive_crop import heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
 
 logger = logging.get_logger(__name__)
@@ -151,20 +151,10 @@ class ContrastiveCropCallback(_TrainerAware):
         boxes.copy_(saved["boxes"])
         self.refreshed_epoch = int(saved["refreshed_epoch"])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts the boxes beside the weights."""
-        if not args.should_save:
-            return
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
-        temporary = path.with_suffix(".tmp")
-        save_file(
-            {
-                "boxes": self.trainer.train_dataset.crop_boxes.clone(),
-                "refreshed_epoch": torch.tensor(self.refreshed_epoch),
-            },
-            temporary,
-        )
-        temporary.replace(path)
+    def save(self, checkpoint: str) -> None:
+        """Puts the boxes into a checkpoint."""
+        boxes, epoch = self.trainer.train_dataset.crop_boxes.clone(), torch.tensor(self.refreshed_epoch)
+        save_file({"boxes": boxes, "refreshed_epoch": epoch}, Path(checkpoint) / self.file_name)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,10 +182,10 @@ class ContrastiveCropCallback(_TrainerAware):
         )
         quiet = args.disable_tqdm or not trainer.is_world_process_zero()
         for indices, pixel_values in tqdm(loader, desc="object boxes", disable=quiet, leave=False):
-            with trainer.compute_loss_context_manager():
+            with trainer.accelerator.autocast():  # which the model's own forward would enter
                 tokens = model.vit(pixel_values.to(args.device)).last_hidden_state[:, 1:]
             maps = object_heat_map(tokens, model.config.grid_size)
-            boxes[indices] = heat_map_box(maps, pair(model.config.image_size), CROP_THRESHOLD)
+            boxes[indices] = heat_map_box(maps, pair(model.config.image_size))
         dataset.crop_boxes.copy_(trainer.accelerator.reduce(boxes, reduction="sum"))
         model.train(was_training)
 
@@ -214,43 +204,55 @@ class _WholeImages(Dataset):
 
 
 class InterruptCallback(TrainerCallback):
-    """On the first Ctrl-C: finish the step, save a checkpoint, stop. On the second: stop at once.
+    """On the first Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. On a second Ctrl-C: stop at once.
 
-    `interrupted` tells afterwards. For one process; under several the launcher ends them all.
+    `received` is the signal afterwards, if there was one. Under several processes Ctrl-C is left to the launcher, and
+    SIGTERM, which schedulers send before they take a machine away, takes effect at the next logging step: the processes
+    must stop at the same one, and agree there.
     """
 
     def __init__(self) -> None:
-        self.interrupted = False
-        self._previous: Any = None
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal stopped the run."""
+        return self.received is not None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes over SIGINT."""
-        self.interrupted = False
-        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._handle)
+        """Takes over the signals."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            signals = (signal.SIGINT, signal.SIGTERM) if args.world_size == 1 else (signal.SIGTERM,)
+            self._previous = {number: signal.signal(number, self._handle) for number in signals}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops the run, with a checkpoint."""
-        if self.interrupted:
+        """Stops the run, with a checkpoint and without an evaluation, for which there may be no time."""
+        if args.world_size > 1 and control.should_log:
+            heard = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+            self.received = heard.item() or None
+        if self.interrupted and (args.world_size == 1 or control.should_log):
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Gives SIGINT back."""
+        """Gives the signals back."""
         self.restore()
 
     def restore(self) -> None:
-        """Gives SIGINT back; to be called where a run may have ended by an exception."""
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        """Gives the signals back; to be called where a run may have ended by an exception."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self.interrupted:
-            signal.signal(signal.SIGINT, self._previous)
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted and number == signal.SIGINT:
+            self.restore()
             raise KeyboardInterrupt
-        self.interrupted = True
-        logger.warning("Interrupted: finishing this step and saving a checkpoint. Ctrl-C again stops at once.")
+        self.received = self.received or number
+        logger.warning("Interrupted: finishing this step and saving a checkpoint. Ctrl-C stops at once.")

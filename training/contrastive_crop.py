@@ -82,8 +82,12 @@ def refresh_epochs(num_epochs: int, interval: float) -> list[int]:
 
     `interval` is a share of the epochs, in (0, 1]; the first one is the warm-up, in which the box is the whole image.
     """
-    steps = range(1, math.ceil(1 / interval) + 1)
-    return sorted({epoch for step in steps if (epoch := math.ceil(step * interval * num_epochs - 1e-9)) < num_epochs})
+    period = max(interval * num_epochs, 1e-3)  # of every epoch at most once
+
+    def periods(epoch: int) -> int:
+        return math.floor(epoch / period + 1e-9)
+
+    return [epoch for epoch in range(1, num_epochs) if periods(epoch) > periods(epoch - 1)]
 
 
 def object_heat_map(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
@@ -98,19 +102,19 @@ def object_heat_map(tokens: torch.Tensor, grid_size: tuple[int, int]) -> torch.T
         grid_size (`tuple[int, int]`): `(h, w)`.
 
     Returns:
-        Float32 `(B, h, w)`; exactly constant where all tokens are alike up to rounding.
+        Float32 `(B, h, w)`; exactly constant where all tokens are alike up to rounding, bfloat16's too.
     """
     tokens = tokens.float().unflatten(1, grid_size)
     inner = torch.zeros(grid_size, dtype=torch.bool, device=tokens.device)
     inner[1:-1, 1:-1] = True
     distances = (tokens - tokens[:, ~inner].mean(1)[:, None, None]).norm(dim=-1)
-    noise = 1e-4 * tokens.norm(dim=-1).amax((1, 2), keepdim=True)
+    noise = 1e-2 * tokens.norm(dim=-1).amax((1, 2), keepdim=True)
     flat = distances.amax((1, 2), keepdim=True) - distances.amin((1, 2), keepdim=True) <= noise
     return torch.where(flat, 0.0, distances)
 
 
 def heat_map_box(
-    heat_maps: torch.Tensor, image_grid: tuple[int, int] | None = None, threshold: float = 0.1
+    heat_maps: torch.Tensor, image_grid: tuple[int, int] | None = None, threshold: float = CROP_THRESHOLD
 ) -> torch.Tensor:
     """The smallest box around what is hot in each map.
 

@@ -48,9 +48,13 @@ _SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
+LABEL_NAMES = ("label", "labels", "fine_label", "coarse_label", "class", "target")
 _ENCODED_TYPES = ("binary", "large_binary", "string", "large_string")  # image files, or paths, if the user says so
 ON_BAD_IMAGE = ("raise", "skip")
+_NO_CROPS_OF_STREAMS = (
+    "`contrastive_crop` keeps a box for each image, which a stream has no place for; leave out `streaming`, give a "
+    "data set that is no stream, or crop at random."
+)
 _SAMPLING_SEED = 0  # which samples a limit keeps must not change from run to run
 _MAX_STREAM_WORKERS = 256
 
@@ -297,7 +301,7 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
             )
         return name
     found = [column for column in features if isinstance(features[column], datasets.ClassLabel)]
-    found = found or [column for column in _LABEL_NAMES if column in features and _is_integer(features[column])]
+    found = found or [column for column in LABEL_NAMES if column in features and _is_integer(features[column])]
     if not found:
         raise ValueError(
             f"`dataset` has no column of class labels; its columns are {_describe(features)}. Set `label_column`, or "
@@ -692,10 +696,7 @@ class DataArguments:
         if self.on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         if self.contrastive_crop and self.streaming:
-            raise ValueError(
-                "`contrastive_crop` keeps a box for each image, which a stream has no place for; leave out "
-                "`streaming`, or crop at random."
-            )
+            raise ValueError(_NO_CROPS_OF_STREAMS)
         _check_count("num_held_out", self.num_held_out, minimum=0)
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
@@ -795,6 +796,8 @@ def _views(
     dataset: AnyDataset, column: str, excluded: frozenset[int] = frozenset(), **settings: Any
 ) -> ImageDataset | StreamingImageDataset:
     if isinstance(dataset, datasets.IterableDataset):
+        if settings.pop("contrastive_crop", False):
+            raise ValueError(_NO_CROPS_OF_STREAMS)
         return StreamingImageDataset(dataset, column, excluded=excluded, **settings)
     return ImageDataset(dataset, column, **settings)
 
@@ -826,6 +829,7 @@ def _hold_out_of_stream(
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "LABEL_NAMES",
     "DataArguments",
     "ImageDataset",
     "ImageSource",

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from clmae.configuration.configuration_mae import pair
+from clmae.model_cards.files import replacing
 from clmae.modeling.losses import patch_moments, patchify, unpatchify
 
 _GREY = 0.5  # what a masked patch is drawn as
@@ -152,12 +153,9 @@ def figure_to_array(figure: Figure) -> np.ndarray:
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Writes a PNG, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, format="png", dpi=110)
-    os.replace(unfinished, path)
-    return path
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    return Path(path)
 
 
 __all__ = ["curves_figure", "figure_to_array", "reconstruct", "reconstruction_figure", "save_figure"]

@@ -7,17 +7,25 @@ import contextlib
 import inspect
 import itertools
 import math
+import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import run_as_future
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType, get_last_checkpoint
-from transformers.utils import logging
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SchedulerType
+from transformers.utils import PushInProgress, logging
 
 from clmae.configuration.configuration_mae import pair
+from clmae.model_cards import EditedCardError, RunRecord, describe_data, hub_files, upload, write_card
+from clmae.model_cards.record import RECORD_NAME
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.callbacks import ContrastiveCropCallback, DifficultyCallback, EpochCallback, PictureCallback
@@ -27,8 +35,11 @@ from clmae.training.curriculum import (
     keep_probability_sums,
     mask_warnings,
 )
-from clmae.training.data import ImageDataset
+from clmae.training.data import DataArguments, ImageDataset
+from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
 from clmae.training.images import sample_generator
+from clmae.training.pictures import curves_figure, save_figure
+from clmae.training.sealing import checkpoints, choose_checkpoint, is_sealed, rotate_checkpoints, run_lock, seal, unseal
 
 logger = logging.get_logger(__name__)
 
@@ -52,9 +63,12 @@ class EpochSampler(Sampler[int]):
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
+        yield from (self.epoch * self.num_samples + self.order(self.epoch)).tolist()
+
+    def order(self, epoch: int) -> torch.Tensor:
+        """Indices in the order of an epoch."""
         # -1 is no sample's key: the order has a stream of its own.
-        order = torch.randperm(self.num_samples, generator=sample_generator(self.seed, self.epoch, -1))
-        yield from (self.epoch * self.num_samples + order).tolist()
+        return torch.randperm(self.num_samples, generator=sample_generator(self.seed, epoch, -1))
 
 
 class CurriculumTrainer(Trainer):
@@ -69,7 +83,12 @@ class CurriculumTrainer(Trainer):
       over accumulated batches and processes; warns where they show that the masking module has gone astray;
     - measures `mask_difficulty` and draws pictures, on the first `num_probe_images` of `eval_dataset`;
     - evaluates by the reconstruction loss under fixed random masks, whatever masks the model learns, and reports
-      `eval_mask_difficulty` beside it, on all of the evaluation set.
+      `eval_mask_difficulty` beside it, on all of the evaluation set;
+    - stops where a loss or a gradient is not finite, and says where, before anything of it is saved
+      (`max_skipped_steps` lets it go on); seals checkpoints and models (see [`seal`]), and resumes only from such;
+      keeps other runs out of its output folder;
+    - writes `pretraining.json` beside every set of weights, and makes the model card of it. `data_arguments`, where the
+      data sets were built from such, tell the card what they are. To the Hub goes only what belongs there.
 
     With an [`ImageDataset`] every image's augmentation and mask noise are keyed by seed, epoch and index, and a resumed
     run continues bit by bit on a CPU. Other data sets must give `pixel_values`, and may give `noise`; without it, masks
@@ -101,6 +120,7 @@ class CurriculumTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         *rest: Any,
+        data_arguments: DataArguments | None = None,
         **kwargs: Any,
     ):
         args = PretrainingArguments(output_dir="clmae_output") if args is None else args
@@ -114,7 +134,9 @@ class CurriculumTrainer(Trainer):
             # zero would still let AdamW's momentum and weight decay move it.
             args.ddp_find_unused_parameters = True
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        self._record = RunRecord(None if data_arguments is None else describe_data(data_arguments))
         self._check_model()
+        self._check_contrast()
         self._accepts_noise = "noise" in inspect.signature(self.model.forward).parameters
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._keep_sums: dict[int, torch.Tensor] = {}  # by optimiser step
@@ -122,6 +144,9 @@ class CurriculumTrainer(Trainer):
         self._substep = (-1, 0)  # optimiser step, and how many batches of it have been seen
         self._eval_sums = torch.zeros(2, device=self.args.device)  # L_rec of images under learned and random masks
         self._warned: set[str] = set()
+        self._watch = FiniteWatch(self.accelerator.gather)
+        self._skipped = 0
+        self._in_checkpoint = False
         self.add_callback(EpochCallback(self))
         self._crops = None
         if getattr(self.train_dataset, "crop_boxes", None) is not None:
@@ -130,8 +155,18 @@ class CurriculumTrainer(Trainer):
                     f"`model` is a {type(self.model).__name__}, but `contrastive_crop` needs an encoder of this "
                     "project's families; take one, or crop at random."
                 )
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "`contrastive_crop` runs the encoder by itself, which a model whose weights are sharded (`fsdp`, "
+                    "`deepspeed`) cannot do; use DDP, or crop at random."
+                )
             self._crops = ContrastiveCropCallback(self)
             self.add_callback(self._crops)
+        elif getattr(getattr(self.train_dataset, "dataset", None), "crop_boxes", None) is not None:
+            raise ValueError(
+                f"`train_dataset` is a {type(self.train_dataset).__name__} of a data set with `contrastive_crop`: its "
+                "boxes would never be found; choose the images before (`datasets.Dataset.select`), or crop at random."
+            )
         if self.eval_dataset is not None and args.picture_steps:
             self.add_callback(PictureCallback(self))
         if self.has_masking_module and args.difficulty_steps:
@@ -163,22 +198,72 @@ class CurriculumTrainer(Trainer):
                 "masking module; set its `version` to 1, or use DDP."
             )
 
+    def _check_contrast(self) -> None:
+        """Refuses batches of one image, which the last one of an epoch may be, before the first step."""
+        if not getattr(self.model.config, "contrastive_loss_weight", 0):
+            return
+        args, batch = self.args, self.args.train_batch_size * self.args.world_size
+        images = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        if batch == 1:
+            raise ValueError(
+                "`per_device_train_batch_size` is 1 on one process, but contrast needs other images to tell one from: "
+                "take at least 2, or set `contrastive_loss_weight` to 0."
+            )
+        if args.world_size == 1 and not args.dataloader_drop_last and images % batch == 1:
+            raise ValueError(
+                f"`dataloader_drop_last` is false, and {images} training images in batches of {batch} leave one alone, "
+                "with nothing to contrast it with: drop the last batch, or take another batch size."
+            )
+        if args.world_size > 1 and not self.accelerator.even_batches:
+            raise ValueError(
+                "`accelerator_config` has `even_batches` false, but contrast is over the images of all processes, and "
+                "these must hold equally many; leave it true."
+            )
+
     @property
     def has_masking_module(self) -> bool:
         """Whether the model learns its masks."""
         return hasattr(self.model, "masking_module")
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's."""
+        """As the Trainer's.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; `True` for the newest valid one of `output_dir`.
+            kwargs: The Trainer's other arguments.
+
+        Raises:
+            ValueError: The checkpoint is damaged, there is none, or another run uses `output_dir`.
+            NonFiniteError: A loss or a gradient became nan or inf.
+        """
         if resume_from_checkpoint and not hasattr(self.train_dataset, "__len__"):
             logger.warning("Resuming a stream: the run continues exactly only within the stream's first pass.")
-        self._sums, self._keep_sums, self._warned = {}, {}, set()
-        if self._crops is not None:
-            self._crops.reset()
-            last = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-            if last or resume_from_checkpoint:
-                self._crops.load(last or resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with run_lock(self.args.output_dir) if self.is_world_process_zero() else contextlib.nullcontext():
+            checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+            self._sums, self._keep_sums, self._warned, self._skipped = {}, {}, set(), 0
+            self._watch.clear()
+            if self._crops is not None:
+                self._crops.reset()
+                if checkpoint:
+                    self._crops.load(checkpoint)
+            self._record.start(checkpoint, self.args)
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                self._record.stop(self.state.global_step)
+
+    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
+        """As [`choose_checkpoint`]; read in one process, for all."""
+        chosen: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                chosen[0] = choose_checkpoint(wanted, self.args.output_dir)
+            except ValueError as error:
+                chosen[1] = str(error)
+        checkpoint, message = broadcast_object_list(chosen)
+        if message is not None:
+            raise ValueError(message)
+        return checkpoint
 
     # -- optimiser ------------------------------------------------------------------------------------------------
 
@@ -264,6 +349,8 @@ class CurriculumTrainer(Trainer):
             source = next(iter(source.values())) if isinstance(source, dict) else source  # the first of several
             samples = list(itertools.islice(_samples(source), self.args.num_probe_images))
             batch = self.data_collator(samples)
+            if batch["pixel_values"].ndim == 5:  # several views of each image: one of them is judged
+                batch = {name: values[:, 0] for name, values in batch.items()}
             batch.setdefault("noise", self._noise(batch["pixel_values"], 0, 0))
             self._held_out = self._prepare_inputs({k: batch[k] for k in ("pixel_values", "noise")})
         return self._held_out
@@ -288,7 +375,7 @@ class CurriculumTrainer(Trainer):
         inputs = self._complete_inputs(inputs, model.training)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
-            self._observe(outputs, inputs.get("curriculum_factor"))
+            self._observe(loss, outputs, inputs.get("curriculum_factor"))
         return (loss, outputs) if return_outputs else loss
 
     def _complete_inputs(self, inputs: dict[str, Any], training: bool) -> dict[str, Any]:
@@ -303,7 +390,7 @@ class CurriculumTrainer(Trainer):
             inputs["compute_masker_loss"] = step % self.args.masker_update_interval == 0
         elif self.has_masking_module:
             inputs["masking"] = "random"
-        learned = self.has_masking_module and training
+        learned = self.has_masking_module and training and not hasattr(self.model, "position_head")
         if "noise" not in inputs and not learned and self._accepts_noise:
             inputs["noise"] = self._noise(inputs["pixel_values"], *self._noise_key(training))
         return inputs
@@ -375,25 +462,28 @@ class CurriculumTrainer(Trainer):
 
     # -- logging --------------------------------------------------------------------------------------------------
 
-    def _observe(self, outputs: Any, factor: torch.Tensor | float | None) -> None:
+    def _observe(self, loss: torch.Tensor, outputs: Any, factor: torch.Tensor | float | None) -> None:
         """Adds a batch's scalars to the running sums, on the device."""
+        step, losses = self.state.global_step, {"loss": loss.detach().mean()}
         if not isinstance(outputs, dict):
+            self._watch.add_losses(step, losses)
             return
         values = {
             name: value.detach().float().mean()  # under DataParallel one value a device
             for name, value in outputs.items()
             if name != "loss" and isinstance(value, torch.Tensor) and (value.ndim == 0 or name.endswith("_loss"))
         }
+        self._watch.add_losses(step, {**losses, **{k: v for k, v in values.items() if k.endswith("_loss")}})
         if factor is not None:
             values["curriculum_factor"] = torch.as_tensor(factor, device=self.args.device)
         if outputs.get("keep_probabilities") is not None:
             # Of the whole batch of a step: a spread between images does not average over its parts.
             sums = keep_probability_sums(outputs["keep_probabilities"])
-            step = self.state.global_step
             self._keep_sums[step] = self._keep_sums[step] + sums if step in self._keep_sums else sums
         for name, value in values.items():
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
+            finite = value.isfinite()  # what is not belongs to a step that is skipped
+            self._sums[name] = (total + torch.where(finite, value, 0), count + finite)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; the training log also carries the means of every scalar since the last, over all processes."""
@@ -412,6 +502,200 @@ class CurriculumTrainer(Trainer):
             self._sums, self._keep_sums = {}, {}
         super().log(logs, start_time)
 
+    # -- nan and inf ----------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        # With loss scaling infinite gradients are everyday, and the scaler skips them by itself.
+        if norm is not None and self.accelerator.scaler is None:
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(norm)
+            self._watch.add_gradient(self.state.global_step, norm.to(self.args.device))
+        if not self.args.max_skipped_steps:
+            return norm
+        found = self._watch.look()
+        if found is None:
+            return norm
+        self._skipped += 1
+        if self._skipped > self.args.max_skipped_steps:
+            raise self._non_finite(found)
+        logger.warning(
+            f"{self._describe(found)} Skipped this step, the {self._skipped}. of at most {self.args.max_skipped_steps}."
+        )
+        self._keep_sums.pop(found.step, None)
+        model.zero_grad()  # to none: neither momentum nor weight decay moves the weights
+        return None
+
+    def _check_finite(self) -> None:
+        """Stops the run if anything since the last look was nan or inf; all processes take part."""
+        found = self._watch.look()
+        if found is not None:
+            raise self._non_finite(found)
+
+    def _non_finite(self, found: NonFinite) -> NonFiniteError:
+        sealed = [checkpoint for checkpoint in checkpoints(self.args.output_dir) if is_sealed(checkpoint)]
+        last = (
+            f"The last checkpoint from before is {sealed[-1].name}" if sealed else "There is no checkpoint from before"
+        )
+        return NonFiniteError(
+            f"{self._describe(found)} {last}. Take a smaller learning_rate, clip gradients (`max_grad_norm`), leave "
+            "out fp16, look at these images, or let a few such steps be skipped (`max_skipped_steps`)."
+        )
+
+    def _describe(self, found: NonFinite) -> str:
+        what = "the gradient" if found.names == ["grad_norm"] else f"the loss ({', '.join(found.names)})"
+        text = f"Step {found.step + 1}: {what} is not finite."
+        per_step = range(self.args.gradient_accumulation_steps)
+        batches = found.batches or [(b, p) for b in per_step for p in range(self.args.world_size)]
+        indices = self._image_indices(found.step, batches)
+        return text if indices is None else f"{text} Its images, by their indices in the training set: {indices}."
+
+    def _image_indices(self, step: int, batches: list[tuple[int, int]]) -> list[int] | None:
+        """Which training images were in some micro-batches `(batch, process)` of a step; `None` where nobody knows."""
+        sampler, loader = getattr(self, "epoch_sampler", None), self.callback_handler.train_dataloader
+        if (
+            sampler is None
+            or loader is None
+            or self.args.ignore_data_skip
+            or self.args.accelerator_config.split_batches
+        ):
+            return None
+        accumulation, size = self.args.gradient_accumulation_steps, self._train_batch_size
+        epoch, update = divmod(step, math.ceil(len(loader) / accumulation))
+        order = sampler.order(epoch).tolist()
+        starts = [((update * accumulation + b) * self.args.world_size + p) * size for b, p in batches]
+        return [index for start in starts for index in order[start : start + size]]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # Where the loss is read back anyway, and before anything is saved.
+        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+            self._check_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_finite()
+        return super()._finalize_training(*args, **kwargs)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, then sealed, and only then are older ones deleted."""
+        run, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
+        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            unseal(folder)  # an earlier run may have left one of this step
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint, self.args.save_total_limit = False, limit
+        self.accelerator.wait_for_everyone()  # each process saves its own random state
+        if self.args.should_save:
+            seal(folder)
+            rotate_checkpoints(run, self.state.global_step, limit, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; the folder is sealed. A model that is not finite is not saved.
+
+        Raises:
+            NonFiniteError: A loss or a gradient since the last look was nan or inf.
+        """
+        self._check_finite()
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if self.args.should_save:
+            unseal(folder)
+        super().save_model(output_dir, _internal_call)
+        if self._in_checkpoint:
+            self.args.save_total_limit = None  # the Trainer would delete older ones before this one is sealed
+        elif self.args.should_save:
+            seal_model(folder)
+
+    # -- record, card and Hub -------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        if not self.args.should_save:
+            return
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self._record.write(folder, self)
+        if self._crops is not None and folder != self.args.output_dir:  # a checkpoint, not the finished model
+            self._crops.save(folder)
+
+    def create_model_card(self, license: str | None = None, **kwargs: Any) -> None:
+        """Makes `README.md` from what the run recorded; one that was edited by hand stays as it is, with a warning.
+
+        Args:
+            license: Of the weights, by the Hub's identifier; the earlier card's, or Apache-2.0, if not given.
+            kwargs: The Trainer's other arguments; the record knows better.
+        """
+        if not self.is_world_process_zero():
+            return
+        self.save_state()
+        if self.state.log_history:
+            save_figure(curves_figure(self.state.log_history), Path(self.args.output_dir) / "pictures" / "curves.png")
+        try:
+            write_card(self.args.output_dir, self.hub_model_id, license)
+        except EditedCardError as error:
+            logger.warning(f"The model card stays as it is: {error}")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the Trainer's, but in one commit, and only what [`hub_files`] names: no logs, data or training arguments.
+
+        Returns:
+            The commit, or with `blocking=False` its future.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            # Not every supported version takes `private` itself.
+            self.args.hub_private_repo = self.args.hub_private_repo if private is None else private
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(license=kwargs.get("license"))
+        self._finish_current_push()
+        return self._upload(commit_message, blocking, token=token, revision=revision)
+
+    def _upload(self, commit_message: str | None, blocking: bool = True, **options: Any) -> Any:
+        options = {"folder": self.args.output_dir, "repo_id": self.hub_model_id, **options}
+        options["token"] = options.get("token") or self.args.hub_token
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        if blocking:
+            return upload(commit_message=commit_message, **options)
+        return run_as_future(upload, commit_message=commit_message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As the Trainer's, with the model's code, and without `training_args.bin`, which may hold the token."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        checkpoint, message = Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}"
+        unseal(self.args.output_dir)
+        for name in hub_files(checkpoint):
+            shutil.copy(checkpoint / name, Path(self.args.output_dir, name))
+        jobs = [self._upload(message, blocking=False)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            files = sorted(path.name for path in checkpoint.iterdir() if path.name != "training_args.bin")
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            jobs.append(
+                self._upload(
+                    f"{message}, checkpoint", blocking=False, folder=checkpoint, files=files, path_in_repo=place
+                )
+            )
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), *jobs])
+
     @property
     def _settled(self) -> float:
         """The step from which on the masks are judged; before, m has hardly left its start."""
@@ -427,6 +711,13 @@ class CurriculumTrainer(Trainer):
             if kind not in self._warned and not (kind == "collapsed" and few):
                 self._warned.add(kind)
                 logger.warning(f"Step {self.state.global_step}: {message}")
+
+
+def seal_model(folder: str | os.PathLike) -> None:
+    """Seals the model in a folder: its weights, configuration and code, but no pictures, scores or card."""
+    files = [name for name in hub_files(folder) if name.endswith((".json", ".py", ".safetensors"))]
+    files += [name for name in (RECORD_NAME, TRAINING_ARGS_NAME) if Path(folder, name).is_file()]
+    seal(folder, files)
 
 
 def _samples(dataset: Any) -> Iterator[Any]:

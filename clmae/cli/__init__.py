@@ -19,18 +19,23 @@ examples:
 
 commands:
   pretrain          pretrain a masked autoencoder on images
-  evaluate knn      judge an encoder by its nearest neighbours
-  evaluate linear   judge an encoder by a linear probe
+  evaluate          judge an encoder: k-NN, linear, few-shot, fine-tuning …
+  compare           pretrain by several recipes under equal conditions, and judge each
   visualize         draw masks and reconstructions
+  export            write a model for transformers' own classes, timm or ONNX
+  convert           read a checkpoint of another MAE project
+  card              make the model card of an output folder
+  push              upload a model to the Hub
+  verify            check that checkpoints and models are whole
 
 `clmae COMMAND --help` explains a command's options.
 """
 
-COMMANDS = ("pretrain", "evaluate", "visualize")
+COMMANDS = ("pretrain", "evaluate", "compare", "visualize", "export", "convert", "card", "push", "verify")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code: 0 done, 2 wrong use or bad input, 130 interrupted."""
+    """Runs a command; the exit code: 0 done, 1 something is wrong, 2 wrong use or bad input, 130 or 143 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
@@ -44,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:  # UsageError among them: what the user gave cannot be worked with
         print(f"clmae: error: {error}", file=sys.stderr)
         return 2
+    except ArithmeticError as error:
+        from clmae.training.finite import NonFiniteError  # as late as the commands
+
+        if not isinstance(error, NonFiniteError):
+            raise
+        print(f"clmae: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("clmae: interrupted", file=sys.stderr)
         return 130

@@ -3,27 +3,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import torch.distributed as dist
+from accelerate import PartialState
+
+from clmae.cli import evaluate_trained
 from clmae.cli.options import UsageError, nearest, parse
-from clmae.evaluation.report import PROTOCOLS, evaluate_model
+from clmae.evaluation.features import is_first_process
+from clmae.evaluation.report import PROTOCOLS, EvaluationResult, evaluate_model
 
+NAMES = (*PROTOCOLS, *evaluate_trained.PROTOCOLS)  # on frozen features, and those that train
 USAGE = f"""\
 usage: clmae evaluate PROTOCOL --model MODEL --dataset DATASET ...
 
 examples:
 {{}}
 
-protocols: {", ".join(PROTOCOLS)}
+protocols: {", ".join(NAMES)}
 
 `clmae evaluate PROTOCOL --help` explains the options.
 """
 EXAMPLES = """\
   clmae evaluate knn --model out/cl-mae --dataset uoft-cs/cifar10
   clmae evaluate linear --model out/cl-mae --dataset ./labelled_photos --output out/cl-mae/linear.json"""
-TITLES = {"knn": "k-nearest neighbours", "linear": "Linear probe"}
+TITLES = {"knn": "k-nearest neighbours", "linear": "Linear probe", "fewshot": "Few-shot probe"}
 
 
 @dataclass
@@ -37,7 +45,7 @@ class EvaluateArguments:
     )
     train_split: str = field(default="train", metadata={"help": "Split to learn from."})
     test_split: str | None = field(
-        default=None, metadata={"help": "Split to be judged on; test, or without one a random fifth of train_split."}
+        default=None, metadata={"help": "Split to be judged on; test, or without one a random fifth of each class."}
     )
     image_column: str | None = field(default=None, metadata={"help": "Column of the images, if there are several."})
     label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if there are several."})
@@ -45,15 +53,27 @@ class EvaluateArguments:
     max_test_samples: int | None = field(default=None, metadata={"help": "Be judged on at most so many images."})
     feature: str | None = field(
         default=None,
-        metadata={"help": "pooler_output (our families' default), cls (others') or mean (of the patch tokens)."},
+        metadata={
+            "help": "pooler_output (our families' default), cls (others'), mean (of the patch tokens) or cls+mean."
+        },
+    )
+    layer: int | None = field(
+        default=None,
+        metadata={"help": "Tokens after so many blocks, before the final LayerNorm; -1 is the last block."},
+    )
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "Folder that keeps features, for a second look at the same model and images."}
     )
     baselines: bool = field(default=True, metadata={"help": "Also judge a random encoder and raw pixels."})
     batch_size: int = field(default=256, metadata={"help": "Images encoded at once."})
     num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
     bf16: bool = field(default=False, metadata={"help": "Encode in bfloat16."})
-    seed: int = field(default=0, metadata={"help": "Of the random encoder."})
+    seed: int = field(default=0, metadata={"help": "Of the random encoder, and of what a protocol draws."})
     output: str | None = field(
-        default=None, metadata={"help": "JSON file for the result and all that is needed to repeat it; also as .md."}
+        default=None,
+        metadata={
+            "help": "JSON file for the result and all that is needed to repeat it; beside it .md, tables by class."
+        },
     )
 
 
@@ -63,12 +83,12 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE.format(EXAMPLES), end="")
         return 0 if argv else 2
     protocol, *rest = argv
-    if protocol not in PROTOCOLS:
-        raise UsageError(
-            f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}; protocols: {', '.join(PROTOCOLS)}"
-        )
-    (args,) = parse(
-        {"options": EvaluateArguments},
+    if protocol not in NAMES:
+        raise UsageError(f"unknown protocol {protocol!r}{nearest(protocol, NAMES)}; protocols: {', '.join(NAMES)}")
+    if protocol in evaluate_trained.PROTOCOLS:
+        return evaluate_trained.run(protocol, rest)
+    args, chosen = parse(
+        {"options": EvaluateArguments, f"options of {protocol}": protocol_options(PROTOCOLS[protocol])},
         rest,
         prog=f"clmae evaluate {protocol}",
         description=f"{TITLES[protocol]} on frozen features, beside a random encoder and raw pixels.",
@@ -77,22 +97,59 @@ def run(argv: Sequence[str]) -> int:
     output = None if args.output is None else Path(args.output)
     if output is not None and output.suffix != ".json":
         raise UsageError(f"`output` is {args.output!r}; give the name of a .json file.")
+    started = "RANK" in os.environ and not dist.is_initialized()  # by torchrun: each process encodes a part
+    device = PartialState().device if started else None
+    try:
+        result = _evaluate(protocol, args, chosen, device)
+        if is_first_process():
+            _show(result, TITLES[protocol], output)
+    finally:
+        if started and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def protocol_options(protocol: type) -> type:
+    """A dataclass of a protocol's own fields as options; `seed` is one for all."""
+    kinds = get_type_hints(protocol)
+    options = []
+    for each in fields(protocol):
+        if each.name == "seed":
+            continue
+        several = get_args(kinds[each.name])  # (int, ...) of a tuple
+        kind = list[several[0]] if several else kinds[each.name]
+        default = (
+            dict(default_factory=lambda value=each.default: list(value)) if several else dict(default=each.default)
+        )
+        options.append((each.name, kind, field(**default, metadata=dict(each.metadata))))
+    return make_dataclass(f"{protocol.__name__}Options", options)
+
+
+def _evaluate(protocol: str, args: EvaluateArguments, chosen: object, device: object) -> EvaluationResult:
     options = asdict(args)
     del options["output"]
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in asdict(chosen).items()}
+    if any(each.name == "seed" for each in fields(PROTOCOLS[protocol])):
+        values["seed"] = args.seed
     try:
-        result = evaluate_model(
+        return evaluate_model(
             options.pop("model"),
             options.pop("dataset"),
-            (protocol,),
+            (PROTOCOLS[protocol](**values),),
             config_name=options.pop("dataset_config_name"),
+            cache_dir=options.pop("feature_cache"),
+            device=device,
             **options,
         )[protocol]
     except OSError as error:
         raise UsageError(f"`model` {args.model!r} cannot be loaded: {error}") from error
-    table = f"## {TITLES[protocol]}, accuracy in %\n\n{result.to_markdown()}\n"
+
+
+def _show(result: EvaluationResult, title: str, output: Path | None) -> None:
+    table = f"## {title}, accuracy in % [95 % interval]\n\n{result.to_markdown()}\n"
     print(f"\n{table}")
     if output is not None:
         result.save_json(output)
-        output.with_suffix(".md").write_text(table, encoding="utf-8")
-        print(f"wrote {output} and {output.with_suffix('.md')}")
-    return 0
+        markdown = output.with_suffix(".md")
+        markdown.write_text(table, encoding="utf-8")
+        print("wrote " + ", ".join(map(str, [output, markdown, *result.save_class_files(output)])))

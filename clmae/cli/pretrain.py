@@ -4,19 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import transformers
-from transformers.trainer_utils import get_last_checkpoint
-
 from clmae import FAMILIES
 from clmae.cli.options import UsageError, config_options, given, nearest, parse, split_recipe
+from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import SIZES
 from clmae.training.arguments import PretrainingArguments
+from clmae.training.build import build_trainer
 from clmae.training.callbacks import InterruptCallback
-from clmae.training.data import DataArguments, ImageDataset, build_datasets
+from clmae.training.data import DataArguments, ImageDataset
+from clmae.training.sealing import checkpoints
 from clmae.training.trainer import CurriculumTrainer
 
 EXAMPLES = """\
@@ -70,6 +70,33 @@ class FamilyArguments:
 
 def run(argv: Sequence[str]) -> int:
     """Pretrains, and leaves model, image processor, checkpoints, logs and pictures in `--output_dir`."""
+    config, data, args, _ = read_arguments(argv)
+    checkpoint = _checkpoint(args)
+    interrupt = InterruptCallback()
+    trainer = build_trainer(config, data, args, [interrupt])
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        interrupt.restore()
+    if interrupt.received is not None:
+        if trainer.is_world_process_zero():
+            print(f"Stopped at step {trainer.state.global_step}. Go on with the same command and")
+            print("  --resume_from_checkpoint last", flush=True)
+        trainer.accelerator.end_training()
+        return 128 + interrupt.received
+    _finish(trainer, result.metrics)
+    trainer.accelerator.end_training()
+    return 0
+
+
+def read_arguments(
+    argv: Sequence[str],
+) -> tuple[MAEConfig, DataArguments, PretrainingArguments, dict[str, Any]]:
+    """What to train, on what and how; and every option's value by its name.
+
+    Raises:
+        UsageError, ValueError: An option is unknown, has a wrong value, or does not go with another.
+    """
     config_class = FAMILIES[_family(argv)][0]
     groups = {
         "family": FamilyArguments,
@@ -77,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
         TRAINING: PretrainingArguments,
         f"model (fields of {config_class.__name__})": config_options(config_class),
     }
-    family, data, args, model_options = parse(
+    family, data, args, model_options = parts = parse(
         groups,
         argv,
         prog="clmae pretrain",
@@ -85,32 +112,8 @@ def run(argv: Sequence[str]) -> int:
         examples=EXAMPLES,
         shown={TRAINING: MOST_USED},
     )
-    checkpoint = _checkpoint(args)
     config = config_class.from_size(family.model_size, **given(model_options))
-    train_dataset, eval_dataset, image_processor = build_datasets(data, config, args.seed)
-    transformers.set_seed(args.seed)
-    interrupt = InterruptCallback()
-    # At these lengths the fused kernel is up to twice as slow on a CPU as plain attention; on a GPU it is the faster.
-    attention = "eager" if args.device.type == "cpu" else "sdpa"
-    trainer = CurriculumTrainer(
-        model=FAMILIES[family.family][2]._from_config(config, attn_implementation=attention),
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=image_processor,
-        callbacks=[interrupt],
-    )
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.restore()
-    if interrupt.interrupted:
-        print(f"Stopped at step {trainer.state.global_step}. Go on with the same command and")
-        print("  --resume_from_checkpoint last")
-        return 130
-    _finish(trainer, result.metrics)
-    trainer.accelerator.end_training()
-    return 0
+    return config, data, args, {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
 
 
 def _family(argv: Sequence[str]) -> str:
@@ -124,21 +127,21 @@ def _family(argv: Sequence[str]) -> str:
     return FamilyArguments(family=name).family
 
 
-def _checkpoint(args: PretrainingArguments) -> str | None:
-    """The checkpoint to resume from; refuses to write over an earlier run without being told to."""
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+def _checkpoint(args: PretrainingArguments) -> str | bool:
+    """The checkpoint to resume from, `True` for the last valid one; refuses to write over an earlier run by mistake."""
+    last = next(reversed(checkpoints(args.output_dir)), None)
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted == "false":
         if last is not None:
             raise UsageError(
-                f"`output_dir` {args.output_dir!r} holds the checkpoints of an earlier run ({Path(last).name}): go on "
+                f"`output_dir` {args.output_dir!r} holds the checkpoints of an earlier run ({last.name}): go on "
                 "with `--resume_from_checkpoint last`, or choose another folder."
             )
-        return None
+        return False
     if wanted in ("last", "true"):
         if last is None:
             raise UsageError(f"`resume_from_checkpoint` is {wanted!r}, but {args.output_dir!r} holds no checkpoint.")
-        return last
+        return True
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise UsageError(f"`resume_from_checkpoint` is {wanted!r}, which is no checkpoint folder; or say `last`.")
     return wanted

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,7 +90,7 @@ def parsed(monkeypatch):
         seen.update(data=data, config=config, seed=seed)
         raise ValueError("this far and no further")
 
-    monkeypatch.setattr(clmae.cli.pretrain, "build_datasets", stop)
+    monkeypatch.setattr(clmae.training.build, "build_datasets", stop)
     return seen
 
 
@@ -317,7 +318,8 @@ def wait_for(path, process, seconds=90):
         time.sleep(0.02)
 
 
-def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends(recipe, photos):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_a_checkpoint_from_which_the_run_ends(capsys, recipe, photos, number, code):
     text = f"dataset: {photos}\noutput_dir: out\nmax_steps: 250\ndataloader_num_workers: 1\ndifficulty_steps: 0\n"
     command = ["pretrain", "--config", recipe(text=text)]
     process = subprocess.Popen(
@@ -330,9 +332,9 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends(recipe, photos):
     )
     wait_for(Path("out/pictures/step-000000.png"), process)
     time.sleep(0.3)  # so that the workers run
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers are told, too
+    os.killpg(process.pid, number)  # as a terminal does: the workers are told, too
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
+    assert process.returncode == code, output
     assert "--resume_from_checkpoint last" in output
     assert "Traceback" not in output
     (checkpoint,) = Path("out").glob("checkpoint-*")
@@ -340,10 +342,55 @@ def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_ends(recipe, photos):
     assert 0 < step < 250
     assert f"Stopped at step {step}." in output
     assert not Path("out/model.safetensors").exists()
+    assert not Path("out/run.lock").exists()
+    assert main(["verify", "out"]) == 0
     assert main([*command, "--resume_from_checkpoint", "last"]) == 0
     state = json.loads(Path("out/trainer_state.json").read_text())
     assert state["global_step"] == 250
     assert Path("out/model.safetensors").exists()
+    assert main(["verify", "out"]) == 0
+    assert "out: whole" in capsys.readouterr().out
+
+
+# -- clmae verify -----------------------------------------------------------------------------------------------------
+
+
+def test_verify_names_what_is_wrong(capsys, trained, tmp_path):
+    shutil.copytree(trained("mae"), tmp_path / "out")
+    assert main(["verify", "out"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["out/checkpoint-4: whole", "out: whole"]
+    assert main(["verify", "out/checkpoint-4"]) == 0
+    os.truncate("out/checkpoint-4/optimizer.pt", 10)
+    Path("out/config.json").unlink()
+    assert main(["verify", "out"]) == 1
+    damaged, problem, model, missing = capsys.readouterr().out.splitlines()[1:]
+    assert (damaged, model) == ("out/checkpoint-4: damaged or unfinished", "out: damaged or unfinished")
+    assert problem.startswith("  optimizer.pt has 10 bytes")
+    assert missing == "  config.json is missing."
+
+
+def test_verify_mistakes(capsys, tmp_path):
+    assert "no folder" in error(capsys, "verify", "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "neither a checkpoint nor a model" in error(capsys, "verify", "empty")
+
+
+def test_resume_passes_over_a_damaged_checkpoint_or_says_that_none_is_left(capsys, trained, tmp_path, recipe, photos):
+    shutil.copytree(trained("mae"), tmp_path / "out")
+    os.truncate("out/checkpoint-4/optimizer.pt", 10)
+    argv = ["--config", recipe("mae"), "--dataset", photos, "--output_dir", "out", "--max_steps", "4"]
+    message = error(capsys, "pretrain", *argv, "--resume_from_checkpoint", "last")
+    assert "no valid checkpoint: checkpoint-4: optimizer.pt has 10 bytes" in message
+    message = error(capsys, "pretrain", *argv, "--resume_from_checkpoint", "out/checkpoint-4")
+    assert "optimizer.pt has 10 bytes" in message
+
+
+def test_a_run_that_diverges_ends_with_1(capsys, recipe, photos):
+    argv = ["--config", recipe("mae"), "--dataset", photos, "--output_dir", "out", "--max_steps", "6"]
+    assert main(["pretrain", *argv, "--learning_rate", "1e30", "--warmup_steps", "0", "--logging_steps", "6"]) == 1
+    assert "is not finite. Its images" in capsys.readouterr().err
+    assert not list(Path("out").glob("checkpoint-*"))
+
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

@@ -9,7 +9,7 @@ import re
 import pytest
 from transformers import AutoConfig
 
-from clmae.configuration import CLMAEConfig, MAEConfig
+from clmae.configuration import CLMAEConfig, CMAEConfig, MAEConfig
 
 NAN, INF = float("nan"), float("inf")
 
@@ -58,6 +58,18 @@ BAD_MAE = [
     (dict(out_features=["stage13"]), ("out_features", "stage13", "stage12")),
     (dict(out_indices=[13]), ("out_indices", "13", "stage12")),
 ]
+BAD_CMAE = [
+    (dict(contrastive_loss_weight=-0.1), ("`contrastive_loss_weight`", "-0.1", "[0, inf)")),
+    (dict(position_loss_weight=INF), ("`position_loss_weight`", "inf", "[0, inf)")),
+    (dict(contrastive_temperature=0), ("`contrastive_temperature`", "0", "(0, inf)")),
+    (dict(position_mask_ratio=0.0), ("`position_mask_ratio`", "0.0", "(0, 1]")),
+    (dict(position_mask_ratio=0.01), ("`position_mask_ratio`", "0.01", "49 visible patches", "take at least 0.0205")),
+    (dict(mask_sampler="grid"), ("`position_mask_ratio`", "0.75", "'grid'", "set `position_mask_ratio` to 1")),
+    (dict(projection_size=0), ("`projection_size`", "0", "int of at least 1")),
+    (dict(projection_hidden_size=-1), ("`projection_hidden_size`", "-1", "int of at least 1")),
+    (dict(learned_masks=1), ("`learned_masks`", "1", "give true or false")),
+    (dict(diversity_scale=-1), ("`diversity_scale`", "-1", "[0, inf)")),
+]
 BAD_CL_MAE = [
     (dict(masker_num_hidden_layers=0), ("`masker_num_hidden_layers`", "0", "int of at least 1")),
     (dict(masker_num_attention_heads=0), ("`masker_num_attention_heads`", "0", "int of at least 1")),
@@ -86,10 +98,14 @@ def test_bad_field(config_class, fields, parts):
     assert [part for part in parts if part not in str(error.value)] == [], str(error.value)
 
 
-@pytest.mark.parametrize(("fields", "parts"), BAD_CL_MAE, ids=lambda v: str(v)[:60])
-def test_bad_cl_mae_field(fields, parts):
+@pytest.mark.parametrize(
+    ("config_class", "fields", "parts"),
+    [(CLMAEConfig, *case) for case in BAD_CL_MAE] + [(CMAEConfig, *case) for case in BAD_CMAE],
+    ids=lambda v: str(v)[:60],
+)
+def test_bad_field_of_a_family(config_class, fields, parts):
     with pytest.raises(ValueError, match=re.escape(parts[0])) as error:
-        CLMAEConfig(**fields)
+        config_class(**fields)
     assert [part for part in parts if part not in str(error.value)] == [], str(error.value)
 
 

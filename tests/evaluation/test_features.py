@@ -3,16 +3,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
+    BeitConfig,
+    BeitModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -54,8 +64,10 @@ def make_model(name: str, tiny_config):
         "registers": lambda: Dinov2WithRegistersModel(
             Dinov2WithRegistersConfig(**SIZE, mlp_ratio=2, num_register_tokens=3)
         ),
+        "beit": lambda: BeitModel(BeitConfig(**SIZE, **mlp)),
         "mae": lambda: clmae.MAEModel(tiny_config("mae")),
         "cl_mae": lambda: clmae.CLMAEModel(tiny_config("cl_mae")),
+        "cmae": lambda: clmae.CMAEModel(tiny_config("cmae")),
     }
     model = made[name]()
     with torch.no_grad():  # nothing may be zero by accident: positions, class tokens and biases show in the features
@@ -115,6 +127,44 @@ def test_missing_label_is_named(missing):
         LabelledImages(image_dataset(random_images(4), [0, 1, missing, 0]), processor())
 
 
+@pytest.mark.parametrize(
+    ("values", "kind", "message"),
+    [
+        ([[0, 1], [1]], datasets.List(datasets.Value("int64")), "'label' holds several labels an image"),
+        ([0.0, 1.0], datasets.Value("float32"), "'label' holds float32, and fractions are no classes"),
+        (["cat", None], datasets.Value("string"), "'label' has no class for image 1"),
+        (["cat", ""], datasets.Value("string"), "'label' has no class for image 1"),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_labels_that_are_no_classes(values, kind, message, named):
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
+    data = datasets.Dataset.from_dict({"image": random_images(2), "label": values}, features=features)
+    with pytest.raises(ValueError, match=message):
+        LabelledImages(data, processor(), label_column="label" if named else None)
+
+
+def test_words_are_classes_as_the_training_set_numbers_them():
+    def of(words, **options):
+        data = {"image": random_images(len(words)), "label": words}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        return LabelledImages(datasets.Dataset.from_dict(data, features=features), processor(), **options)
+
+    train = of(["dog", "cat", "dog", "owl"])
+    assert train.class_names == ["cat", "dog", "owl"]
+    assert train.labels.tolist() == [1, 0, 1, 2]
+    test = of(["owl", "dog"], class_names=train.class_names)
+    assert (test.labels.tolist(), test.class_names) == ([2, 1], train.class_names)
+    with pytest.raises(ValueError, match="classes that the training set lacks: 'ant', 'bee'; leave out"):
+        of(["owl", "bee", "ant"], class_names=train.class_names)
+
+
+def test_numbers_are_taken_before_words():
+    data = image_dataset(random_images(2), [1, 0]).add_column("class", ["x", "y"])
+    assert LabelledImages(data, processor()).label_column == "label"
+    assert LabelledImages(data, processor(), label_column="class").class_names == ["x", "y"]
+
+
 def test_bad_data():
     data = image_dataset(random_images(2), [0, 1])
     with pytest.raises(ValueError, match="`dataset` has no column of class labels"):
@@ -171,6 +221,52 @@ def test_registers_are_no_patches(images, tiny_config):
     torch.testing.assert_close(features[0], tokens[4:].mean(0), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["vit", "dinov2", "registers", "beit", "mae", "cl_mae", "cmae"])
+def test_class_token_beside_the_mean(name, images, tiny_config):
+    model = make_model(name, tiny_config)
+    both, cls, mean = (
+        extract_features(model, images, feature=feature, progress=False)[0] for feature in ("cls+mean", "cls", "mean")
+    )
+    assert both.shape == (7, 64)
+    assert torch.equal(both, torch.cat([cls, mean], 1))
+
+
+@pytest.mark.parametrize("name", ["vit", "vit_mae", "dinov2", "registers", "mae", "cl_mae", "cmae"])
+def test_layers(name, images, tiny_config):
+    model = make_model(name, tiny_config)
+    found = {
+        layer: extract_features(model, images, feature="cls+mean", layer=layer, progress=False)[0]
+        for layer in (None, 0, 1, 2, -1, -3)
+    }
+    assert torch.equal(found[2], found[-1])
+    assert torch.equal(found[0], found[-3])
+    assert not any(torch.equal(found[a], found[b]) for a, b in ((0, 1), (1, 2), (2, None)))
+    # The last block's tokens become the output by the final LayerNorm.
+    extract = dict(feature="cls", progress=False)
+    norm = getattr(model, "layernorm", None) or getattr(model, "norm", None)
+    last, output = (extract_features(model, images, layer=layer, **extract)[0] for layer in (-1, None))
+    torch.testing.assert_close(norm(last), output, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"`layer` is 3, but a \w+ gives 0 to 2"):
+        extract_features(model, images, feature="cls", layer=3, progress=False)
+    with pytest.raises(ValueError, match="`layer` is 1, but only a model's output is pooled by itself"):
+        extract_features(model, images, feature="pooler_output", layer=1, progress=False)
+
+
+def test_a_layer_of_our_families_is_pooled_as_the_family_does(images, tiny_config):
+    for pooling in ("mean", "cls"):
+        model = clmae.MAEModel(tiny_config("mae", pooling=pooling))
+        assert default_feature(model, layer=1) == pooling
+    assert default_feature(make_model("vit", tiny_config), layer=1) == "cls"
+
+
+def test_an_encoder_without_a_token_for_each_patch(images):
+    sizes = dict(image_size=16, patch_size=2, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    model = SwinModel(SwinConfig(**sizes))
+    with pytest.raises(ValueError, match="a SwinModel, which gives 16 tokens for 64 patches"):
+        extract_features(model, images, feature="mean", progress=False)
+    assert extract_features(model, images, feature="pooler_output", progress=False)[0].shape == (7, 32)
+
+
 @pytest.mark.parametrize(
     ("name", "feature"), [("mae", "pooler_output"), ("cl_mae", "pooler_output"), ("vit", "cls"), ("vit_mae", "cls")]
 )
@@ -222,7 +318,7 @@ def test_progress_bar(images, tiny_config, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(feature="pool"), "`feature` is 'pool'; choose one of pooler_output, cls, mean"),
+        (dict(feature="pool"), "`feature` is 'pool'; choose one of pooler_output, cls, mean, cls\\+mean"),
         (dict(batch_size=0), "`batch_size` is 0"),
         (dict(num_workers=-1), "`num_workers` is -1"),
     ],
@@ -236,6 +332,150 @@ def test_a_model_that_is_no_encoder(images, tiny_config):
     model = clmae.MAEForPreTraining(tiny_config("mae"))
     with pytest.raises(ValueError, match=r"MAEForPreTraining, which gives no `last_hidden_state`.*AutoModel"):
         extract_features(model, images, progress=False)
+
+
+# -- cache ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    """How many batches went through an encoder of ours so far."""
+    seen = []
+    forward = clmae.MAEModel.forward
+
+    def counted(self, *args, **kwargs):
+        seen.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(clmae.MAEModel, "forward", counted)
+    return seen
+
+
+def test_features_are_kept(images, tiny_config, tmp_path, forward_passes):
+    model = make_model("mae", tiny_config)
+    options = dict(cache_dir=tmp_path / "new", progress=False)
+    first, labels = extract_features(model, images, **options)
+    assert len(forward_passes) == 1
+    copied = clmae.MAEModel(model.config)
+    copied.load_state_dict(model.state_dict())
+    again, again_labels = extract_features(copied, images, **options)
+    assert len(forward_passes) == 1
+    assert torch.equal(first, again)
+    assert torch.equal(labels, again_labels)
+    (path,) = (tmp_path / "new").iterdir()
+    before = path.read_bytes()
+    again += 1  # what is done to the features stays out of the file
+    assert path.read_bytes() == before
+    raw, _ = raw_pixels(images, **options)
+    assert torch.equal(raw, raw_pixels(images, **options)[0])
+    assert len(list((tmp_path / "new").iterdir())) == 2
+
+
+def test_anything_that_matters_is_another_entry(images, tiny_config, tmp_path, forward_passes):
+    model = make_model("mae", tiny_config)
+    options = dict(cache_dir=tmp_path, progress=False)
+    data = image_dataset(random_images(), [0, 1, 2, 0, 1, 2, 0])
+    resized = make_image_processor(16, 3, [0.4] * 3, [0.5] * 3)
+    runs = [
+        (model, images, {}),
+        (model, images, dict(feature="cls")),
+        (model, images, dict(feature="mean")),
+        (model, images, dict(feature="mean", layer=1)),
+        (model, images, dict(bf16=True)),
+        (random_encoder(model), images, {}),
+        (model, LabelledImages(data.select([0, 2, 1]), processor()), {}),
+        (model, LabelledImages(data.select([0, 1, 2]), processor()), {}),
+        (model, LabelledImages(data, resized), {}),
+    ]
+    for n in (1, 2):  # the second time, all are there
+        for which, part, change in runs:
+            extract_features(which, part, **options, **change)
+        assert len(forward_passes) == len(list(tmp_path.iterdir())) == len(runs), n
+    # Labels do not matter, and are never the cache's.
+    relabelled = LabelledImages(image_dataset(random_images(), [2] * 7), processor())
+    _, labels = extract_features(model, relabelled, **options)
+    assert labels.tolist() == [2] * 7
+    with torch.no_grad():
+        model.layers[0].mlp.fc1.bias[0] += 1e-3
+    extract_features(model, images, **options)
+    assert len(forward_passes) > len(runs)
+
+
+def test_a_changed_file_is_noticed(tiny_config, tmp_path, forward_passes):
+    paths = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for i, path in enumerate(paths):
+        random_images(2)[i].save(path)
+    model, data = make_model("mae", tiny_config), image_dataset(paths, [0, 1])
+    options = dict(cache_dir=tmp_path / "cache", progress=False)
+    first, _ = extract_features(model, LabelledImages(data, processor()), **options)
+    extract_features(model, LabelledImages(data, processor()), **options)
+    assert len(forward_passes) == 1
+    Image.new("RGB", (16, 16)).save(paths[1])
+    changed, _ = extract_features(model, LabelledImages(data, processor()), **options)
+    assert torch.equal(first[0], changed[0])
+    assert not torch.equal(first[1], changed[1])
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other rows", "no array"])
+def test_a_damaged_cache_is_written_anew(images, tiny_config, tmp_path, forward_passes, damage):
+    model, options = make_model("mae", tiny_config), dict(cache_dir=tmp_path, progress=False)
+    expected, _ = extract_features(model, images, **options)
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    if damage == "other rows":
+        np.save(path, np.zeros((6, 32), dtype=np.float32))
+    else:
+        path.write_bytes({"cut": content[:-20], "empty": b"", "no array": b"x" * len(content)}[damage])
+    found, _ = extract_features(model, images, **options)
+    assert torch.equal(found, expected)
+    assert len(forward_passes) == 2
+    assert path.read_bytes() == content
+
+
+def test_what_cannot_be_recognised_is_not_kept(images, tiny_config, tmp_path):
+    model, options = make_model("mae", tiny_config), dict(cache_dir=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="`cache_dir` is given, but `dataset` is a list"):
+        extract_features(model, [images[0]], **options)
+    images.processor = lambda *args, **kwargs: processor()(*args, **kwargs)
+    with pytest.raises(ValueError, match="`cache_dir` is given, but `processor` is no image processor"):
+        extract_features(model, images, **options)
+
+
+# -- several processes ----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one(tiny_config, tmp_path):
+    sizes = (7, 1)  # parts of 3 and 4, and fewer images than processes
+    model = make_model("mae", tiny_config)
+    model.save_pretrained(tmp_path / "model")
+    data = {size: image_dataset(random_images(size), [0, 1, 2, 0, 1, 2, 0][:size]) for size in sizes}
+    for size in sizes:
+        data[size].save_to_disk(tmp_path / str(size))
+    script = Path(__file__).with_name("distributed_features.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(clmae.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+    command += [str(tmp_path), *map(str, sizes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for size in sizes:
+        alone = LabelledImages(data[size], processor())
+        features, labels = extract_features(model, alone, batch_size=2, progress=False)
+        pixels, _ = raw_pixels(alone, progress=False)
+        for rank in (0, 1):
+            found = load_file(tmp_path / f"{size}-{rank}.safetensors")
+            torch.testing.assert_close(found["features"], features, rtol=0, atol=1e-5)  # other batches round otherwise
+            assert torch.equal(found["features"], found["cached"])
+            assert torch.equal(found["pixels"], pixels)
+            assert torch.equal(found["labels"], labels)
+            assert found["encoded"].item() == (1 if size == 1 else 3 + rank)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert done.stderr.count("features: 100%") == 2  # one bar each
 
 
 # -- baselines ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import clmae
-from clmae.evaluation import KNNProtocol, LinearProtocol, evaluate_model
+from clmae.evaluation import FewShotProtocol, KNNProtocol, LinearProtocol, evaluate_model
 from clmae.evaluation.report import EvaluationResult, EvaluationRow
 from clmae.training.data import make_image_processor
 
@@ -63,15 +63,22 @@ def test_whole_path(model_folder, image_folder, tmp_path):
         for row in result.rows:
             assert all(0 <= value <= 100 and round(value, 2) == value for value in row.accuracies.values())
     columns = ["k = 5", "k = 10", "k = 20", "Euclidean, majority of 5", "Euclidean, any of 5"]
+    columns += ["mean per class, k = 20", "macro F1, k = 20"]
     assert results["knn"].rows[2].accuracies == dict.fromkeys(columns, 100.0)
-    assert results["linear"].rows[2].accuracies == {"top-1": 100.0}
+    assert results["linear"].rows[2].accuracies == {"top-1": 100.0, "mean per class": 100.0, "macro F1": 100.0}
+    for result in results.values():
+        for row in result.rows:
+            assert row.intervals.keys() == row.accuracies.keys()
+            assert all(low <= row.accuracies[column] <= high for column, (low, high) in row.intervals.items())
     assert results["linear"].rows[2].details["l2"] == 10.0
     assert results["linear"].rows[2].details["validation_accuracies"]["1e-06"] == 100.0
 
     path = tmp_path / "new" / "linear.json"
     results["linear"].save_json(path)
     saved = json.loads(path.read_text())
-    assert saved["rows"][2]["accuracies"] == {"top-1": 100.0}
+    assert saved["rows"][2]["accuracies"]["top-1"] == 100.0
+    assert saved["rows"][2]["intervals"]["top-1"] == [100.0, 100.0]
+    assert saved.keys() == {"protocol", "rows", "settings"}
     settings = saved["settings"]
     expected = dict(
         model=str(model_folder),
@@ -82,12 +89,16 @@ def test_whole_path(model_folder, image_folder, tmp_path):
         num_train=40,
         num_test=10,
         feature="pooler_output",
+        layer=None,
+        selected_on={"split": "train", "share_of_each_class": 0.2, "seed": 0},
         random_encoder_seed=3,
         label_column="label",
         device="cpu",
     )
     assert {key: settings[key] for key in expected} == expected
     assert settings["parameters"]["seed"] == 0
+    assert settings["intervals"]["resamples"] >= 1000
+    assert results["knn"].settings["selected_on"] is None
     assert settings["parameters"]["validation_share"] == 0.2
     assert settings["image_processor"]["class"] == "BitImageProcessorPil"
     assert torch.__version__.startswith(settings["versions"]["torch"])
@@ -97,7 +108,7 @@ def test_whole_path(model_folder, image_folder, tmp_path):
 def test_scores_are_of_the_test_split(model_folder, image_folder):
     results = evaluate_model(model_folder, image_folder, progress=False)  # its classes are exchanged
     assert set(results["knn"].rows[2].accuracies.values()) == {0.0}
-    assert results["linear"].rows[2].accuracies == {"top-1": 0.0}
+    assert set(results["linear"].rows[2].accuracies.values()) == {0.0}
     assert set(results["linear"].rows[2].details["validation_accuracies"].values()) == {100.0}
 
 
@@ -106,7 +117,8 @@ def test_limits_settings_and_no_baselines(model_folder, image_folder):
     options = dict(protocols=[protocol], max_train_samples=8, max_test_samples=4, baselines=False, progress=False)
     results = evaluate_model(model_folder, image_folder, test_split="validation", **options)
     (row,) = results["knn"].rows
-    assert list(row.accuracies) == ["k = 1", "Euclidean, majority of 3", "Euclidean, any of 3"]
+    assert list(row.accuracies)[:3] == ["k = 1", "Euclidean, majority of 3", "Euclidean, any of 3"]
+    assert list(row.accuracies)[3:] == ["mean per class, k = 1", "macro F1, k = 1"]
     settings = results["knn"].settings
     assert (settings["num_train"], settings["num_test"], settings["max_train_samples"]) == (8, 4, 8)
     assert settings["parameters"]["ks"] == (1,)
@@ -137,6 +149,72 @@ def test_table():
         "| pretrained | 61.50 | 7.00 |\n"
         "| raw pixels | 100.00 | 1.23 |"
     )
+
+
+def test_table_with_intervals_and_spread():
+    scores = dict(accuracies={"n = 1": 52.64, "n = 2": 60.0}, std={"n = 1": 1.24})
+    row = EvaluationRow("pretrained", 8, intervals={"n = 1": (51.66, 53.62), "n = 2": (59.04, 61.0)}, **scores)
+    table = EvaluationResult("fewshot", [row], {}).to_markdown().splitlines()
+    assert table[2] == "| pretrained | 52.6 ± 1.2 [51.7, 53.6] | 60.0 [59.0, 61.0] |"
+
+
+def test_few_shot(model_folder, image_folder):
+    protocol = FewShotProtocol(shots=(1, 2, 32), num_draws=3, l2_grid=(1.0, 0.1), seed=5)
+    result = evaluate_model(model_folder, image_folder, [protocol], test_split="validation", progress=False)["fewshot"]
+    pixels = result.rows[2]
+    assert pixels.accuracies == {"n = 1": 100.0, "n = 2": 100.0}
+    assert pixels.std == {"n = 1": 0.0, "n = 2": 0.0}
+    assert pixels.details["draws"] == {"n = 1": [100.0] * 3, "n = 2": [100.0] * 3}
+    assert pixels.details["l2"]["n = 1"] == [0.1] * 3
+    assert (pixels.details["seeds"], pixels.details["skipped"]) == ([5, 6, 7], [32])
+    assert result.settings["selected_on"]["seeds"] == [5, 6, 7]
+    assert result.save_class_files("none.json") == []
+
+
+def test_imbalanced_classes_and_the_top_five(model_folder):
+    """Nine greys, of which the first has most of the images and is learnt; the rest are of one look."""
+    images = [Image.new("RGB", (16, 16), (0,) * 3 if i < 40 else (200,) * 3) for i in range(72)]
+    labels = [0] * 40 + [1 + i % 8 for i in range(32)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    data = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    twice = {"train": data, "test": data.select(range(1, 72))}
+    row = evaluate_model(model_folder, twice, ["linear"], progress=False)["linear"].rows[2]
+    # 39 of class 0, and 4 of whichever other class is predicted for the 32 that look alike.
+    assert row.accuracies["top-1"] == round(100 * 43 / 71, 2)
+    assert row.accuracies["mean per class"] == round(100 * 2 / 9, 2)
+    assert row.accuracies["top-5"] == pytest.approx(100 * (39 + 20) / 71, abs=6)  # five of the eight, or zero and four
+    low, high = row.intervals["mean per class"]
+    assert low <= 100 * 2 / 9 <= high
+
+
+def test_words_are_classes(model_folder):
+    words = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    names = [["blue", "red"][i % 2] for i in range(12)]
+    images = [coloured(name, i) for i, name in enumerate(names)]
+    train = datasets.Dataset.from_dict({"image": images, "label": names}, features=words)
+    test = train.select([1, 3, 5])  # red alone, which would be class 0 of its own
+    results = evaluate_model(model_folder, {"train": train, "test": test}, ["linear"], progress=False)
+    assert results["linear"].rows[2].accuracies["top-1"] == 100.0
+    assert results["linear"].predictions.references.tolist() == [1, 1, 1]
+    settings = evaluate_model(model_folder, train, ["linear"], progress=False, baselines=False)["linear"].settings
+    assert (settings["num_train"], settings["num_test"]) == (10, 2)
+    numbered = in_memory(4).cast_column("label", datasets.Value("int64"))
+    for pair in ((train, numbered), (numbered, train)):
+        with pytest.raises(ValueError, match="classes"):
+            evaluate_model(model_folder, dict(zip(("train", "test"), pair, strict=True)), progress=False)
+
+
+def test_features_are_kept_for_all_representations(model_folder, image_folder, tmp_path, monkeypatch):
+    options = dict(protocols=["knn"], test_split="validation", progress=False, cache_dir=tmp_path, seed=1)
+    first = evaluate_model(model_folder, image_folder, **options)
+    assert len(list(tmp_path.iterdir())) == 6
+    monkeypatch.setattr("clmae.evaluation.features._collect", None)  # nothing is read again
+    assert evaluate_model(model_folder, image_folder, **options)["knn"].rows == first["knn"].rows
+
+
+def test_one_image_of_each_class_cannot_be_split(model_folder):
+    with pytest.raises(ValueError, match="a single image of each class"):
+        evaluate_model(model_folder, in_memory(2), progress=False)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -179,15 +257,15 @@ def test_without_a_test_split_a_fifth_is_held_out(model_folder, where, tmp_path)
         data.save_to_disk(tmp_path / "saved")
         data = tmp_path / "saved"
     settings = evaluate_model(model_folder, data, ["linear"], progress=False)["linear"].settings
-    assert settings["test_split"] == "20% of train, held out at random"
-    assert settings["num_test"] == -(-images // 5)
+    assert settings["test_split"] == "20% of each class of train, held out at random"
+    assert settings["num_test"] == 2  # of 6 of each class one
     assert settings["num_train"] == images - settings["num_test"]
 
 
 def test_a_small_set_is_judged_by_the_neighbours_it_has(model_folder):
     data = {"train": in_memory(12), "test": in_memory(6)}
     row = evaluate_model(model_folder, data, ["knn"], progress=False)["knn"].rows[0]
-    assert list(row.accuracies) == ["k = 5", "k = 10", "Euclidean, majority of 5", "Euclidean, any of 5"]
+    assert list(row.accuracies)[:4] == ["k = 5", "k = 10", "Euclidean, majority of 5", "Euclidean, any of 5"]
 
 
 def test_classes_must_agree(model_folder):
@@ -199,7 +277,9 @@ def test_classes_must_agree(model_folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(protocols=["kmeans"]), "`protocols` holds 'kmeans'; choose from knn, linear"),
+        (dict(protocols=["kmeans"]), "`protocols` holds 'kmeans'; choose from knn, linear, fewshot"),
+        (dict(layer=5, feature="cls"), "`layer` is 5, but a CLMAEModel gives 0 to 2"),
+        (dict(protocols=[FewShotProtocol(shots=(20,))]), r"`shots` is \(20,\), but the smallest class has 6"),
         (dict(protocols="knn"), "`protocols` is 'knn'; give a list"),
         (dict(protocols=["knn", KNNProtocol()]), "give each protocol once"),
         (dict(label_column="class"), "`label_column` is 'class', but the columns are 'image'"),

@@ -313,7 +313,11 @@ def test_evaluation_computes_pass_b_only_when_asked(build, make_images):
     for no_grad in (torch.no_grad, torch.enable_grad, torch.inference_mode):
         with no_grad():
             asked = model(pixel_values, compute_masker_loss=True)
-        assert all(torch.equal(asked[term], trained[term]) for term in ("loss", *reference.TERMS))
+        for term in (
+            "loss",
+            *reference.TERMS,
+        ):  # without gradients another kernel may be chosen
+            torch.testing.assert_close(asked[term], trained[term], rtol=1e-6, atol=0)
 
 
 def test_the_default_factor_is_the_curriculums_start(build, make_images):

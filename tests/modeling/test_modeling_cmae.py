@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -92,6 +93,23 @@ def test_contrastive_loss_by_hand():
 def test_perfect_views_have_no_loss_at_low_temperature():
     vectors = torch.eye(4)
     assert contrastive_loss(vectors, 5 * vectors, 0.01).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_contrast_is_computed_in_float32(dtype):
+    first, second = torch.randn(2, 6, 8).to(dtype)
+    expected = contrastive_loss(first.float(), second.float(), 0.1)
+    for vectors in ((first, second), (first.float(), second.float())):
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(contrastive_loss(*vectors, 0.1), expected)
+        assert torch.equal(contrastive_loss(*vectors, 0.1), expected)
+
+
+def test_positions_are_scored_in_float32(build, views):
+    model = build().bfloat16()
+    pixel_values, noise = views(model.config, 4, torch.float32)
+    outputs = model(pixel_values, noise)
+    assert {outputs[name].dtype for name in ("position_loss", "contrastive_loss")} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -222,6 +240,23 @@ def test_withheld_positions_cannot_be_read_off_the_input(build, monkeypatch):
     assert accuracy_after(build(contrastive_loss_weight=0.0, position_mask_ratio=1.0), 150) > 0.99
 
 
+def test_given_positions_only_exclude_themselves(build):
+    """Three quarters withheld, as by default: the rest tells no more than where a token is not."""
+    torch.manual_seed(0)
+    model = build(image_size=32, contrastive_loss_weight=0.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    found = []
+    for step in range(60):
+        pixel_values = 0.3 * torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        outputs = model(pixel_values)
+        optimizer.zero_grad()
+        outputs.position_loss.backward()
+        optimizer.step()
+        found.append(outputs.position_accuracy.item())
+    chance, count = 1 / (64 - 4), 40 * 64 * 12
+    assert abs(sum(found[20:]) / 40 - chance) < 5 * math.sqrt(chance / count)
+
+
 def test_position_task_starts_at_chance(tiny_config):
     model = CMAEForPreTraining(tiny_config("cmae", image_size=32, contrastive_loss_weight=0.0)).train()
     accuracy = model(torch.randn(256, 3, 32, 32)).position_accuracy.item()
@@ -261,6 +296,24 @@ def test_no_masking_module_no_learned_masks(build, views):
     model = build()
     with pytest.raises(ValueError, match=r"`learned_masks` is false"):
         model(*views(model.config, dtype=torch.float32), masking="learned")
+    with pytest.raises(ValueError, match=r"`compute_masker_loss` is true, but `learned_masks` is false"):
+        model(*views(model.config, dtype=torch.float32), compute_masker_loss=True)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shape", [(3, 16), (6, 16), (3, 2, 9)])
+def test_noise_of_another_shape(build, views, learned, shape):
+    model = build(**(dict(learned_masks=True, **MASKER_FIELDS) if learned else {}))
+    pixel_values, _ = views(model.config, 3, torch.float32)
+    with pytest.raises(ValueError, match=rf"`noise` has shape {re.escape(str(shape))}; .* give \(3, 2, 16\)"):
+        model(pixel_values, torch.rand(shape))
+
+
+def test_wrong_channels_are_reported_as_they_were_given(build):
+    with pytest.raises(
+        ValueError, match=r"`pixel_values` has shape \(3, 2, 5, 16, 16\); expected \(batch_size, views, 3"
+    ):
+        build()(torch.randn(3, 2, 5, 16, 16))
 
 
 def test_positions_need_the_configured_size(build):

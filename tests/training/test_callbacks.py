@@ -109,15 +109,15 @@ def test_tensorboard_gets_scalars_and_pictures(tmp_path, monkeypatch):
 
 
 class PressCtrlC(TrainerCallback):
-    """Sends SIGINT to this process within step `step`, `times` times."""
+    """Sends SIGINT, or another signal, to this process within step `step`, `times` times."""
 
-    def __init__(self, step, times=1):
-        self.step, self.times = step, times
+    def __init__(self, step, times=1, number=signal.SIGINT):
+        self.step, self.times, self.number = step, times, number
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step - 1:
             for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), self.number)
 
 
 @pytest.fixture(autouse=True)
@@ -178,6 +178,31 @@ def test_the_same_trainer_goes_on_after_ctrl_c(tmp_path):
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 6
     assert not interrupt.interrupted
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_saves_and_leaves_out_an_evaluation(tmp_path, times):
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt = InterruptCallback()
+    callbacks = [interrupt, PressCtrlC(2, times, signal.SIGTERM)]
+    trainer = tiny_trainer(tmp_path, max_steps=4, eval_strategy="steps", eval_steps=1, callbacks=callbacks)
+    trainer.train()
+    assert interrupt.received == signal.SIGTERM
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert verify(tmp_path / "checkpoint-2") == []
+    assert logged(trainer, "eval_loss").keys() == {1}
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("mine", "others", "logs", "stops"), [(15, 0, True, True), (0, 15, True, True)] + [
+    (15, 0, False, False), (0, 0, True, False)])
+def test_processes_agree_where_to_stop(monkeypatch, mine, others, logs, stops):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda heard, op: heard.fill_(max(mine, others)))
+    callback, control = InterruptCallback(), TrainerControl(should_log=logs, should_evaluate=True)
+    callback.received = mine or None
+    callback.on_step_end(SimpleNamespace(world_size=2, device="cpu"), TrainerState(), control)
+    assert control.should_training_stop is control.should_save is stops
+    assert control.should_evaluate is not stops
 
 
 def test_ctrl_c_is_left_to_the_launcher_of_several_processes(handler):

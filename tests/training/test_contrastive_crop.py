@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.stats import beta, kstest, uniform
 
+import clmae.training.trainer as trainer_module
 from clmae.training.callbacks import ContrastiveCropCallback
 from clmae.training.contrastive_crop import (
     CROP_THRESHOLD,
@@ -18,10 +19,10 @@ from clmae.training.contrastive_crop import (
     object_heat_map,
     refresh_epochs,
 )
-from clmae.training.data import DataArguments
+from clmae.training.data import DataArguments, build_datasets
 from clmae.training.images import crop_and_resize, random_resized_crop_box, sample_generator
 
-from .runs import assert_equal_weights, image_dataset, tiny_model, tiny_trainer, weights
+from .runs import assert_equal_weights, image_dataset, pil_dataset, tiny_model, tiny_trainer, weights
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -208,7 +209,7 @@ def test_boxes_of_patch_maps_by_hand():
         WHOLE,
         WHOLE,
     ]
-    boxes = heat_map_box(maps)
+    boxes = heat_map_box(maps, threshold=0.1)
     assert boxes.dtype == torch.float32
     torch.testing.assert_close(boxes, torch.tensor(expected), atol=0, rtol=0)
 
@@ -230,7 +231,7 @@ def test_boxes_of_resized_maps_by_hand():
     # Pixel i is at patch (i + 0.5) / 4 - 0.5. Columns 2 to 9 are 1/8, 3/8, 5/8, 7/8, 7/8, 5/8, 3/8, 1/8, times the
     # row's value; rows 0 to 5 are 1, 1, 7/8, 5/8, 3/8, 1/8, times the column's.
     heat_map = hot(2, 4, (0, 1))[None]
-    box = heat_map_box(heat_map, (8, 16))  # 1/8 * 7/8 > 0.1
+    box = heat_map_box(heat_map, (8, 16), threshold=0.1)  # 1/8 * 7/8 > 0.1
     torch.testing.assert_close(box, torch.tensor([[0, 2 / 16, 6 / 8, 10 / 16]]))
     box = heat_map_box(heat_map, (8, 16), threshold=0.2)
     torch.testing.assert_close(box, torch.tensor([[0, 3 / 16, 5 / 8, 9 / 16]]))
@@ -442,6 +443,7 @@ def test_grids_that_are_all_border(grid_size):
         (7, 0.5, [4]),
         (1, 0.2, []),
         (10, 1.0, []),
+        (3, 1e-320, [1, 2]),
     ],
 )
 def test_refresh_epochs(num_epochs, interval, expected):
@@ -511,11 +513,13 @@ def test_resumed_runs_have_the_boxes_of_whole_ones(tmp_path, step):
     options = dict(save_strategy="steps", save_steps=1, save_total_limit=None)
     whole = cropping(tmp_path / "whole", **options)
     whole.train()
-    resumed = cropping(tmp_path / "resumed")
+    refreshed, resumed = [], cropping(tmp_path / "resumed")
+    original = callback_of(resumed).refresh
+    callback_of(resumed).refresh = lambda: refreshed.append(resumed.state.epoch) or original()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert refreshed == ([2, 4] if step <= 4 else [4])
     assert torch.equal(resumed.train_dataset.crop_boxes, whole.train_dataset.crop_boxes)
     assert_equal_weights(weights(resumed.model), weights(whole.model))
-    assert not list((tmp_path / "whole").rglob("*.tmp"))
 
 
 def test_resuming_the_last_checkpoint_and_starting_anew(tmp_path):
@@ -539,7 +543,54 @@ def test_checkpoints_that_do_not_fit(tmp_path):
         cropping(tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "random" / "checkpoint-1"))
 
 
+def test_resuming_what_is_not_there(tmp_path, monkeypatch):
+    for wrong in (True, str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match=r"[Cc]heckpoint"):
+            cropping(tmp_path / "empty").train(resume_from_checkpoint=wrong)
+    cropping(tmp_path, save_strategy="steps", save_steps=1, max_steps=1).train()
+    at_random = tiny_trainer(tmp_path / "random", "mae", train_dataset=image_dataset(10), max_steps=1)
+    warnings = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
+    at_random.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert any("this run goes on with random crops" in warning for warning in warnings)
+
+
+def test_boxes_are_saved_with_the_weights_of_checkpoints_alone(tmp_path):
+    # With them, not after: what is pushed to the Hub is read as soon as the weights are written.
+    trainer = cropping(tmp_path)
+    trainer.save_model(tmp_path / "checkpoint-1")
+    trainer.save_model()
+    assert (tmp_path / "checkpoint-1" / ContrastiveCropCallback.file_name).is_file()
+    assert not (tmp_path / ContrastiveCropCallback.file_name).exists()
+
+
+def test_a_part_of_a_data_set_with_boxes(tmp_path):
+    part = torch.utils.data.Subset(image_dataset(10, contrastive_crop=True), range(8))
+    with pytest.raises(ValueError, match=r"`train_dataset` is a Subset .* `contrastive_crop`"):
+        tiny_trainer(tmp_path, "mae", train_dataset=part)
+
+
+def test_boxes_are_found_in_the_trainings_precision(tmp_path):
+    trainer, dtypes = cropping(tmp_path, bf16=True), set()
+    hook = trainer.model.vit.layers[0].mlp.fc1.register_forward_hook(lambda m, i, output: dtypes.add(output.dtype))
+    callback_of(trainer).refresh()
+    hook.remove()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_boxes_are_found_without_dropped_paths(tmp_path):
+    trainer = cropping(tmp_path)
+    trainer.model.train()
+    modes = []
+    trainer.model.vit.layers[0].register_forward_hook(lambda module, *_: modes.append(module.training))
+    callback_of(trainer).refresh()
+    assert set(modes) == {False}
+
+
 def test_streams_are_refused():
+    stream = pil_dataset(4).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"`contrastive_crop` keeps a box for each image, which a stream has no place"):
+        build_datasets(DataArguments(dataset=stream, contrastive_crop=True), tiny_model("mae").config)
     with pytest.raises(ValueError, match=r"`contrastive_crop` keeps a box for each image.*leave out `streaming`"):
         DataArguments(dataset="d", contrastive_crop=True, streaming=True)
 

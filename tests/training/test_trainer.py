@@ -841,3 +841,21 @@ def test_default_arguments(monkeypatch, tmp_path):
     trainer = CurriculumTrainer(tiny_model("mae"))
     assert isinstance(trainer.args, PretrainingArguments)
     assert trainer.args.output_dir == "clmae_output"
+
+
+def test_contrast_needs_other_images(tmp_path):
+    views = image_dataset(9, num_views=2)
+    with pytest.raises(ValueError, match=r"`per_device_train_batch_size` is 1 on one process, but contrast"):
+        tiny_trainer(tmp_path, tiny_model("cmae"), train_dataset=views, per_device_train_batch_size=1)
+    with pytest.raises(ValueError, match=r"`dataloader_drop_last` is false, and 9 training images in batches of 4"):
+        tiny_trainer(tmp_path, tiny_model("cmae"), train_dataset=views, dataloader_drop_last=False)
+    one_view = image_dataset(9)
+    model = tiny_model("cmae", contrastive_loss_weight=0.0)
+    tiny_trainer(tmp_path, model, train_dataset=one_view, dataloader_drop_last=False, max_steps=3).train()
+
+
+def test_pictures_of_an_evaluation_set_with_views(tmp_path):
+    views = [{"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)} for _ in range(8)]
+    trainer = tiny_trainer(tmp_path, tiny_model("cmae"), train_dataset=views, eval_dataset=views)
+    assert trainer.held_out_batch()["pixel_values"].shape == (8, 3, 16, 16)
+    assert trainer.held_out_batch()["noise"].shape == (8, 16)

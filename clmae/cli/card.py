@@ -1,0 +1,45 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae card`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clmae.cli.folders import PathsParser
+from clmae.cli.options import UsageError
+from clmae.model_cards.card import write_card
+from clmae.model_cards.run import read_run
+from clmae.training.pictures import curves_figure, save_figure
+
+EXAMPLES = """\
+  clmae card out/cl-mae
+  clmae card out/cl-mae --repo_id org/cl-mae-vit-b --license cc-by-4.0"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Makes `README.md` in an output folder, from what the run and its evaluations wrote there."""
+    parser = PathsParser(
+        "clmae card",
+        "Make the model card (README.md) of an output folder from what the run recorded there. What `clmae evaluate "
+        "--output FOLDER/NAME.json` wrote into the folder is shown. The author's section stays when the card is made "
+        "anew; a card that was edited elsewhere is left alone.",
+        EXAMPLES,
+    )
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder that `clmae pretrain` wrote.")
+    parser.add_argument("--repo_id", metavar="ID", help="Where on the Hub the model is: owner/name.")
+    parser.add_argument("--license", help="Of the weights; the earlier card's if there is one, else apache-2.0.")
+    parser.add_argument("--force", action="store_true", help="Overwrite a card that was written or edited by hand.")
+    args = parser.read(argv)
+    print(f"wrote {make_card(args.output_dir, args.repo_id, args.license, args.force)}")
+    return 0
+
+
+def make_card(folder: str, repo_id: str | None = None, license: str | None = None, force: bool = False) -> Path:
+    """Draws the curves and writes the card; arguments and errors as [`write_card`]'s."""
+    if not Path(folder).is_dir():
+        raise UsageError(f"OUTPUT_DIR {folder!r} is no folder.")
+    history = read_run(folder).state.get("log_history")
+    if history:
+        save_figure(curves_figure(history), Path(folder, "pictures", "curves.png"))
+    return write_card(folder, repo_id, license, force)

@@ -1,0 +1,140 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae compare`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from clmae.cli.options import UsageError, parse, read_recipe
+from clmae.cli.pretrain import read_arguments
+from clmae.evaluation.compare import BUDGETS, NUM_POINTS, Judging, Recipe, compare, make_plan, table_to_markdown
+from clmae.evaluation.report import PROTOCOLS
+
+EXAMPLES = """\
+  clmae compare --recipes recipes/mae_cifar10.yaml recipes/cl_mae_cifar10.yaml recipes/cmae_cifar10.yaml \\
+      --output_dir out/compare --seeds 0 1 2
+  clmae compare --recipes mae.yaml cl_mae.yaml --dataset ./images --eval_dataset ./labelled --output_dir out/compare \\
+      --images_seen 1000000 --per_device_train_batch_size 128"""
+
+# Options of `clmae pretrain` that a comparison sets by itself.
+TAKEN = {
+    "config": "give the recipes by --recipes",
+    "seed": "give --seeds",
+    "resume_from_checkpoint": "an unfinished comparison goes on by itself",
+    "push_to_hub": "share a run's model when it is finished",
+}
+# What may change between two calls, because no accuracy depends on it.
+WITHOUT_EFFECT = {
+    *("output_dir", "seed", "run_name", "disable_tqdm", "logging_steps", "report_to", "resume_from_checkpoint"),
+    *("save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
+    *("difficulty_steps", "picture_steps", "num_probe_images", "max_eval_samples"),
+    *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("num_train_epochs", "max_steps"),  # the numbers of steps are in the plan
+}
+
+
+@dataclass
+class CompareArguments:
+    """What to compare, and how to judge it."""
+
+    recipes: list[str] = field(metadata={"help": "YAML recipes of `clmae pretrain`; file names become row names."})
+    output_dir: str = field(metadata={"help": "Folder of runs, table and figure; call again to go on."})
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run of each recipe with each seed."})
+    budgets: list[str] = field(
+        default_factory=lambda: list(BUDGETS),
+        metadata={"help": "images: equal images seen. compute: the FLOPs of the most expensive of these, for each."},
+    )
+    protocols: list[str] = field(
+        default_factory=lambda: ["knn", "linear"], metadata={"help": f"Some of {', '.join(PROTOCOLS)}."}
+    )
+    images_seen: int | None = field(
+        default=None, metadata={"help": "Images that each recipe trains on; those of the first, if not given."}
+    )
+    num_points: int = field(
+        default=NUM_POINTS, metadata={"help": "How often a run is judged, evenly spaced, the last time at its end."}
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Labelled images to be judged on; the recipes' data set, if not given."}
+    )
+    eval_config_name: str | None = field(default=None, metadata={"help": "Configuration of eval_dataset."})
+    eval_train_split: str = field(default="train", metadata={"help": "Its split to learn from."})
+    eval_test_split: str | None = field(
+        default=None, metadata={"help": "Its split to be judged on; test, or without one a fifth of the other."}
+    )
+    eval_image_column: str | None = field(default=None, metadata={"help": "Its column of the images, if several."})
+    eval_label_column: str | None = field(default=None, metadata={"help": "Its column of the classes, if several."})
+    eval_max_train_samples: int | None = field(default=None, metadata={"help": "Learn from at most so many images."})
+    eval_max_test_samples: int | None = field(default=None, metadata={"help": "Be judged on at most so many images."})
+    eval_feature: str | None = field(default=None, metadata={"help": "As `feature` of `clmae evaluate`."})
+
+
+def run(argv: Sequence[str]) -> int:
+    """Compares recipes; table and figure are in `--output_dir` afterwards."""
+    own, overrides = split(argv)
+    (args,) = parse(
+        {"options": CompareArguments},
+        own,
+        prog="clmae compare",
+        description="Pretrain by several recipes on the same images, with the same number of images seen and with the\n"
+        "same compute, and judge each. Any option of `clmae pretrain` applies to every recipe. Killed at any point,\n"
+        "the same command goes on where it was.",
+        examples=EXAMPLES,
+    )
+    recipes = [recipe(path, overrides, args.output_dir) for path in args.recipes]
+    options = {name.removeprefix("eval_"): value for name, value in asdict(args).items() if name.startswith("eval_")}
+    if options["dataset"] is None and recipes:
+        options["dataset"] = recipes[0].data.dataset
+        options["config_name"] = options["config_name"] or recipes[0].data.dataset_config_name
+    judging = Judging(protocols=tuple(args.protocols), **options)
+    plan = make_plan(recipes, judging, args.images_seen, args.num_points)
+    table = compare(plan, args.output_dir, args.seeds, args.budgets, log=lambda text: print(text, flush=True))
+    if table is None:
+        print("Stopped. Go on with the same command.")
+        return 130
+    print(f"\n{table_to_markdown(table)}")
+    print(f"wrote table.md, table.csv, table.json and accuracy.png in {args.output_dir}")
+    return 0
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`(compare's own arguments, those for every recipe)`.
+
+    Raises:
+        UsageError: An option of `clmae pretrain` that a comparison sets by itself.
+    """
+    names = {f.name for f in fields(CompareArguments)} | {"help", "help_all"}
+    parts: tuple[list[str], list[str]] = ([], [])
+    part = parts[0]
+    for argument in argv:
+        if argument.startswith("--") or argument == "-h":
+            name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+            if name in TAKEN:
+                raise UsageError(f"--{name} is not for a comparison: {TAKEN[name]}.")
+            part = parts[0] if name in names or argument == "-h" else parts[1]
+        part.append(argument)
+    return parts
+
+
+def recipe(path: str, overrides: Sequence[str], output_dir: str) -> Recipe:
+    """A recipe as `clmae pretrain` would read it.
+
+    Raises:
+        UsageError: It cannot be read, or an option is wrong; the message names the recipe.
+    """
+    argv = ["--config", path, *overrides, "--output_dir", output_dir]
+    try:
+        config, data, args, known = read_arguments(argv)
+    except ValueError as error:
+        raise UsageError(f"recipe {path}: {error}") from error
+    return Recipe(Path(path).stem, config, data, args, _options(path, overrides, known))
+
+
+def _options(path: str, overrides: Sequence[str], known: dict[str, Any]) -> dict[str, Any]:
+    """Values of all options that were given and that matter, as JSON."""
+    names = {a.partition("=")[0][2:].replace("-", "_") for a in overrides if a.startswith("--")} | {*read_recipe(path)}
+    names = {name if name in known else name.removeprefix("no_") for name in names} - WITHOUT_EFFECT
+    return json.loads(json.dumps({name: known[name] for name in sorted(names)}, default=str))

@@ -1,0 +1,291 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""How the protocols that train do it, with the published recipes as defaults."""
+
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+PROBE_FEATURES = ("cls", "mean")
+MAX_RANDAUGMENT = 10
+
+# What decides a result beside the fields below: it is written down with it.
+_RECORDED = {
+    "max_steps",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "label_smoothing_factor",
+    "lr_scheduler_kwargs",
+    "eval_strategy",
+    "load_best_model_at_end",
+    "dataloader_drop_last",
+}
+_UNRECORDED = {
+    "output_dir",
+    "per_device_eval_batch_size",
+    "logging_steps",
+    "logging_nan_inf_filter",
+    "save_strategy",
+    "save_total_limit",
+    "remove_unused_columns",
+    "label_names",
+}
+
+
+@dataclass
+class ClassificationArguments(TrainingArguments):
+    """`TrainingArguments` with what fine-tuning and the linear probe share; use one of the two subclasses.
+
+    Nothing is chosen by the test set: it is seen once, by the weights of the last step. With an `eval_strategy` (which
+    `load_best_model_at_end` asks for) a part of the training set is held out, and evaluated on.
+
+    Raises:
+        ValueError: One of the fields is out of range; the message names it.
+    """
+
+    output_dir: str | None = field(
+        default="outputs/trained", metadata={"help": "Folder for checkpoints and the trained models."}
+    )
+    base_learning_rate: float = field(
+        default=5e-4,
+        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate as it is, instead of base_learning_rate * total batch / 256."},
+    )
+    min_crop_scale: float = field(
+        default=0.08, metadata={"help": "Smallest share of an image's area that a random crop shows, in (0, 1]."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+    validation_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of each class held out of the training set where there is an eval_strategy; (0, 1)."},
+    )
+    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation images a device and step."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Weight decay; none on biases, norms, tokens and positions."}
+    )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule, by transformers' name."}
+    )
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not clip."})
+    metric_for_best_model: str | None = field(
+        default="accuracy", metadata={"help": "For load_best_model_at_end: accuracy or loss, on the held-out part."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Log every that many steps."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch, best."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the oldest is deleted."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns that the model's forward does not name."}
+    )
+    label_names: list[str] | None = field(
+        default_factory=lambda: ["labels"], metadata={"help": "What labels are called in a batch."}
+    )
+    # The filter reads the loss back at every step, and hides a diverging run.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave nan and inf losses out of the logged mean."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        own_rate = self.learning_rate is None
+        if own_rate:
+            self.learning_rate = self.base_learning_rate
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
+        if own_rate:
+            # Only now is the number of processes known.
+            self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
+
+    @property
+    def total_train_batch_size(self) -> int:
+        """Images an optimiser step: devices x images a device x accumulation steps."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def data_order_seed(self) -> int:
+        """Seed of order, augmentation and mixing."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide a result, as JSON has them."""
+        owners = [owner for owner in type(self).__mro__ if issubclass(owner, ClassificationArguments)]
+        names = _RECORDED.union(*(inspect.get_annotations(owner) for owner in owners)) - _UNRECORDED
+        return {name: json.loads(json.dumps(getattr(self, name), default=str)) for name in sorted(names)}
+
+    def _check(self) -> None:
+        for name, low, high in self._ranges():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                raise ValueError(f"`{name}` is {value!r}; give a number from {low:g} to {high:g}.")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"`validation_share` is {self.validation_share}; give a number between 0 and 1.")
+        if not 0 < self.min_crop_scale <= 1:
+            raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; give a number in (0, 1].")
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"`learning_rate` is {self.learning_rate}; give a number of at least 0, or leave it out.")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; give an int of at least 1.")
+        if self.label_names != ["labels"] or self.remove_unused_columns:
+            raise ValueError("`label_names` and `remove_unused_columns` cannot be changed here; leave them out.")
+        if self.auto_find_batch_size:
+            raise ValueError("`auto_find_batch_size` changes the batch that the learning rate follows; leave it out.")
+
+    def _ranges(self) -> list[tuple[str, float, float]]:
+        """Fields that are numbers, with their least and greatest values."""
+        return [("base_learning_rate", 0, 1e6), ("weight_decay", 0, 1e6)]
+
+
+@dataclass
+class FinetuningArguments(ClassificationArguments):
+    """MAE's fine-tuning recipe (arXiv 2111.06377, table 9) as defaults; with `trained_blocks`, partial fine-tuning.
+
+    `layer_decay` 0.75 is the paper's; its published code takes 0.65 for ViT-B. RandAugment is that of torchvision (its
+    operations and ranges, strength `magnitude / 10`) with timm's noise: two operations an image, each with probability
+    1/2 and a strength of its own. The timm policy that MAE used also inverts, adds while solarising, and posterises
+    harder. For mixup and cutmix each batch takes one of the two at random. Positions that a family fixes stay fixed.
+    """
+
+    layer_decay: float = field(
+        default=0.75,
+        metadata={"help": "Learning rate of a block as a share of the next one's, in (0, 1]; ViT-B: 0.65."},
+    )
+    trained_blocks: int | None = field(
+        default=None,
+        metadata={"help": "Train only so many of the last blocks, and the head with its LayerNorm; 0: no block."},
+    )
+    drop_path_rate: float = field(
+        default=0.1, metadata={"help": "Stochastic depth of the last block, rising from 0 at the first; in [0, 1)."}
+    )
+    label_smoothing_factor: float = field(
+        default=0.1, metadata={"help": "Share of each target that is spread over all classes, in [0, 1)."}
+    )
+    mixup_alpha: float = field(default=0.8, metadata={"help": "Mixup's Beta(alpha, alpha); 0: no mixup."})
+    cutmix_alpha: float = field(default=1.0, metadata={"help": "Cutmix's Beta(alpha, alpha); 0: no cutmix."})
+    randaugment_magnitude: float = field(
+        default=9.0, metadata={"help": "Strength of RandAugment, up to 10; 0: no RandAugment."}
+    )
+    randaugment_std: float = field(
+        default=0.5, metadata={"help": "Standard deviation of that strength, drawn anew for each operation."}
+    )
+    random_erasing_probability: float = field(
+        default=0.25, metadata={"help": "Share of the images of which a rectangle is replaced by noise."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "Judge an exponential moving average of the weights with this decay, as 0.9999; 0: off."},
+    )
+
+    @property
+    def protocol(self) -> str:
+        """`"finetune"`, or `"partial"` where `trained_blocks` is given."""
+        return "finetune" if self.trained_blocks is None else "partial"
+
+    def _check(self) -> None:
+        super()._check()
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"`layer_decay` is {self.layer_decay}; give a number in (0, 1].")
+        for name in ("drop_path_rate", "label_smoothing_factor", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; give a number in [0, 1).")
+        if self.ema_decay and self.load_best_model_at_end:
+            raise ValueError(
+                "`ema_decay` and `load_best_model_at_end` are both given: the average is of all steps, and the best "
+                "model of one; leave one of them out."
+            )
+        if self.trained_blocks is not None and (
+            not isinstance(self.trained_blocks, int) or isinstance(self.trained_blocks, bool) or self.trained_blocks < 0
+        ):
+            raise ValueError(f"`trained_blocks` is {self.trained_blocks!r}; give an int of at least 0.")
+
+    def _ranges(self) -> list[tuple[str, float, float]]:
+        return [
+            *super()._ranges(),
+            ("mixup_alpha", 0, 1e3),
+            ("cutmix_alpha", 0, 1e3),
+            ("randaugment_magnitude", 0, MAX_RANDAUGMENT),
+            ("randaugment_std", 0, MAX_RANDAUGMENT),
+            ("random_erasing_probability", 0, 1),
+        ]
+
+
+@dataclass
+class LinearLarsArguments(ClassificationArguments):
+    """MAE's linear probe (arXiv 2111.06377, table 10) as defaults; `optim` and AdamW's betas have no meaning here.
+
+    Images are cropped at random and mirrored, nothing more. A step changes the weight by about `learning_rate * 0.001`
+    of its norm (times 10, by the momentum): with few steps, take a higher rate. The paper's is 6.4, for 16,384 images.
+    """
+
+    base_learning_rate: float = field(
+        default=0.1,
+        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the linear layer's weight."})
+    num_train_epochs: float = field(default=90.0, metadata={"help": "Passes over the training images."})
+    warmup_steps: float = field(
+        default=10 / 90, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
+    )
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Training images a device and step."})
+    lars_momentum: float = field(default=0.9, metadata={"help": "LARS's momentum, in [0, 1)."})
+    lars_trust_coefficient: float = field(default=0.001, metadata={"help": "LARS's trust coefficient, above 0."})
+    feature: str = field(
+        default="cls", metadata={"help": "cls (class token: MAE's) or mean (of the patch tokens); not trained."}
+    )
+
+    @property
+    def protocol(self) -> str:
+        """`"linear-lars"`."""
+        return "linear-lars"
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings that decide a result, as JSON has them."""
+        recorded = {name: value for name, value in super().recorded().items() if not name.startswith("adam")}
+        return {**recorded, "optim": "lars"}
+
+    def _check(self) -> None:
+        super()._check()
+        if self.feature not in PROBE_FEATURES:
+            raise ValueError(f"`feature` is {self.feature!r}; choose one of {', '.join(PROBE_FEATURES)}.")
+        if not 0 <= self.lars_momentum < 1:
+            raise ValueError(f"`lars_momentum` is {self.lars_momentum}; give a number in [0, 1).")
+        if self.lars_trust_coefficient <= 0:
+            raise ValueError(f"`lars_trust_coefficient` is {self.lars_trust_coefficient}; give a number above 0.")
+
+
+PROTOCOLS: dict[str, type[ClassificationArguments]] = {
+    "finetune": FinetuningArguments,
+    "partial": FinetuningArguments,
+    "linear-lars": LinearLarsArguments,
+}
+
+
+__all__ = [
+    "MAX_RANDAUGMENT",
+    "PROBE_FEATURES",
+    "PROTOCOLS",
+    "ClassificationArguments",
+    "FinetuningArguments",
+    "LinearLarsArguments",
+]

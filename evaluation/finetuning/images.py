@@ -1,0 +1,159 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Images to learn from: which of them, how they are augmented, and how they are mixed."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from clmae.evaluation.finetuning.arguments import MAX_RANDAUGMENT
+from clmae.evaluation.linear import random_ranks
+from clmae.training.data import ImageDataset
+from clmae.training.images import normalize, sample_generator
+
+
+def label_subset(
+    labels: Tensor, *, labels_per_class: int | None = None, label_fraction: float | None = None, seed: int = 0
+) -> Tensor:
+    """A random part of every class, the same for the same seed; all samples if no size is given.
+
+    Args:
+        labels: `(n,)` int64, >= 0.
+        labels_per_class: Exactly so many of each class that occurs.
+        label_fraction: Such a share of each class, in (0, 1], rounded, one at least.
+        seed: A larger part drawn with the same seed holds the smaller one.
+
+    Returns:
+        Indices in ascending order.
+
+    Raises:
+        ValueError: Both sizes are given, one is out of range, or a class has too few samples.
+    """
+    if labels_per_class is not None and label_fraction is not None:
+        raise ValueError(
+            f"`labels_per_class` is {labels_per_class} and `label_fraction` {label_fraction}; give one of the two."
+        )
+    ranks, sizes = random_ranks(labels, seed), labels.bincount()
+    if labels_per_class is not None:
+        if not isinstance(labels_per_class, int) or isinstance(labels_per_class, bool) or labels_per_class < 1:
+            raise ValueError(f"`labels_per_class` is {labels_per_class!r}; give an int of at least 1.")
+        least = int(sizes[sizes > 0].min())
+        if least < labels_per_class:
+            raise ValueError(
+                f"`labels_per_class` is {labels_per_class}, but class {int((sizes == least).nonzero()[0])} has {least} "
+                f"training images: give at most {least}."
+            )
+        return (ranks < labels_per_class).nonzero().flatten()
+    if label_fraction is None:
+        return torch.arange(len(labels))
+    if not 0 < label_fraction <= 1:
+        raise ValueError(f"`label_fraction` is {label_fraction}; give a number in (0, 1].")
+    return (ranks < (sizes * label_fraction).round().clamp(min=1)[labels]).nonzero().flatten()
+
+
+@contextlib.contextmanager
+def _drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Lets what knows only the global CPU generator, as torchvision's transforms do, draw from `generator`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(generator.get_state())
+        yield
+
+
+class AugmentedImages(ImageDataset):
+    """Training images with their classes: `(pixel_values (C, H, W) float32, label, key)` by `epoch * n + index`.
+
+    Random resized crop, flip, RandAugment, normalisation, random erasing. A sample depends on nothing but (seed, epoch,
+    index).
+
+    Args:
+        dataset, image_column, kwargs: As for [`ImageDataset`].
+        labels: `(n,)` int64.
+        randaugment_magnitude, randaugment_std, random_erasing_probability: See [`FinetuningArguments`].
+
+    Raises:
+        ValueError: As [`ImageDataset`]; or RandAugment is to be done on images with other than 1 or 3 channels.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        labels: Tensor,
+        *,
+        randaugment_magnitude: float = 0.0,
+        randaugment_std: float = 0.0,
+        random_erasing_probability: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(dataset, image_column, num_patches=0, patch_size=(1, 1), **kwargs)
+        if randaugment_magnitude and self.num_channels not in (1, 3):
+            raise ValueError(
+                f"`randaugment_magnitude` is {randaugment_magnitude}, but RandAugment works on images with 1 or 3 "
+                f"channels, and these have {self.num_channels}; set it to 0."
+            )
+        self.labels = labels
+        self.randaugment_magnitude, self.randaugment_std = randaugment_magnitude, randaugment_std
+        self.randaugment = v2.RandAugment(
+            num_ops=1,
+            num_magnitude_bins=10 * MAX_RANDAUGMENT + 1,
+            interpolation=v2.InterpolationMode.BILINEAR,
+            fill=[round(255 * value) for value in self.mean],
+        )
+        # Noise of mean 0 and deviation 1 is what "random" gives: after the normalisation, that of pixels.
+        self.erase = v2.RandomErasing(random_erasing_probability, value="random")
+
+    def __getitem__(self, key: int) -> tuple[Tensor, Tensor, int]:
+        epoch, index = divmod(int(key), len(self))
+        generator = sample_generator(self.seed, epoch, index, "augmentation")
+        pixels = self._random_view(self._load(index), generator, index)
+        with _drawing_from(generator):
+            if self.randaugment_magnitude:
+                pixels = self._rand_augment(pixels)
+            pixels = self.erase(normalize(pixels, self.mean, self.std))
+        return pixels, self.labels[index], int(key)
+
+    def _rand_augment(self, pixels: Tensor) -> Tensor:
+        # Posterising and equalising are made for 8 bits.
+        pixels = v2.functional.to_dtype(pixels, torch.uint8, scale=True)
+        for _ in range(2):
+            if torch.rand(()) < 0.5:
+                level = self.randaugment_magnitude + self.randaugment_std * torch.randn(()).item()
+                self.randaugment.magnitude = round(10 * min(max(level, 0.0), MAX_RANDAUGMENT))
+                pixels = self.randaugment(pixels)
+        return pixels
+
+    def _error(self, where: str, value: Any, cause: Exception) -> ValueError:
+        path = value.get("path") if isinstance(value, dict) else None
+        return ValueError(
+            f"image {where}{f' ({path})' if path else ''} of the training images cannot be used: {cause} Remove or "
+            "replace it."
+        )
+
+
+class MixingCollator:
+    """A batch `{"pixel_values": (B, C, H, W), "labels"}` of samples `(pixel_values, label[, key])`.
+
+    Samples with keys (those for training) are mixed: a batch by mixup (arXiv 1710.09412) or by cutmix (arXiv
+    1905.04899), each image with the one before it; then `labels` are probabilities `(B, num_classes)`, otherwise
+    classes `(B,)`. What is drawn depends on the seed and the batch's first key alone.
+    """
+
+    def __init__(self, num_classes: int, *, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0, seed: int = 0) -> None:
+        alphas = ((v2.MixUp, mixup_alpha), (v2.CutMix, cutmix_alpha))
+        self.mixers = [mixer(alpha=alpha, num_classes=num_classes) for mixer, alpha in alphas if alpha > 0]
+        self.seed = seed
+
+    def __call__(self, samples: Sequence[tuple]) -> dict[str, Tensor]:
+        pixel_values, labels, *keys = zip(*samples, strict=True)
+        batch = torch.stack(pixel_values), torch.stack(labels)
+        if keys and self.mixers:
+            with _drawing_from(sample_generator(self.seed, 0, keys[0][0], "mixing")):
+                batch = self.mixers[int(torch.randint(len(self.mixers), ()))](*batch)
+        return {"pixel_values": batch[0], "labels": batch[1]}
+
+
+__all__ = ["AugmentedImages", "MixingCollator", "label_subset"]

@@ -1,0 +1,168 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""A pretrained encoder with a new classifier, and the same from random initialisation."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import logging
+
+from clmae.configuration import MAEConfig
+from clmae.evaluation.features import random_encoder
+from clmae.evaluation.finetuning.arguments import ClassificationArguments, FinetuningArguments, LinearLarsArguments
+from clmae.evaluation.finetuning.parameters import freeze_all_but_last, layer_ids
+from clmae.modeling import MAEForImageClassification, MAEModel
+
+logger = logging.get_logger(__name__)
+
+_HEAD_STD = {"finetune": 2e-5, "partial": 2e-5, "linear-lars": 0.01}  # as in MAE's published code
+
+
+class LinearProbe(nn.Module):
+    """A frozen encoder, BatchNorm without affine parameters, and a linear classifier.
+
+    Args:
+        encoder: Gives `last_hidden_state` `(B, 1 + R + N, D)`, class token first, R register tokens; never trained.
+        num_classes: Outputs of the classifier.
+        feature: `"cls"` or `"mean"` (of the patch tokens).
+    """
+
+    def __init__(self, encoder: PreTrainedModel, num_classes: int, feature: str = "cls") -> None:
+        super().__init__()
+        self.encoder, self.feature = encoder.requires_grad_(False), feature
+        self.config = encoder.config  # which the Trainer asks for
+        self.norm = nn.BatchNorm1d(encoder.config.hidden_size, affine=False, eps=1e-6)
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_classes)
+
+    def forward(self, pixel_values: Tensor) -> ImageClassifierOutput:
+        """Logits `(B, num_classes)` of images `(B, C, H, W)`."""
+        with torch.no_grad():
+            tokens = self.encoder(pixel_values).last_hidden_state
+        num_other = 1 + getattr(self.encoder.config, "num_register_tokens", 0)
+        features = tokens[:, 0] if self.feature == "cls" else tokens[:, num_other:].mean(1)
+        if len(features) > 1:
+            features = self.norm(features)
+        else:  # a lone image at the end of an epoch has no variance of its own
+            features = F.batch_norm(features, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
+        return ImageClassifierOutput(logits=self.classifier(features))
+
+
+def load_classifier(
+    model_path: str | os.PathLike, args: ClassificationArguments, num_classes: int, class_names: list[str] | None = None
+) -> nn.Module:
+    """A pretrained encoder with a new head, its untrained parts without gradients.
+
+    This project's families pool the mean of the patch tokens, as does transformers' ViTMAE, which becomes an
+    [`MAEForImageClassification`]; others do as their `<family>ForImageClassification` does. A family without stochastic
+    depth is trained without; that is warned of.
+
+    Args:
+        model_path: Folder or Hub id of what `AutoModelForImageClassification` loads; for the probe, `AutoModel`.
+        args: Says how; with `trained_blocks` the other blocks are frozen.
+        num_classes, class_names: Of the head.
+
+    Raises:
+        ValueError: The checkpoint is of another kind, or lacks weights of the encoder.
+        OSError: There is no such checkpoint.
+    """
+    config = AutoConfig.from_pretrained(model_path)
+    probe = isinstance(args, LinearLarsArguments)
+    released_mae = config.model_type == "vit_mae"  # transformers' own, which has no classifier and always masks
+    if released_mae:
+        config = _mae_config(config)
+    if not probe:
+        _set_up(config, args, num_classes, class_names)
+    # At these lengths the fused kernel is up to twice as slow on a CPU as plain attention.
+    options: dict[str, Any] = {"attn_implementation": "eager"} if args.device.type == "cpu" else {}
+    options["dtype"] = torch.float32
+    if released_mae:
+        model = _from_vit_mae(model_path, config, probe)
+    else:
+        auto = AutoModel if probe else AutoModelForImageClassification
+        model, info = auto.from_pretrained(
+            model_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+        _check_loaded(model_path, model, info["missing_keys"])
+    if probe:
+        model = LinearProbe(model, num_classes, args.feature)
+    _new_head(model, args)
+    return model
+
+
+def from_scratch(model: nn.Module, args: ClassificationArguments) -> nn.Module:
+    """The same architecture at random initialisation, what is trained as in `model`."""
+    if isinstance(model, LinearProbe):
+        fresh: nn.Module = LinearProbe(
+            random_encoder(model.encoder, args.seed), model.classifier.out_features, model.feature
+        )
+    else:
+        fresh = random_encoder(model, args.seed)
+    _new_head(fresh, args)
+    return fresh
+
+
+def _mae_config(config: PretrainedConfig) -> MAEConfig:
+    shared = inspect.get_annotations(MAEConfig).keys() & config.to_dict().keys()
+    return MAEConfig(**{name: getattr(config, name) for name in shared if not name.startswith("_")})
+
+
+def _from_vit_mae(model_path: str | os.PathLike, config: MAEConfig, probe: bool) -> PreTrainedModel:
+    # In memory, because transformers reads (and renames) several generations of these files. The names are the same.
+    weights = AutoModel.from_pretrained(model_path, dtype=torch.float32).state_dict()
+    model = (MAEModel if probe else MAEForImageClassification)(config)
+    encoder = model if probe else model.vit
+    if not probe:
+        weights = {name: value for name, value in weights.items() if not name.startswith("layernorm.")}
+    encoder.load_state_dict(weights)
+    return model
+
+
+def _set_up(
+    config: PretrainedConfig, args: FinetuningArguments, num_classes: int, class_names: list[str] | None
+) -> None:
+    names = class_names or [str(i) for i in range(num_classes)]
+    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    if isinstance(config, MAEConfig):
+        config.pooling = "mean"
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = args.drop_path_rate
+    elif args.drop_path_rate:
+        logger.warning(
+            f"A model of type {config.model_type!r} has no stochastic depth: it is trained without (`drop_path_rate`)."
+        )
+
+
+def _check_loaded(model_path: str | os.PathLike, model: nn.Module, missing: Sequence[str]) -> None:
+    ids, depth = layer_ids(model)
+    lacking = sorted(name for name in missing if ids.get(name, depth + 1) <= depth)
+    if lacking:
+        raise ValueError(
+            f"`model` {os.fspath(model_path)!r} lacks {len(lacking)} weights of its encoder, {lacking[0]} among them, "
+            "which would start at random; give a complete checkpoint."
+        )
+
+
+def _new_head(model: nn.Module, args: ClassificationArguments) -> None:
+    """Draws the classifier anew, from `args.seed` alone, and freezes what is not trained."""
+    classifier = getattr(model, "classifier", None)
+    if not isinstance(classifier, nn.Linear):
+        raise ValueError(
+            f"`model` is a {type(model).__name__}, whose `classifier` is no linear layer; take another kind of model."
+        )
+    generator = torch.Generator().manual_seed(args.seed)
+    with torch.no_grad():
+        weight = torch.empty(classifier.weight.shape)
+        nn.init.trunc_normal_(weight, std=_HEAD_STD[args.protocol], a=-1.0, b=1.0, generator=generator)
+        classifier.weight.copy_(weight)
+        classifier.bias.zero_()
+    if isinstance(args, FinetuningArguments) and args.trained_blocks is not None:
+        freeze_all_but_last(model, args.trained_blocks)
+
+
+__all__ = ["LinearProbe", "from_scratch", "load_classifier"]

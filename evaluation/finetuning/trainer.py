@@ -1,0 +1,203 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Training a classifier, and scoring what it predicts."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import Dataset, Sampler
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from clmae.evaluation.finetuning.arguments import ClassificationArguments, LinearLarsArguments
+from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
+from clmae.evaluation.finetuning.lars import LARS
+from clmae.evaluation.finetuning.parameters import frozen_modules, parameter_groups
+from clmae.evaluation.report import TOP_K, Scores
+from clmae.model_cards.files import replacing
+from clmae.training.callbacks import EpochCallback
+from clmae.training.trainer import EpochSampler
+
+
+class EMACallback(TrainerCallback):
+    """Keeps an exponential moving average of the trained weights, and puts it into the model at the end.
+
+    It is saved in each checkpoint and restored on resume.
+    """
+
+    file_name = "ema.safetensors"
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        self.average: dict[str, Tensor] = {}
+        self._update: Callable[..., None] = get_ema_multi_avg_fn(decay)
+
+    def load(self, checkpoint: str) -> None:
+        """Takes the average of a checkpoint.
+
+        Raises:
+            ValueError: It has none.
+        """
+        path = Path(checkpoint) / self.file_name
+        if not path.is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint`: {checkpoint} has no {self.file_name}: that run kept no average. Leave out "
+                "`ema_decay`, or start anew."
+            )
+        self.average = load_file(path)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts from the weights as they are, or as they were saved."""
+        self.average = {
+            name: self.average.get(name, value.detach()).clone().to(value.device)
+            for name, value in self.parameters.items()
+        }
+
+    @torch.no_grad()
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Moves the average."""
+        self._update(list(self.average.values()), list(self.parameters.values()), None)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Puts the average beside the weights."""
+        if args.should_save:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
+            with replacing(path) as temporary:
+                save_file(self.average, temporary)
+
+    @torch.no_grad()
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts the average into the model."""
+        for name, value in self.parameters.items():
+            value.copy_(self.average[name])
+
+
+class ClassificationTrainer(Trainer):
+    """Trains a classifier by [`FinetuningArguments`] or [`LinearLarsArguments`].
+
+    The loss is the cross-entropy to the mixed and smoothed targets; evaluation predicts the (up to) five likeliest
+    classes. What is frozen stays in evaluation mode and out of the optimiser.
+
+    Args:
+        model: From [`load_classifier`] or [`from_scratch`].
+        args: How to train.
+        train_dataset: [`AugmentedImages`].
+        eval_dataset: Gives `(pixel_values, label)`.
+        num_classes: Of the targets.
+    """
+
+    args: ClassificationArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: ClassificationArguments,
+        train_dataset: AugmentedImages,
+        eval_dataset: Dataset | None = None,
+        *,
+        num_classes: int,
+        **kwargs: Any,
+    ) -> None:
+        collator = MixingCollator(
+            num_classes,
+            mixup_alpha=getattr(args, "mixup_alpha", 0.0),
+            cutmix_alpha=getattr(args, "cutmix_alpha", 0.0),
+            seed=args.data_order_seed,
+        )
+        super().__init__(
+            model,
+            args,
+            collator,
+            train_dataset,
+            eval_dataset,
+            compute_metrics=_metrics,
+            preprocess_logits_for_metrics=_top_classes,
+            **kwargs,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss below is a mean over its batch, whatever the model's would be
+        self._frozen = frozen_modules(self.model)
+        self.add_callback(EpochCallback(self))
+        ema_decay = getattr(args, "ema_decay", 0.0)
+        self._ema = EMACallback(self.model, ema_decay) if ema_decay else None
+        if self._ema is not None:
+            self.add_callback(self._ema)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's, from the path of a checkpoint."""
+        if self._ema is not None:
+            self._ema.average = {}
+            if resume_from_checkpoint:
+                self._ema.load(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """LARS for the linear probe, otherwise the Trainer's choice with layer-wise learning rates."""
+        if self.optimizer is not None:
+            return self.optimizer
+        args, source = self.args, self.model if model is None else model
+        layer_decay = getattr(args, "layer_decay", 1.0)
+        groups = parameter_groups(source, args.learning_rate, args.weight_decay, layer_decay)
+        if isinstance(args, LinearLarsArguments):
+            self.optimizer = LARS(
+                groups, args.learning_rate, args.lars_momentum, trust_coefficient=args.lars_trust_coefficient
+            )
+        else:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, source)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """Cross-entropy to classes `(B,)` or probabilities `(B, num_classes)`; smoothed in training only."""
+        if model.training:
+            for part in self._frozen:  # the Trainer puts all of it into training mode at every step
+                part.eval()
+        logits = model(pixel_values=inputs["pixel_values"]).logits
+        smoothing = self.args.label_smoothing_factor if model.training else 0.0
+        loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=smoothing)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        self.epoch_sampler = EpochSampler(len(dataset), self.args.data_order_seed)
+        return self.epoch_sampler
+
+
+def _top_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.topk(min(TOP_K, logits.shape[-1]), dim=-1).indices
+
+
+def _metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions[:, 0] == prediction.label_ids).mean())}
+
+
+def classifier_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
+    """Top-1, top-5 (of more than five classes), and the scores in which every class weighs the same.
+
+    Args:
+        predicted: `(n, k)` classes, the likeliest first; k is 5, or `num_classes` if that is less.
+        labels: `(n,)` classes.
+    """
+    right = predicted == labels[:, None]
+    scores = Scores(predictions=predicted[:, 0])
+    scores.add_share("top-1", right[:, 0].double().mean().item(), len(labels))
+    if num_classes > TOP_K:
+        scores.add_share(f"top-{TOP_K}", right.any(1).double().mean().item(), len(labels))
+    scores.add_class_scores(labels)
+    return scores
+
+
+__all__ = ["ClassificationTrainer", "EMACallback", "classifier_scores"]

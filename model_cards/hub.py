@@ -1,0 +1,167 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""What of an output folder belongs on the Hub, whether it is fit to go there, and sending it."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from safetensors import SafetensorError, safe_open
+
+from clmae.model_cards.card import CARD_NAME, EVAL_RESULTS_NAME
+from clmae.model_cards.record import read_json
+from clmae.model_cards.run import weight_files
+
+_IMPORT = re.compile(r"^[ \t]*from \.(\w+) import ", re.MULTILINE)
+_LINK = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
+# What an earlier upload may have left, that this one no longer has.
+_OURS = ("pictures/step-*.png", "pictures/curves.png", EVAL_RESULTS_NAME, "model*.safetensors*")
+
+
+def code_files(folder: Path) -> list[str]:
+    """The modules that `auto_map` points at, and all that these import; sorted, whether they exist or not."""
+    auto_map = (read_json(folder / "config.json") or {}).get("auto_map") or {}
+    waiting, found = {target.split("--")[-1].split(".")[0] for target in auto_map.values()}, set()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        path = folder / f"{name}.py"
+        if path.is_file():
+            waiting |= set(_IMPORT.findall(path.read_text(encoding="utf-8"))) - found
+    return sorted(f"{name}.py" for name in found)
+
+
+def linked_pictures(folder: Path) -> list[str]:
+    """Files that the card shows, relative to the folder; sorted, whether they exist or not."""
+    card = folder / CARD_NAME
+    links = set(_LINK.findall(card.read_text(encoding="utf-8"))) if card.is_file() else set()
+    return sorted(link for link in links if "://" not in link)
+
+
+def hub_files(folder: str | os.PathLike) -> list[str]:
+    """Files of an output folder that belong on the Hub and are there, as paths relative to it.
+
+    Weights, configuration, the model's code, image processor, card, the pictures that it shows, and scores. Neither
+    checkpoints nor optimiser states, data or logs; nor `training_args.bin`, which holds paths and may hold a token.
+    """
+    folder = Path(folder)
+    wanted = [
+        CARD_NAME,
+        "config.json",
+        "preprocessor_config.json",
+        "model.safetensors.index.json",
+        *weight_files(folder),
+        *code_files(folder),
+        *linked_pictures(folder),
+        EVAL_RESULTS_NAME,
+    ]
+    if "model.safetensors" in wanted:
+        wanted.remove("model.safetensors.index.json")  # of an earlier save
+    root = folder.resolve()
+    inside = [name for name in wanted if (folder / name).resolve().is_relative_to(root)]
+    return [name for name in inside if (folder / name).is_file()]
+
+
+def check_folder(folder: str | os.PathLike, progress: Callable[[list], Any] = iter) -> None:
+    """Refuses a folder that would not load, or whose weights are broken; reads every weight.
+
+    Args:
+        folder: Output folder of a run, or what `save_pretrained` wrote.
+        progress: Wraps the list of weight files, to show how far it is.
+
+    Raises:
+        ValueError: It says everything that is wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no folder; name the output folder of a run.")
+    needed = ["config.json", "preprocessor_config.json", *code_files(folder)]
+    problems = [f"{name} is missing" for name in needed if not (folder / name).is_file()]
+    names = weight_files(folder)
+    if not names:
+        problems.append("there are no weights (model.safetensors)")
+    for name in progress(names):
+        problems += _weight_problems(folder / name)
+    if problems:
+        raise ValueError(f"{str(folder)!r} is not fit for the Hub: {'; '.join(problems)}.")
+
+
+def _weight_problems(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        yield f"{path.name} is missing"
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            bad = [key for key in file.keys() if not torch.isfinite(file.get_tensor(key)).all()]  # noqa: SIM118
+    except SafetensorError as error:
+        yield f"{path.name} cannot be read ({error})"
+        return
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        yield f"{path.name} holds values that are not finite, in {bad[0]}{more}"
+
+
+def check_card(folder: str | os.PathLike) -> None:
+    """Refuses a card that is missing, has no front matter, or shows pictures that are not there.
+
+    Raises:
+        ValueError: It says what is wrong.
+    """
+    folder = Path(folder)
+    card = folder / CARD_NAME
+    if not card.is_file():
+        raise ValueError(f"{str(folder)!r} has no {CARD_NAME}; make one with `clmae card {folder}`.")
+    text = card.read_text(encoding="utf-8")
+    problems = [f"{name} is missing" for name in linked_pictures(folder) if not (folder / name).is_file()]
+    front_matter = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    for entry in ("library_name", "license"):
+        if front_matter is None or not re.search(rf"^{entry}: *\S", front_matter[1], re.MULTILINE):
+            problems.append(f"its front matter has no `{entry}`")
+    if problems:
+        raise ValueError(f"{card} is not complete: {'; '.join(problems)}.")
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload model",
+    files: list[str] | None = None,
+    path_in_repo: str = "",
+    token: str | None = None,
+    revision: str | None = None,
+) -> CommitInfo:
+    """Puts a folder into an existing repository, in one commit: all of it or nothing. What is there already stays.
+
+    Args:
+        folder: Output folder of a run.
+        repo_id: `owner/name`.
+        commit_message, token, revision: As `huggingface_hub.create_commit`'s.
+        files: Paths relative to the folder; [`hub_files`] if not given, and pictures and weights of an earlier upload
+            that are no longer among them are deleted.
+        path_in_repo: Folder in the repository.
+    """
+    api, folder = HfApi(), Path(folder)
+    names = hub_files(folder) if files is None else files
+    prefix = f"{path_in_repo}/" if path_in_repo else ""
+    operations: list[Any] = [CommitOperationAdd(f"{prefix}{name}", folder / name) for name in names]
+    if files is None:
+        there = api.list_repo_files(repo_id, revision=revision, token=token)
+        stale = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in _OURS)]
+        operations += [CommitOperationDelete(name) for name in stale if name not in names]
+    return api.create_commit(
+        repo_id,
+        operations,
+        commit_message=commit_message,
+        token=token,
+        revision=revision,
+    )
+
+
+__all__ = ["check_card", "check_folder", "code_files", "hub_files", "linked_pictures", "upload"]

@@ -1,0 +1,97 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""What an output folder tells about the model in it and how it was trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clmae.model_cards.families import FAMILIES
+from clmae.model_cards.record import RECORD_NAME, read_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an output folder tells about the model in it.
+
+    Attributes:
+        config: `config.json`.
+        record: `pretraining.json`, empty for a run that wrote none.
+        state: `trainer_state.json`, empty if there is none.
+        results: What `clmae pretrain` saved of its last evaluation.
+        evaluations: What `clmae evaluate --output` wrote into the folder.
+        pictures: Paths relative to the folder: `curves` and, by their steps, masks and reconstructions.
+        num_parameters: Of the whole model and of its encoder.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    record: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    curves: str | None = None
+    pictures: dict[int, str] = field(default_factory=dict)
+    num_parameters: tuple[int, int] = (0, 0)
+
+
+def read_run(folder: str | os.PathLike) -> Run:
+    """Reads an output folder.
+
+    Raises:
+        ValueError: It holds no model of a family that cards are made for, or a broken file.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config is None:
+        raise ValueError(f"{str(folder)!r} holds no model: there is no config.json in it.")
+    if config.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"{str(folder)!r} holds a model of type {config.get('model_type')!r}; cards are made for "
+            f"{', '.join(FAMILIES)}."
+        )
+    evaluations = []
+    for path in sorted(folder.glob("*.json")):
+        content = read_json(path)
+        if isinstance(content, dict) and {"protocol", "rows", "settings"} <= content.keys():
+            evaluations.append(content)
+    steps = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("pictures/step-*.png"))}
+    return Run(
+        folder=folder,
+        config=config,
+        record=read_json(folder / RECORD_NAME) or {},
+        state=read_json(folder / "trainer_state.json") or {},
+        results=read_json(folder / "pretrain_results.json") or {},
+        evaluations=evaluations,
+        curves="pictures/curves.png" if (folder / "pictures/curves.png").is_file() else None,
+        pictures={step: f"pictures/{path.name}" for step, path in sorted(steps.items())},
+        num_parameters=count_parameters(folder),
+    )
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files that hold the weights: one, or the shards of an index; none if there are none."""
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = read_json(folder / "model.safetensors.index.json")
+    return [] if index is None else sorted(set(index["weight_map"].values()))
+
+
+def count_parameters(folder: Path) -> tuple[int, int]:
+    """Parameters in the weights of a folder: all of them, and the encoder's; read from the files' headers."""
+    total = encoder = 0
+    for name in weight_files(folder):
+        with (folder / name).open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        sizes = {key: math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+        total += sum(sizes.values())
+        encoder += sum(size for key, size in sizes.items() if key.startswith("vit."))
+    return total, encoder or total
+
+
+__all__ = ["Run", "count_parameters", "read_run", "weight_files"]

@@ -1,0 +1,295 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""`clmae compare`, from the arguments to the files, and killed on the way.
+
+Run as a script, it is what is killed: `python test_cli_compare.py ARGUMENTS` starts the comparison again and again,
+each time in a new process that kills itself at another place, and at last in one that may finish.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Trainer
+
+import clmae
+import clmae.evaluation.compare as module
+from clmae.cli import main
+from clmae.training.trainer import CurriculumTrainer
+
+PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
+INTERVAL = 4  # steps between checkpoints
+TINY = f"""\
+model_size: tiny
+hidden_size: 32
+num_hidden_layers: 1
+num_attention_heads: 4
+decoder_hidden_size: 16
+decoder_num_hidden_layers: 1
+decoder_num_attention_heads: 2
+image_size: 16
+patch_size: 4
+learning_rate: 1.0e-3
+num_train_epochs: 3
+num_held_out: 0
+save_steps: {INTERVAL}
+use_cpu: true
+disable_tqdm: true
+"""
+EVERYTHING = "learned_masks: true\nmasker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\ncontrastive_crop: true\n"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with labelled photos, and a recipe of plain MAE and one of all the rest."""
+    folder = tmp_path_factory.mktemp("compare")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 30)):
+        for label in range(2):
+            (folder / "photos" / split / f"{label}").mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.uniform(0, 200, (4, 4, 3)) + 12 * label
+                photo = Image.fromarray(pixels.astype(np.uint8)).resize((16, 16))
+                photo.save(folder / "photos" / split / f"{label}" / f"{i}.png")
+    (folder / "mae.yaml").write_text(f"family: mae\n{TINY}per_device_train_batch_size: 16\n")
+    (folder / "all.yaml").write_text(f"family: cmae\n{TINY}{EVERYTHING}per_device_train_batch_size: 8\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def isolated(home, monkeypatch):
+    """A cache of its own."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+
+
+def command(output_dir, *more):
+    recipes = ["--recipes", "mae.yaml", "all.yaml", "--dataset", "photos", "--num_points", "2"]
+    return ["compare", *recipes, "--output_dir", str(output_dir), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    """An uninterrupted comparison's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
+        torch.set_num_threads(1)
+        assert main(command("whole")) == 0
+    return home / "whole"
+
+
+def table_without_seconds(folder):
+    table = json.loads((folder / "table.json").read_text())
+    for row in table["rows"]:
+        del row["seconds_per_step"]
+    return table
+
+
+# -- a whole comparison -----------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_comparison(finished):
+    table = json.loads((finished / "table.json").read_text())
+    rows = {(row["budget"], row["recipe"]): row for row in table["rows"]}
+    assert list(rows) == [
+        *(("images", "mae"), ("images", "all"), ("compute", "mae"), ("compute", "all")),
+        *((None, "random encoder"), (None, "raw pixels")),
+    ]
+    assert [rows["images", name]["images_seen"] for name in ("mae", "all")] == [96, 96]
+    assert [rows["images", name]["step"] for name in ("mae", "all")] == [6, 12]
+    longer, whole = rows["compute", "mae"], rows["compute", "all"]
+    assert longer["step"] > 6
+    assert whole["flops"] * (1 - 1 / longer["step"]) < longer["flops"] <= whole["flops"]
+    assert all(row["accuracies"].keys() == {"knn", "linear"} for row in table["rows"])
+    assert all(row["seconds_per_step"]["mean"] > 0 for row in table["rows"][:4])
+    assert "## Equal compute" in (finished / "table.md").read_text()
+    assert len((finished / "table.csv").read_text().splitlines()) == 7
+    with Image.open(finished / "accuracy.png") as figure:
+        assert figure.width > 600
+
+
+def test_a_runs_folder_keeps_its_model_and_its_result(finished):
+    runs = sorted(folder.name for folder in (finished / "runs").iterdir())
+    assert len(runs) == 3  # the most expensive recipe is trained once
+    for name in runs:
+        left = {path.name for path in (finished / "runs" / name).iterdir()}
+        assert left >= {"model", "result.json"}
+        assert not [name for name in left if name.startswith("checkpoint") or name == "points"]
+    result = json.loads((finished / "runs" / "all-12-steps-seed-0" / "result.json").read_text())
+    assert [point["step"] for point in result["points"]] == [6, 12]
+    assert result["points"][0]["accuracies"].keys() == {"knn"}
+
+
+def test_a_run_is_what_pretrain_makes(finished, home):
+    options = ["--dataset", "photos", "--output_dir", "alone", "--max_steps", "12", "--seed", "0"]
+    assert main(["pretrain", "--config", "all.yaml", *options]) == 0
+    ours = load_file(finished / "runs" / "all-12-steps-seed-0" / "model" / "model.safetensors")
+    theirs = load_file(home / "alone" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_finished_comparison_is_not_done_again(finished, monkeypatch, capsys):
+    before = table_without_seconds(finished)
+    (finished / "table.json").unlink()
+    monkeypatch.setattr(module, "evaluate_model", None)  # calling it would raise
+    monkeypatch.setattr(module, "CurriculumTrainer", None)
+    assert main(command(finished, "--logging_steps", "7")) == 0  # an option without an effect
+    assert "run 3 of 3: mae, " in capsys.readouterr().out
+    assert table_without_seconds(finished) == before
+
+
+def test_another_configuration_is_refused(finished, capsys):
+    assert main(command(finished, "--mask_ratio", "0.5")) == 2
+    message = capsys.readouterr().err
+    assert "holds another comparison (recipes.mae.options.mask_ratio: None there, 0.5 now" in message
+
+
+def test_interrupted_it_goes_on_and_takes_more_seeds(home, monkeypatch, capsys):
+    argv = command("interrupted", "--recipes", "mae.yaml", "--budgets", "images", "--protocols", "linear")
+    original = CurriculumTrainer.training_step
+
+    def training_step(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CurriculumTrainer, "training_step", training_step)
+        assert main(argv) == 130
+    assert "Go on with the same command." in capsys.readouterr().out
+    assert (home / "interrupted" / "runs" / "mae-6-steps-seed-0" / "checkpoint-3").is_dir()
+    assert main([*argv, "--seeds", "0", "1"]) == 0
+    table = json.loads((home / "interrupted" / "table.json").read_text())
+    assert [row["recipe"] for row in table["rows"]] == ["mae", "random encoder", "raw pixels"]
+    assert len(table["rows"][0]["accuracies"]["linear"]["top-1"]["values"]) == 2
+    assert table["curve_protocol"] == "linear"
+
+
+# -- what is refused at once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--recipes", "none.yaml"], "recipe none.yaml: --config none.yaml: No such file"),
+        (["--recipes", "mae.yaml", "mae.yaml"], "each under a name of its own"),
+        (["--protocols", "knn", "kmn"], "`protocols` is ['knn', 'kmn']; give some of knn, linear"),
+        (["--budgets", "time"], "`budgets` is ['time']; give some of images, compute"),
+        (["--seeds", "1", "1"], "`seeds` is [1, 1]"),
+        (["--eval_dataset", "photos/test/0"], "label"),
+        (["--eval_dataset", "./nowhere"], "no such file or folder"),
+        (["--mask_ratio", "2"], "recipe mae.yaml: `mask_ratio` is 2.0"),
+        (["--mask_ratoi", "0.5"], "recipe mae.yaml: unknown option '--mask_ratoi'; did you mean 'mask_ratio'?"),
+        (["--seed", "1"], "--seed is not for a comparison: give --seeds"),
+        (["--config=mae.yaml"], "--config is not for a comparison: give the recipes by --recipes"),
+        (["--resume-from-checkpoint", "last"], "an unfinished comparison goes on by itself"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_written(home, capsys, more, message):
+    assert main(command("refused", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (home / "refused").exists()
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.index("clmae compare --recipes") < text.index("--images_seen")
+
+
+# -- killed -----------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_any_point_it_ends_with_the_same_table(finished, home):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(PACKAGE),
+        "OMP_NUM_THREADS": "1",
+        "HF_DATASETS_CACHE": str(home / "cache"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, __file__, *command("killed")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert json.loads(process.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(PLACES) + [0], process.stderr[-4000:]
+    assert table_without_seconds(home / "killed") == table_without_seconds(finished)
+    trained = len((home / "killed" / "steps.txt").read_text())
+    once = sum(row["step"] for row in table_without_seconds(finished)["rows"][:3])
+    # Done again: the steps 5 and 6 before the kill in the 7th, and 5 to 8, whose checkpoint was not finished.
+    assert trained == once + 2 + INTERVAL
+
+
+def kill_at(owner, name, call=1, spoil=None):
+    """This process kills itself at the `call`-th call of `owner.name`; before, `spoil` leaves something half done."""
+    original, calls = getattr(owner, name), []
+
+    def replacement(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            if spoil is not None:
+                spoil(*args)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, replacement)
+
+
+def half_an_optimizer(trainer, folder):
+    Path(folder, "optimizer.pt").write_bytes(b"half of it")
+
+
+PLACES = [
+    lambda: kill_at(CurriculumTrainer, "training_step", 6 + 7),  # in the 7th step of the second run
+    lambda: kill_at(Trainer, "_save_optimizer_and_scheduler", 1, half_an_optimizer),  # in its second checkpoint
+    lambda: kill_at(module, "evaluate_model", 2),  # between the points of its curve
+    lambda: kill_at(module, "table_to_csv"),  # when only table.json is written
+]
+
+
+def count_steps(path):
+    """One character in a file for every training step."""
+    original = CurriculumTrainer.training_step
+
+    def training_step(*args, **kwargs):
+        with open(path, "a") as file:
+            file.write(".")
+        return original(*args, **kwargs)
+
+    CurriculumTrainer.training_step = training_step
+
+
+def killed_again_and_again(argv):
+    """Exit codes of the processes, each a fork: only this one has to import everything."""
+    torch.set_num_threads(1)
+    codes = []
+    for place in [*PLACES, None]:
+        child = os.fork()
+        if child == 0:
+            try:
+                count_steps(Path(argv[argv.index("--output_dir") + 1], "steps.txt"))
+                if place is not None:
+                    place()
+                os._exit(main(argv))
+            finally:
+                os._exit(1)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(json.dumps(codes))
+
+
+if __name__ == "__main__":
+    killed_again_and_again(sys.argv[1:])

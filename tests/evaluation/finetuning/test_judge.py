@@ -1,0 +1,113 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""That classes are told apart, runs go on where they were stopped, and bad data are refused."""
+
+from __future__ import annotations
+
+import json
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clmae.evaluation.finetuning import ClassificationTrainer, FinetuningArguments, LinearLarsArguments, finetune
+
+from .samples import PLAIN, coloured_images
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return datasets.DatasetDict({"train": coloured_images(48), "test": coloured_images(30, seed=1)})
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "baseline"),
+    [
+        (FinetuningArguments, dict(learning_rate=5e-3, max_steps=25), "from scratch"),
+        (FinetuningArguments, dict(learning_rate=5e-3, max_steps=20, trained_blocks=1, **PLAIN), "from scratch"),
+        (LinearLarsArguments, dict(learning_rate=100.0, max_steps=40, feature="mean"), "random encoder"),
+    ],
+)
+def test_separable_classes_are_told_apart(saved, dataset, arguments, tmp_path, kind, fields, baseline):
+    args = arguments(kind, **fields)
+    result = finetune(saved, dataset, args)
+    assert result.protocol == args.protocol
+    assert [row.name for row in result.rows] == ["pretrained", baseline]
+    assert all(row.accuracies["top-1"] >= 90 for row in result.rows), result.to_markdown()
+    assert result.settings["parameters"]["learning_rate"] == fields["learning_rate"]
+    assert result.settings["num_train"] == 48
+    assert result.settings["num_test"] == 30
+    low, high = result.rows[0].intervals["top-1"]
+    assert low <= result.rows[0].accuracies["top-1"] <= high
+    result.save_json(tmp_path / "result.json")
+    assert json.loads((tmp_path / "result.json").read_text())["rows"][0]["name"] == "pretrained"
+
+
+def test_few_labels_and_a_held_out_part_come_from_the_training_set(saved, dataset, arguments):
+    args = arguments(eval_strategy="epoch", load_best_model_at_end=True, save_strategy="epoch", validation_share=0.25)
+    result = finetune(saved, dataset, args, labels_per_class=8, baselines=False)
+    assert [row.name for row in result.rows] == ["pretrained"]
+    assert result.settings["num_train"] == 3 * 6
+    assert result.settings["num_validation"] == 3 * 2
+    assert result.settings["labels_per_class"] == 8
+    assert result.settings["selected_on"] == {"split": "train", "share_of_each_class": 0.25, "seed": 42}
+    single = arguments(eval_strategy="epoch")
+    single.output_dir += "-single"
+    with pytest.raises(ValueError, match="no class has two training images"):
+        finetune(saved, dataset, single, labels_per_class=1)
+
+
+def test_interrupted_run_goes_on_to_the_same_result(saved, dataset, arguments, monkeypatch, tmp_path):
+    fields = dict(learning_rate=1e-2, max_steps=6, save_strategy="steps", save_steps=2)
+    whole = finetune(saved, dataset, arguments(**fields))
+    whole_weights = load_file(tmp_path / "out" / "from_scratch" / "model.safetensors")
+
+    broken = arguments(**fields, run_name="second")
+    broken.output_dir = str(tmp_path / "second")
+    steps = []
+
+    class Killed(Exception):
+        pass
+
+    original = ClassificationTrainer.training_step
+
+    def training_step(self, *rest, **kwargs):
+        steps.append(self.args.output_dir)
+        if len(steps) == 10:  # in the fourth step of the second row
+            raise Killed
+        return original(self, *rest, **kwargs)
+
+    monkeypatch.setattr(ClassificationTrainer, "training_step", training_step)
+    with pytest.raises(Killed):
+        finetune(saved, dataset, broken)
+    with pytest.raises(ValueError, match="holds an earlier run"):
+        finetune(saved, dataset, broken)
+    broken.resume_from_checkpoint = "last"
+    result = finetune(saved, dataset, broken)
+    assert len(steps) == 10 + 4  # from step 2 of the second row; the first row was done
+    assert result.rows == whole.rows
+    assert torch.equal(result.predictions.predictions, whole.predictions.predictions)
+    weights = load_file(tmp_path / "second" / "from_scratch" / "model.safetensors")
+    assert all(torch.equal(weights[name], whole_weights[name]) for name in whole_weights)
+    broken.layer_decay = 0.5
+    with pytest.raises(ValueError, match=r"`layer_decay` was 0\.75 and is 0\.5"):
+        finetune(saved, dataset, broken)
+
+
+def test_trained_model_is_saved_whole(saved, dataset, arguments, tmp_path):
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    finetune(saved, dataset, arguments(), baselines=False)
+    folder = tmp_path / "out" / "pretrained"
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.label2id == {"red": 0, "green": 1, "blue": 2}
+    assert list(AutoImageProcessor.from_pretrained(folder).image_mean) == [0.5] * 3
+
+
+def test_bad_data_is_refused(saved, dataset, arguments):
+    one_class = dataset["train"].filter(lambda label: label == 0, input_columns="label")
+    with pytest.raises(ValueError, match="one class only"):
+        finetune(saved, {"train": one_class, "test": dataset["test"]}, arguments())
+    renamed = dataset["test"].cast_column("label", datasets.ClassLabel(names=["blue", "green", "red"]))
+    with pytest.raises(ValueError, match="classes of the training and the test set differ"):
+        finetune(saved, {"train": dataset["train"], "test": renamed}, arguments())

@@ -1,0 +1,150 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""The loss, what stays frozen, the averaged weights; and that a run can be repeated."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import TrainerCallback, ViTConfig, ViTModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from clmae.evaluation.finetuning import (
+    ClassificationTrainer,
+    FinetuningArguments,
+    LinearLarsArguments,
+    classifier_scores,
+    load_classifier,
+)
+
+from .samples import PLAIN, STRONG, VIT, augmented
+
+
+class Fixed(nn.Module):
+    """Gives the same logits whatever the images."""
+
+    config = None
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, pixel_values):
+        return ImageClassifierOutput(logits=self.logits[: len(pixel_values)])
+
+
+def test_loss_is_the_cross_entropy_to_mixed_and_smoothed_targets(arguments):
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 1.0, 3.0]])
+    trainer = ClassificationTrainer(Fixed(logits), arguments(label_smoothing_factor=0.1), augmented(), num_classes=3)
+    targets = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.4, 0.6]])
+    inputs = {"pixel_values": torch.zeros(2, 3, 16, 16), "labels": targets}
+    loss = trainer.compute_loss(trainer.model.train(), inputs)
+    smoothed = 0.9 * targets + 0.1 / 3  # once, and not once more by the Trainer
+    reference = -(smoothed.double() * logits.double().log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss.double(), reference, rtol=1e-6, atol=1e-6)
+    classes = {**inputs, "labels": torch.tensor([0, 2])}
+    plain = trainer.compute_loss(trainer.model.eval(), classes)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, classes["labels"]))
+
+
+def train(model: nn.Module, args, **options) -> ClassificationTrainer:
+    trainer = ClassificationTrainer(model, args, augmented(**STRONG), num_classes=3, **options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [(FinetuningArguments, dict(trained_blocks=1)), (LinearLarsArguments, dict(learning_rate=5.0))]
+)
+def test_what_is_frozen_stays_bit_for_bit_and_in_evaluation_mode(saved, arguments, kind, fields):
+    args = arguments(kind, **fields)
+    model = load_classifier(saved, args, 3)
+    before = copy.deepcopy(dict(model.named_parameters()))
+    modes = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            frozen, trained = (
+                (model.encoder, model.classifier)
+                if kind is LinearLarsArguments
+                else (model.vit.layers[0], model.vit.layers[1])
+            )
+            modes.append((frozen.training, any(part.training for part in frozen.modules()), trained.training))
+
+    trainer = train(model, args, callbacks=[Watch()])
+    assert modes == [(False, False, True)] * 3
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (name not in trained), name
+    # accelerate wraps the optimiser
+    assert len(trainer.optimizer.state) == len(trained)
+
+
+@pytest.mark.parametrize("kind", [FinetuningArguments, LinearLarsArguments])
+def test_same_seed_same_weights_whatever_came_before(saved, arguments, kind):
+    def weights(seed: int, noise: int) -> torch.Tensor:
+        torch.manual_seed(noise)
+        args = arguments(kind, seed=seed, learning_rate=1e-2)
+        trainer = train(load_classifier(saved, args, 3), args)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    first = weights(1, noise=10)
+    assert torch.equal(first, weights(1, noise=20))
+    assert not torch.equal(first, weights(2, noise=10))
+
+
+def test_accumulated_batches_are_one_batch(tmp_path, arguments):
+    # transformers' ViT takes the Trainer's loss arguments, by which the Trainer would leave a mean loss undivided.
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path)
+
+    def gradients(**fields) -> torch.Tensor:
+        plain = dict(max_steps=1, lr_scheduler_type="constant", warmup_steps=0, optim="sgd", learning_rate=1.0)
+        args = arguments(**plain, **PLAIN, **fields)
+        before = load_classifier(tmp_path, args, 3)
+        trainer = train(copy.deepcopy(before), args)
+        return before.classifier.weight - trainer.model.classifier.weight
+
+    whole = gradients(per_device_train_batch_size=6)
+    parts = gradients(per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    assert whole.abs().max() > 1e-3
+
+
+def test_average_of_the_weights_is_what_is_judged_and_survives_a_resume(saved, arguments, tmp_path):
+    decay, history = 0.7, []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            history.append(model.classifier.weight.detach().clone())
+
+    args = arguments(ema_decay=decay, learning_rate=1e-2, max_steps=4, save_strategy="steps", save_steps=2)
+    args.save_total_limit = None
+    model = load_classifier(saved, args, 3)
+    expected = model.classifier.weight.detach().clone()
+    trainer = train(model, args, callbacks=[Watch()])
+    for weight in history:
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(trainer.model.classifier.weight.detach(), expected)
+    again = ClassificationTrainer(load_classifier(saved, args, 3), args, augmented(**STRONG), num_classes=3)
+    again.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-2")
+    for (name, value), (_, resumed) in zip(
+        trainer.model.named_parameters(), again.model.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(resumed, value, msg=name)
+    plain = ClassificationTrainer(load_classifier(saved, args, 3), args, augmented(**STRONG), num_classes=3)
+    with pytest.raises(ValueError, match="kept no average"):
+        plain.train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_scores_by_hand():
+    predicted = torch.tensor([[0, 1], [0, 2], [1, 0], [2, 1]])
+    scores = classifier_scores(predicted, torch.tensor([0, 0, 0, 2]), 3)
+    assert scores.accuracies["top-1"] == 0.75
+    assert scores.accuracies["mean per class"] == pytest.approx((2 / 3 + 1) / 2)
+    assert "top-5" not in scores.accuracies
+    assert all(low <= scores.accuracies[name] <= high for name, (low, high) in scores.intervals.items())
+    five = torch.arange(5).expand(2, -1)
+    assert classifier_scores(five, torch.tensor([4, 5]), 6).accuracies["top-5"] == 0.5

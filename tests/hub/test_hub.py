@@ -1,0 +1,149 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""From the Trainer to the Hub and back by id, by huggingface_hub's own client to a Hub on this machine."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BitImageProcessor
+
+from clmae import CLMAEForPreTraining
+
+from ..local_hub import Fault, Repo
+
+OWNER, OTHER = "hf_owner_token", "hf_other_token"
+RUNS = Path(__file__).parents[1] / "training" / "runs.py"
+NUMBERS = itertools.count()
+
+TRAIN = """
+import importlib.util
+from pathlib import Path
+from transformers import BitImageProcessor
+spec = importlib.util.spec_from_file_location("runs", {runs!r})
+runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(runs)
+trainer = runs.tiny_trainer(
+    Path({folder!r}), max_steps=4, save_strategy="steps", save_steps=2, push_to_hub=True, hub_model_id={repo_id!r},
+    hub_strategy={strategy!r}, hub_token={token!r}, hub_private_repo=True, hub_always_push=True,
+    processing_class=BitImageProcessor(size={{"shortest_edge": 16}}),
+)
+trainer.train()
+result = trainer.push_to_hub().oid
+"""
+FEATURES = """
+import torch
+{first}
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained({repo_id!r}, {options}).eval()
+with torch.no_grad():
+    features = model(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).last_hidden_state
+result = [type(model).__module__, type(AutoImageProcessor.from_pretrained({repo_id!r})).__name__, features.tolist()]
+"""
+
+
+@pytest.fixture
+def publish(hub, tmp_path, tiny_config):
+    """`publish(private)`: the id of a CL-MAE on the Hub, and what its encoder gives for FEATURES' image."""
+
+    def put(private=False):
+        repo_id = f"org/cl-mae-{next(NUMBERS)}"
+        torch.manual_seed(len(hub.repos))
+        model = CLMAEForPreTraining(tiny_config("cl_mae")).eval()
+        model.save_pretrained(tmp_path)
+        BitImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path)
+        repo = hub.repos[repo_id] = Repo(private)
+        repo.commit({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        with torch.no_grad():
+            expected = model.vit(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).last_hidden_state
+        return repo_id, expected
+
+    return put
+
+
+def features(client, repo_id, first="", options="", token=None):
+    return client.attempt(FEATURES.format(repo_id=repo_id, first=first, options=options), token)
+
+
+def assert_features(answer, expected, module):
+    assert not answer["error"], answer["output"]
+    found, processor, values = answer["result"]
+    assert module in found
+    assert processor.startswith("BitImageProcessor")
+    torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-6, atol=1e-6)
+
+
+# -- by id ------------------------------------------------------------------------------------------------------------
+
+
+def test_without_clmae_the_models_own_code_runs_if_allowed(bare_client, publish):
+    repo_id, expected = publish()
+    answer = features(bare_client, repo_id)
+    assert "trust_remote_code" in answer["error"]
+    answer = features(bare_client, repo_id, options="trust_remote_code=True")
+    assert_features(answer, expected, "transformers_modules")
+
+
+def test_with_clmae_no_code_of_the_hub_runs(client, publish):
+    repo_id, expected = publish()
+    assert_features(features(client, repo_id, first="import clmae"), expected, "clmae.modeling")
+
+
+def test_a_private_model(client, bare_client, publish):
+    repo_id, expected = publish(private=True)
+    for token in (None, OTHER):
+        answer = features(bare_client, repo_id, options="trust_remote_code=True", token=token)
+        assert answer["error"].startswith("OSError")
+        assert repo_id in answer["error"]
+    assert_features(features(client, repo_id, first="import clmae", token=OWNER), expected, "clmae.modeling")
+
+
+def test_a_missing_model(client):
+    answer = features(client, "org/nothing-here", first="import clmae")
+    assert answer["error"].startswith("OSError")
+    assert "org/nothing-here" in answer["error"]
+
+
+def test_an_interrupted_download_is_taken_up_where_it_broke(hub, client, publish):
+    repo_id, expected = publish()
+    request = f"GET /{repo_id}/resolve/[^/]+/model.safetensors"
+    hub.faults = [Fault(request, after=5000)]
+    # The client goes on after the last whole chunk, which is larger than this model unless it is told otherwise.
+    chunks = "import clmae, huggingface_hub\nhuggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000"
+    answer = features(client, repo_id, first=chunks)
+    assert hub.faults == []  # it did break
+    assert_features(answer, expected, "clmae.modeling")
+    (resumed,) = [r for r in hub.requests if r.startswith(f"GET /{repo_id}") and "bytes=" in r]
+    assert 0 < int(re.search(r"bytes=(\d+)-$", resumed)[1]) <= 5000
+
+
+# -- from the Trainer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
+def test_a_run_goes_to_the_hub_as_it_trains(hub, client, bare_client, tmp_path, strategy):
+    repo_id, folder = f"org/run-{next(NUMBERS)}", tmp_path / "out"
+    code = TRAIN.format(runs=str(RUNS), folder=str(folder), repo_id=repo_id, strategy=strategy, token=OWNER)
+    head = client.run(code)
+    repo = hub.repos[repo_id]
+    assert repo.private
+    assert repo.head == head
+    saved = [files for files in repo.commits.values() if "model.safetensors" in files]
+    assert len({files["model.safetensors"] for files in saved}) == 2  # steps 2 and 4
+    for files in saved:  # each of them loads: its code came along
+        assert {"config.json", "modeling_cl_mae.py", "preprocessor_config.json"} <= files.keys()
+    names = set(repo.files)
+    assert {"README.md", "pictures/curves.png"} <= names
+    assert f"# {repo_id.split('/')[1]}\n" in repo.files["README.md"].decode()
+    assert not any(OWNER.encode() in content or str(tmp_path).encode() in content for content in repo.files.values())
+    assert not [name for name in names if name.endswith("training_args.bin") or "tfevents" in name]
+    checkpoints = {name.split("/")[0] for name in names if name.startswith("checkpoint-")}
+    assert checkpoints == ({"checkpoint-2", "checkpoint-4"} if strategy == "all_checkpoints" else set())
+    with torch.no_grad():
+        model = CLMAEForPreTraining.from_pretrained(folder).eval()
+        expected = model.vit(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).last_hidden_state
+    answer = features(bare_client, repo_id, options="trust_remote_code=True", token=OWNER)
+    assert_features(answer, expected, "transformers_modules")

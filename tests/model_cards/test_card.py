@@ -1,0 +1,344 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Cards: all that they say comes from the run's files, nothing of the machine is in them, and no words are lost."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import parse_eval_result_entries
+from safetensors.torch import load_file, save_file
+from transformers import BitImageProcessor, ViTConfig
+
+from clmae import CMAEForPreTraining, MAEConfig, MAEForPreTraining
+from clmae.model_cards import EditedCardError, check_folder, describe_data, hub_files, read_run, write_card
+from clmae.model_cards.families import FAMILIES
+from clmae.model_cards.hub import check_card
+from clmae.model_cards.record import changed_arguments
+from clmae.model_cards.sections import changed_config
+from clmae.training import CurriculumTrainer, PretrainingArguments
+from clmae.training.data import DataArguments
+
+from ..training.runs import QUIET, SHORT, SILENT, image_dataset, tiny_model, tiny_trainer
+
+SECRET = "hf_do_not_tell"
+PROCESSOR = dict(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The output folder of a run of four steps that was cut after two, with its data's description."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    photos = tmp_path_factory.mktemp("private") / "holiday"
+    photos.mkdir()
+    options = dict(max_steps=4, picture_steps=2, difficulty_steps=2, save_strategy="steps", save_steps=2)
+    for checkpoint in (None, str(folder / "checkpoint-2")):
+        own = dict(output_dir=str(folder), hub_token=SECRET, run_name=str(folder))
+        trainer = CurriculumTrainer(
+            tiny_model(),
+            PretrainingArguments(**{**QUIET, **SHORT, **SILENT, **options, **own}),
+            train_dataset=image_dataset(),
+            eval_dataset=image_dataset(6, train=False),
+            processing_class=BitImageProcessor(**PROCESSOR),
+            data_arguments=DataArguments(dataset=str(photos), min_crop_scale=0.5),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.create_model_card()
+    return folder
+
+
+@pytest.fixture
+def folder(finished_run, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(finished_run, tmp_path / "tiny", ignore=shutil.ignore_patterns("checkpoint-*"))
+
+
+def card(folder):
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def write_evaluation(folder, dataset="uoft-cs/cifar10", model=None, **row):
+    own = {"name": "pretrained", "accuracies": {"k = 5": 40.25, "k = 20": 41.5}, **row}
+    random = {"name": "random encoder", "accuracies": {"k = 5": 33.0, "k = 20": 41.5}}
+    settings = {"dataset": dataset, "model": str(model or folder), "num_train": 5000, "num_test": 1000}
+    settings |= {"parameters": {"temperature": 0.07}, "feature": "pooler_output", "date": "2026-01-02T03:04:05+00:00"}
+    result = {"protocol": "knn", "rows": [own, random], "settings": settings}
+    (folder / "knn.json").write_text(json.dumps(result))
+
+
+# -- what a card says -------------------------------------------------------------------------------------------------
+
+
+def test_it_shows_what_the_run_recorded(finished_run):
+    text, state = card(finished_run), json.loads((finished_run / "trainer_state.json").read_text())
+    record = json.loads((finished_run / "pretraining.json").read_text())
+    weights = load_file(finished_run / "model.safetensors")
+    assert f"| parameters | {sum(w.numel() for w in weights.values()):,}, of which" in text
+    assert "| optimiser steps | 4 |" in text
+    assert "| images seen | 16 (4 a step) |" in text
+    assert "| training | `learning_rate` | `0.001` |" in text
+    assert "| data | `min_crop_scale` | `0.5` |" in text
+    assert "data set: “holiday”, a local one" in text
+    assert "- images trained on: 16, without labels\n" in text
+    assert f"torch {torch.__version__.split('+')[0]}" in text
+    last = next(entry for entry in reversed(state["log_history"]) if "reconstruction_loss" in entry)
+    assert f"| reconstruction loss, training | {last['reconstruction_loss']:.4g} |" in text
+    assert [(s["first_step"], s["last_step"]) for s in record["sessions"]] == [(0, 2), (2, 4)]
+    assert all(s["seconds"] > 0 for s in record["sessions"])
+    for paper in FAMILIES["cl_mae"].papers:
+        assert paper.bibtex() in text
+    assert "Nothing was measured downstream" in text
+
+
+def test_every_section_is_there_and_every_picture(finished_run):
+    text = card(finished_run)
+    headings = re.findall(r"^#+ (.*)$", text.split("```bibtex")[0], re.MULTILINE)
+    assert [h for h in headings if "$" in h] == []
+    assert set(headings) >= {"Use", "Intended use", "Evaluation", "Data", "Training", "Limits", "Licence", "Citation"}
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert pictures == ["pictures/curves.png", *(f"pictures/step-{step:06}.png" for step in (0, 2, 4))]
+    assert all((finished_run / picture).stat().st_size > 1000 for picture in pictures)
+    check_card(finished_run)
+
+
+def test_front_matter(finished_run, folder):
+    front_matter = yaml.safe_load(card(finished_run).split("---")[1])
+    assert front_matter["library_name"] == "transformers"
+    assert front_matter["pipeline_tag"] == "image-feature-extraction"
+    assert front_matter["license"] == "apache-2.0"
+    assert "datasets" not in front_matter  # a local one
+    record = json.loads((folder / "pretraining.json").read_text())
+    record["data"] |= {"dataset": "uoft-cs/cifar10", "dataset_on_hub": True}
+    (folder / "pretraining.json").write_text(json.dumps(record))
+    write_card(folder)
+    assert yaml.safe_load(card(folder).split("---")[1])["datasets"] == ["uoft-cs/cifar10"]
+
+
+@pytest.mark.parametrize("num_channels", [1, 3, 5])
+def test_the_snippet_runs_as_pasted(tmp_path, monkeypatch, tiny_config, num_channels):
+    MAEForPreTraining(tiny_config("mae", num_channels=num_channels)).save_pretrained(tmp_path)
+    channels = dict(image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels, do_convert_rgb=num_channels == 3)
+    BitImageProcessor(**PROCESSOR, **channels).save_pretrained(tmp_path)
+    write_card(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    snippet, output = re.search(r"```python\n(.*?)```", card(tmp_path), re.DOTALL)[1], io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(snippet, {})
+    assert output.getvalue() == "torch.Size([1, 32])\n"
+    assert output.getvalue().strip() in snippet
+
+
+def test_the_snippet_names_the_repository(folder):
+    write_card(folder, "org/cl-mae-tiny")
+    assert 'AutoModel.from_pretrained("org/cl-mae-tiny", trust_remote_code=True)' in card(folder)
+    assert "# cl-mae-tiny\n" in card(folder)
+
+
+def test_nothing_of_the_machine_is_told(finished_run):
+    for name in ("README.md", "pretraining.json"):
+        text = (finished_run / name).read_text(encoding="utf-8")
+        assert SECRET not in text
+        assert str(finished_run.parent) not in text
+        assert "private" not in text
+
+
+def test_local_data_are_told_by_their_name_alone(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    for source in (str(tmp_path / "photos"), "../photos/", "."):
+        described = describe_data(DataArguments(dataset=source, horizontal_flip=False))
+        assert described == {"dataset": "photos", "dataset_on_hub": False, "options": {"horizontal_flip": False}}
+    described = describe_data(DataArguments(dataset="org/photos"))
+    assert described == {"dataset": "org/photos", "dataset_on_hub": True, "options": {}}
+
+
+def test_changed_arguments(tmp_path):
+    path = {"output_dir": str(tmp_path), "run_name": "mine", "optim_args": "/home/me/x", "hub_token": SECRET}
+    args = PretrainingArguments(**path, **QUIET, weight_decay=0.1, lr_scheduler_kwargs={"num_cycles": 0.25}, seed=42)
+    changed = changed_arguments(args)
+    assert changed.pop("learning_rate") == args.learning_rate  # computed from the batch, so not its default
+    assert changed == {"weight_decay": 0.1, "lr_scheduler_kwargs": {"num_cycles": 0.25}}
+
+
+def test_changed_config_leaves_out_what_follows():
+    config = MAEConfig.from_size(
+        "base", image_size=64, hidden_size=64, num_attention_heads=4, decoder_intermediate_size=8
+    )
+    expected = {"hidden_size": 64, "num_attention_heads": 4, "image_size": 64, "decoder_intermediate_size": 8}
+    assert changed_config(json.loads(config.to_json_string(use_diff=False))) == expected
+
+
+def test_a_folder_without_a_record(tmp_path, tiny_config):
+    CMAEForPreTraining(tiny_config("cmae")).save_pretrained(tmp_path)
+    write_card(tmp_path)
+    text = card(tmp_path)
+    assert "## Data\n\nNot recorded." in text
+    assert "Over the run" not in text
+    assert "Masks and reconstructions" not in text
+
+
+def test_what_is_no_model_of_ours(tmp_path):
+    with pytest.raises(ValueError, match="no config"):
+        write_card(tmp_path)
+    ViTConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type 'vit'"):
+        write_card(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+# -- scores -----------------------------------------------------------------------------------------------------------
+
+
+def test_scores_with_their_protocol_and_intervals(folder):
+    write_evaluation(folder, intervals={"k = 5": [39.0, 41.5]}, std={"k = 20": 0.4})
+    write_card(folder)
+    assert "| k = 5 | 40.25 [39.0, 41.5] | 33.00 |\n| k = 20 | 41.50 ± 0.4 | 41.50 |" in card(folder)
+    assert "5,000 labelled images to learn from; judged on 1,000" in card(folder)
+    assert "temperature = 0.07" in card(folder)
+    assert "on uoft-cs/cifar10: not above random encoder in k = 20." in card(folder)
+    entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/clmae.yaml").read_text()))
+    assert [(e.dataset_id, e.task_id, e.value) for e in entries] == [
+        ("uoft-cs/cifar10", "knn-k-5", 40.25),
+        ("uoft-cs/cifar10", "knn-k-20", 41.5),
+    ]
+    (folder / "knn.json").unlink()
+    write_card(folder)
+    assert not (folder / ".eval_results/clmae.yaml").exists()
+
+
+@pytest.mark.parametrize("dataset", ["/home/me/secret/birds", "secret/../birds/", r"C:\secret\birds"])
+def test_scores_on_local_data(folder, dataset):
+    write_evaluation(folder, dataset)
+    write_card(folder)
+    assert "** on birds, in %" in card(folder)
+    assert "secret" not in card(folder)
+    assert not (folder / ".eval_results").exists()
+
+
+def test_a_relative_path_is_no_hub_id(folder, monkeypatch):
+    (folder / "my" / "birds").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    write_evaluation(folder, "my/birds")
+    write_card(folder)
+    assert "** on birds, in %" in card(folder)
+    # Nor where it cannot be told: the model was elsewhere when it was judged.
+    write_evaluation(folder, "her/birds", model="elsewhere")
+    write_card(folder)
+    assert "** on birds, in %" in card(folder)
+
+
+# -- a person's words -------------------------------------------------------------------------------------------------
+
+
+def test_the_authors_section_survives(folder):
+    words = "## Intended use\n\nFor $counting$ birds \\1, at dawn."
+    before = card(folder)
+    after = re.sub(r"(?s)## Intended use.*?\n<!-- /author", lambda _: f"{words}\n<!-- /author", before)
+    (folder / "README.md").write_text(after)
+    write_evaluation(folder)
+    write_card(folder, "org/birds")
+    assert f"-->\n{words}\n<!-- /author -->" in card(folder)
+    assert "40.25" in card(folder)
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda text: text.replace("## Limits", "## Limits\n\nNone!"), lambda text: "# Mine\n"]
+)
+def test_other_words_are_not_lost(folder, edit):
+    edited = edit(card(folder))
+    (folder / "README.md").write_text(edited)
+    with pytest.raises(EditedCardError, match="--force"):
+        write_card(folder)
+    assert card(folder) == edited
+    write_card(folder, force=True)
+    assert card(folder) != edited
+    write_card(folder)  # sealed again
+
+
+def test_line_ends_are_no_edit(folder):
+    (folder / "README.md").write_bytes(card(folder).replace("\n", "\r\n").encode())
+    write_card(folder)
+
+
+def test_the_licence_stays(folder):
+    write_card(folder, license="cc-by-4.0")
+    write_card(folder)
+    assert "\nlicense: cc-by-4.0\n" in card(folder)
+    assert "Weights: `cc-by-4.0`" in card(folder)
+
+
+def test_the_same_run_makes_the_same_card(folder):
+    write_card(folder)
+    before = card(folder)
+    write_card(folder)
+    assert card(folder) == before
+
+
+def test_the_trainer_leaves_an_edited_card(tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n")
+    trainer = tiny_trainer(tmp_path, train_dataset=image_dataset(4), eval_dataset=None)
+    trainer.save_model()
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+
+
+# -- what goes to the Hub ---------------------------------------------------------------------------------------------
+
+
+def test_hub_files(finished_run):
+    names = hub_files(finished_run)
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= set(names)
+    assert {"modeling_cl_mae.py", "configuration_mae.py", "losses.py", "pictures/step-000004.png"} <= set(names)
+    assert [n for n in names if "checkpoint" in n or n.endswith((".bin", ".pt", ".json5")) or "state" in n] == []
+    assert len(names) == len(set(names))
+
+
+def test_hub_files_stay_inside(folder):
+    (folder.parent / "secret.png").write_bytes(b"secret")
+    (folder / "my_script.py").write_text("print('mine')")
+    (folder / "README.md").write_text(f"![](../secret.png) ![]({folder.parent}/secret.png)")
+    assert not any("secret" in name or "my_script" in name for name in hub_files(folder))
+
+
+def test_a_sound_folder(folder):
+    check_folder(folder)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "preprocessor_config.json", "losses.py", "modeling_cl_mae.py"])
+def test_a_missing_file_is_named(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        check_folder(folder)
+
+
+def test_broken_weights(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=f"not finite, in {re.escape(name)}"):
+        check_folder(folder)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="cannot be read"):
+        check_folder(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        check_folder(folder)
+
+
+def test_an_incomplete_card(folder):
+    (folder / "pictures" / "curves.png").unlink()
+    with pytest.raises(ValueError, match=r"curves\.png is missing"):
+        check_card(folder)
+    (folder / "README.md").write_text("# Mine\n")
+    with pytest.raises(ValueError, match="license"):
+        check_card(folder)
+    assert read_run(folder).curves is None

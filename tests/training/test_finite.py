@@ -1,0 +1,196 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Losses and gradients that are nan or inf: found, named, never saved, and skipped where that is allowed."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from clmae.training import sealing
+from clmae.training import trainer as trainer_module
+from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
+
+from .runs import assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, weights
+
+SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None, max_steps=8)
+
+
+class Poison:
+    """Makes something nan at one optimiser step (counted from 1) and micro-batch, and keeps its images."""
+
+    def __init__(self, trainer, step, what="loss", batch=0):
+        self.trainer, self.step, self.what, self.batch = trainer, step, what, batch
+        self.count, self.images = -1, None
+        self.forward, trainer.model.forward = trainer.model.forward, self
+
+    def __call__(self, *args, **kwargs):
+        outputs = self.forward(*args, **kwargs)
+        step = self.trainer.state.global_step + 1
+        if not self.trainer.model.training or step != self.step:
+            return outputs
+        self.count += 1
+        if self.count == self.batch:
+            self.images = kwargs["pixel_values"].clone()
+            if self.what == "gradient":  # finite forward, infinite backward
+                zero = next(self.trainer.model.parameters()).flatten()[0] * 0
+                outputs.loss = outputs.loss + torch.sqrt(zero.abs())
+            else:
+                outputs[self.what] = outputs[self.what] * math.nan
+                if self.what != "loss":
+                    outputs.loss = outputs.loss + outputs[self.what]
+        return outputs
+
+
+# -- the watch --------------------------------------------------------------------------------------------------------
+
+
+def two_processes(flags):
+    """As if a second process had seen a nan at the last place."""
+    other = torch.zeros_like(flags)
+    other[-1] = 1
+    return torch.cat([flags, other])
+
+
+def scalars(**values):
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_the_first_step_is_reported_and_forgotten():
+    watch = FiniteWatch(lambda flags: flags)
+    assert watch.look() is None
+    watch.add_losses(3, scalars(loss=1.0, kl_loss=2.0))
+    watch.add_gradient(3, torch.tensor(1.0))
+    assert watch.look() is None
+    watch.add_losses(4, scalars(loss=1.0))
+    watch.add_losses(4, scalars(loss=math.inf, kl_loss=-math.inf))
+    watch.add_gradient(4, torch.tensor(math.nan))
+    watch.add_losses(5, scalars(loss=math.nan))
+    assert watch.look() == NonFinite(4, ["loss", "kl_loss"], [(1, 0)])
+    assert watch.look() is None
+
+
+def test_a_gradient_without_a_loss():
+    watch = FiniteWatch(lambda flags: flags)
+    watch.add_losses(0, scalars(loss=1.0))
+    watch.add_gradient(0, torch.tensor(math.inf))
+    assert watch.look() == NonFinite(0, ["grad_norm"], [])
+
+
+def test_what_another_process_saw_stops_this_one():
+    watch = FiniteWatch(two_processes)
+    watch.add_losses(0, scalars(loss=1.0, kl_loss=1.0))
+    assert watch.look() == NonFinite(0, ["kl_loss"], [(0, 1)])
+
+
+def named_images(trainer, message, epoch):
+    """What the images that a message names looked like in an epoch."""
+    dataset = trainer.train_dataset
+    indices = json.loads(message[message.index("[") : message.index("]") + 1])
+    return torch.stack([dataset[epoch * len(dataset) + index]["pixel_values"] for index in indices])
+
+
+# -- the trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["loss", "gauss_loss", "gradient"])
+@pytest.mark.parametrize("logging_steps", [1, 50])
+def test_the_run_stops_before_anything_poisoned_is_saved(tmp_path, what, logging_steps):
+    trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, logging_steps=logging_steps)
+    poison = Poison(trainer, 5, what)
+    with pytest.raises(NonFiniteError) as error:
+        trainer.train()
+    message = str(error.value)
+    assert message.startswith("Step 5: ")
+    assert {"loss": "the loss (loss)", "gauss_loss": "gauss_loss)", "gradient": "the gradient"}[what] in message
+    assert "checkpoint-4" in message
+    assert trainer.state.global_step == (5 if logging_steps == 1 else 6)
+    assert [path.name for path in sealing.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert [sealing.verify(path) for path in sealing.checkpoints(tmp_path)] == [[], []]
+    # Of an epoch's four steps, the fifth is the first of the next.
+    assert torch.equal(named_images(trainer, message, epoch=1), poison.images)
+
+
+def test_the_micro_batch_is_named(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, "mae", **SAVING, per_device_train_batch_size=2, gradient_accumulation_steps=2, logging_steps=4
+    )
+    poison = Poison(trainer, 3, batch=1)
+    with pytest.raises(NonFiniteError, match="Step 3: ") as error:
+        trainer.train()
+    assert torch.equal(named_images(trainer, str(error.value), epoch=0), poison.images)
+
+
+def test_data_without_keys_and_the_last_step(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", train_dataset=plain_dataset(8), max_steps=3, logging_steps=100)
+    Poison(trainer, 3)
+    with pytest.raises(NonFiniteError, match=r"Step 3: the loss \(loss\) is not finite\. There is no checkpoint"):
+        trainer.train()
+
+
+def test_a_model_saved_by_a_callback_is_checked(tmp_path):
+    class Keeper(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.save_model(str(tmp_path / f"model-{state.global_step}"), _internal_call=True)
+
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=4, logging_steps=100, callbacks=[Keeper()])
+    Poison(trainer, 3)
+    with pytest.raises(NonFiniteError):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("model-*")) == ["model-1", "model-2"]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, monkeypatch, what):
+    warned = []
+    monkeypatch.setattr(trainer_module.logger, "warning", warned.append)
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen[state.global_step] = weights(trainer.model)
+
+    trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, max_skipped_steps=1, logging_steps=2, callbacks=[Look()])
+    Poison(trainer, 4, what)
+    trainer.train()
+    assert len(warned) == 1
+    assert "Step 4: " in warned[0]
+    assert "1. of at most 1" in warned[0]
+    assert_equal_weights(seen[4], seen[3])
+    assert any(not torch.equal(seen[5][name], seen[4][name]) for name in seen[4])
+    assert all(value.isfinite().all() for value in seen[8].values())
+    values = [v for entry in trainer.state.log_history for v in entry.values()]
+    assert all(math.isfinite(value) for value in values)
+    assert 4 not in logged(trainer, "grad_norm")
+
+
+def test_one_step_too_many(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=6, max_skipped_steps=2)
+    for step in (2, 4, 5):
+        Poison(trainer, step)
+    with pytest.raises(NonFiniteError, match="Step 5: "):
+        trainer.train()
+    assert all(value.isfinite().all() for value in weights(trainer.model).values())
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1e-3])
+def test_the_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path, max_grad_norm):
+    norms = {}
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+            norms[state.global_step + 1] = torch.stack(gradients).norm().item()
+
+    model = tiny_model("mae")
+    trainer = tiny_trainer(tmp_path, model, max_steps=2, max_grad_norm=max_grad_norm, callbacks=[Look()])
+    trainer.train()
+    found = logged(trainer, "grad_norm")
+    assert found.keys() == norms.keys() == {1, 2}
+    if max_grad_norm:
+        assert all(norm <= max_grad_norm * 1.001 < found[step] for step, norm in norms.items())
+    else:
+        assert found == pytest.approx(norms, rel=1e-5)
