@@ -246,6 +246,8 @@ class CurriculumTrainer(Trainer):
                 self._crops.reset()
                 if checkpoint:
                     self._crops.load(checkpoint)
+            elif checkpoint and (Path(checkpoint) / ContrastiveCropCallback.file_name).is_file():
+                logger.warning(f"{checkpoint} was made with `contrastive_crop`; this run goes on with random crops.")
             self._record.start(checkpoint, self.args)
             try:
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)

@@ -392,7 +392,6 @@ def test_a_run_that_diverges_ends_with_1(capsys, recipe, photos):
     assert not list(Path("out").glob("checkpoint-*"))
 
 
-
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_visualize(capsys, trained, tmp_path, family):
     images = [save_image("a.png"), save_image("b.jpg", seed=1, size=(60, 33)), save_image("c.png", mode="L")]

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Callbacks: the epoch told to the sampler, pictures at their steps, TensorBoard, Ctrl-C."""
+"""Callbacks: the epoch told to the sampler, pictures at their steps, TensorBoard, signals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, TENSORS, EventAccumulator
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -17,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from clmae.training import InterruptCallback
 from clmae.training.callbacks import EpochCallback
 from clmae.training.data import make_image_processor
+from clmae.training.sealing import verify
 from clmae.training.trainer import EpochSampler
 
 from .runs import assert_equal_weights, logged, tiny_trainer, weights
@@ -194,8 +196,10 @@ def test_sigterm_saves_and_leaves_out_an_evaluation(tmp_path, times):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize(("mine", "others", "logs", "stops"), [(15, 0, True, True), (0, 15, True, True)] + [
-    (15, 0, False, False), (0, 0, True, False)])
+@pytest.mark.parametrize(
+    ("mine", "others", "logs", "stops"),
+    [(15, 0, True, True), (0, 15, True, True)] + [(15, 0, False, False), (0, 0, True, False)],
+)
 def test_processes_agree_where_to_stop(monkeypatch, mine, others, logs, stops):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda heard, op: heard.fill_(max(mine, others)))
     callback, control = InterruptCallback(), TrainerControl(should_log=logs, should_evaluate=True)
