@@ -382,10 +382,10 @@ def difficulty_figure(groups: dict[str, list[dict]]) -> Figure:
         _label(axis, title)
         if name == "difficulty":
             axis.axhline(1.0, color="grey", linewidth=0.8)
-            axis.legend(fontsize="small")
         elif name == "keep_mean":
             axis.axhline(0.25, color="grey", linewidth=0.8, linestyle=":")
             axis.set_ylim(0, 0.5)
+            axis.legend(fontsize="small", loc="lower right")  # where the lines leave room for it
         else:
             axis.set_ylim(0, None)
     return figure
