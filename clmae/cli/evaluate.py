@@ -13,6 +13,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from clmae.cli import evaluate_trained
+from clmae.cli.judging import JudgingArguments
 from clmae.cli.options import UsageError, nearest, parse
 from clmae.evaluation.features import is_first_process
 from clmae.evaluation.report import PROTOCOLS, EvaluationResult, evaluate_model
@@ -35,22 +36,9 @@ TITLES = {"knn": "k-nearest neighbours", "linear": "Linear probe", "fewshot": "F
 
 
 @dataclass
-class EvaluateArguments:
-    """What to judge, and on which images."""
+class EvaluateArguments(JudgingArguments):
+    """What to judge, on which images, and by which features."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of an encoder that AutoModel loads."})
-    dataset: str = field(metadata={"help": "Labelled images: Hub id, folder with a folder for each class, parquet."})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set that has several."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to learn from."})
-    test_split: str | None = field(
-        default=None, metadata={"help": "Split to be judged on; test, or without one a random fifth of each class."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if there are several."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if there are several."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Learn from at most so many images."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Be judged on at most so many images."})
     feature: str | None = field(
         default=None,
         metadata={
@@ -69,12 +57,6 @@ class EvaluateArguments:
     num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
     bf16: bool = field(default=False, metadata={"help": "Encode in bfloat16."})
     seed: int = field(default=0, metadata={"help": "Of the random encoder, and of what a protocol draws."})
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file for the result and all that is needed to repeat it; beside it .md, tables by class."
-        },
-    )
 
 
 def run(argv: Sequence[str]) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from clmae.cli.judging import JudgingArguments
 from clmae.cli.options import UsageError, nearest, parse
 from clmae.evaluation.finetuning import PROTOCOLS as ARGUMENTS
 from clmae.evaluation.finetuning import ClassificationArguments, finetune
@@ -45,33 +46,14 @@ _HIDDEN = {"label_names", "remove_unused_columns", "logging_nan_inf_filter"}
 
 
 @dataclass
-class EvaluateTrainedArguments:
-    """What to judge, and on which images."""
+class EvaluateTrainedArguments(JudgingArguments):
+    """What to judge, on which images, and how many of them to learn from."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a pretrained encoder."})
-    dataset: str = field(metadata={"help": "Labelled images: Hub id, folder with a folder for each class, parquet."})
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub data set that has several."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to learn from."})
-    test_split: str | None = field(
-        default=None, metadata={"help": "Split to be judged on; test, or without one a random fifth of train_split."}
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if there are several."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the classes, if there are several."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Learn from at most so many images."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Be judged on at most so many images."})
     labels_per_class: int | None = field(default=None, metadata={"help": "Learn from so many images of each class."})
     label_fraction: float | None = field(
         default=None, metadata={"help": "Learn from such a share of each class: 0.01 or 0.1."}
     )
     baselines: bool = field(default=True, metadata={"help": "Also train from random initialisation."})
-    output: str | None = field(
-        default=None,
-        metadata={
-            "help": "JSON file for the result and all that is needed to repeat it; also .md, and tables by class."
-        },
-    )
 
 
 def run(protocol: str, argv: Sequence[str]) -> int:
