@@ -17,6 +17,12 @@ from clmae.configuration.hub_code import hub_auto_map, write_hub_code
 
 MASK_SAMPLERS = ("random", "block", "grid")
 POOLINGS = ("mean", "cls")
+# Far beyond any model that was built: a file that asks for more is damaged or hostile. Fields by how their names end
+# (sizes of images and patches are pixels a side), then what follows from several of them.
+LIMITS = {"num_hidden_layers": 1_000, "num_attention_heads": 65_536, "num_channels": 4_096, "size": 65_536}
+MAX_LABELS = 10**6
+MAX_PATCHES = 2**20
+MAX_PARAMETERS = 10**11
 
 # Encoder (width, blocks, heads) and decoder (width, blocks, heads). base, large and huge: MAE (arXiv 2111.06377),
 # section 4; tiny and small: the encoders of DeiT (arXiv 2012.12877), with a decoder in proportion.
@@ -143,11 +149,25 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', which sets overrides (`from_pretrained(..., mask_ratio=0.5)`) unchecked."""
+        """As transformers', which sets overrides (`from_pretrained(..., mask_ratio=0.5)`) unchecked.
+
+        Raises:
+            ValueError: Whatever is wrong with `config_dict`, which may come from anywhere.
+        """
         cls._check_unknown(kwargs)
-        # A family that goes on from another's folder is itself, and says so when it is saved.
-        loaded = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        cls._check_entries(config_dict)
+        try:
+            # A family that goes on from another's folder is itself, and says so when it is saved.
+            loaded = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+            config = loaded[0] if isinstance(loaded, tuple) else loaded
+            config.check()
+            config.to_json_string()
+            if config.dtype is not None:
+                _ = config.dtype.is_floating_point  # as a model will ask
+        except ValueError:
+            raise
+        except Exception as error:  # whatever transformers' own fields lead to, which it does not always check
+            raise ValueError(f"the configuration cannot be used: {type(error).__name__}: {error}") from error
         return loaded
 
     def _fill_defaults(self) -> None:
@@ -218,6 +238,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def check(self) -> None:
         """Raises ValueError for a field of the wrong type or value; done when the configuration or a model is made."""
+        self._check_activation()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
             self._check_int(name)
         for name in ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"):
@@ -234,6 +255,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_choice("pooling", POOLINGS)
         self._check_widths()
         self._check_geometry()
+        self._check_total()
 
     @classmethod
     def _check_unknown(cls, kwargs: dict[str, Any]) -> None:
@@ -243,6 +265,21 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             if close and name not in known and not hasattr(cls, name):
                 raise ValueError(f"`{name}` is no field of {cls.__name__}; did you mean `{close[0]}`?")
+        labels = kwargs.get("num_labels")  # of which transformers makes a table
+        if labels is not None and (type(labels) is not int or not 0 <= labels <= MAX_LABELS):
+            raise ValueError(f"`num_labels` is {labels!r}; give an int in 0..{MAX_LABELS:,}.")
+
+    @classmethod
+    def _check_entries(cls, config_dict: dict[str, Any]) -> None:
+        """Refuses entries of a file that would take a method's place, and those of transformers that it fails on."""
+        for name, value in config_dict.items():
+            if name.startswith("__") or callable(getattr(cls, name, None)):
+                raise ValueError(f"`{name}` cannot be an entry of a configuration: {cls.__name__} has a method of it.")
+            if name.lstrip("_").startswith("attn_implementation") and not isinstance(value, (str, dict, type(None))):
+                raise ValueError(f"`{name}` is {value!r}; give the name of an attention implementation.")
+            table = name == "auto_map" or (name.startswith("base_model_") and name.endswith("_plan"))
+            if table and not isinstance(value, (dict, type(None))):
+                raise ValueError(f"`{name}` is {value!r}; leave it out.")
 
     def _check_widths(self) -> None:
         for width_name, heads_name in self._stacks:
@@ -264,6 +301,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             good = isinstance(values, (list, tuple)) and (isinstance(value, int) or len(values) == 2)
             if not good or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
                 raise ValueError(f"`{name}` is {value!r}; give a positive int, or two as (height, width).")
+            if max(values) > LIMITS["size"]:
+                raise ValueError(f"`{name}` is {value!r}; give at most {LIMITS['size']:,} pixels a side.")
         for side, size, patch in zip(("height", "width"), pair(self.image_size), pair(self.patch_size), strict=True):
             if size % patch:
                 below, above = size // patch * patch, -(-size // patch) * patch
@@ -277,6 +316,11 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 "`norm_pix_loss` is true, but a patch has one value and so no variance; set it to false, or take a "
                 f"larger `patch_size` than {self.patch_size}."
             )
+        if self.num_patches > MAX_PATCHES:
+            raise ValueError(
+                f"`image_size` is {self.image_size} and `patch_size` {self.patch_size}: {self.num_patches:,} patches, "
+                f"but at most {MAX_PATCHES:,} are possible; take larger patches."
+            )
         visible = self.num_visible(self.num_patches)
         if not 0 < visible < self.num_patches:
             # Rounded inwards, so that both ratios are accepted.
@@ -287,12 +331,38 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 "patches."
             )
 
+    def _check_total(self) -> None:
+        """Refuses what no machine could hold before anything is allocated."""
+        ends = self.patch_dim + self.num_patches
+        total = ends * (self.hidden_size + self.decoder_hidden_size)
+        for part in ("", "decoder_", "masker_"):
+            width = getattr(self, f"{part}hidden_size", self.hidden_size)
+            inner = getattr(self, f"{part}intermediate_size", None) or 4 * width
+            total += getattr(self, f"{part}num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
+        if total > MAX_PARAMETERS:
+            raise ValueError(
+                f"a model with `hidden_size` {self.hidden_size} and `num_hidden_layers` {self.num_hidden_layers} would "
+                f"have about {total:.0e} parameters, but at most {MAX_PARAMETERS:.0e} are possible; take fewer or "
+                "smaller layers."
+            )
+
+    def _check_activation(self) -> None:
+        try:
+            from transformers.activations import ACT2FN
+        except ImportError:  # without torch there are none, and no models either
+            return
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+
     def _check_int(self, name: str, minimum: int = 1, optional: bool = False) -> None:
         value = getattr(self, name)
         if optional and value is None:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise ValueError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
+        limit = next((limit for ending, limit in LIMITS.items() if name.endswith(ending)), None)
+        if limit is not None and value > limit:
+            raise ValueError(f"`{name}` is {value}; give at most {limit:,}.")
 
     def _check_number(
         self, name: str, low: float, high: float, open_low: bool = False, open_high: bool = False

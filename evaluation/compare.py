@@ -28,13 +28,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-from transformers import AutoModelForPreTraining, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clmae.configuration import MAEConfig
-from clmae.configuration.configuration_mae import pair
 from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.report import PROTOCOLS, evaluate_model
 from clmae.model_cards.files import write_whole
@@ -43,6 +39,7 @@ from clmae.training.build import build_trainer
 from clmae.training.callbacks import InterruptCallback
 from clmae.training.contrastive_crop import refresh_epochs
 from clmae.training.data import DataArguments, build_datasets, load_image_dataset
+from clmae.training.flops import count_encoder_flops, count_step_flops
 from clmae.training.pictures import save_figure
 from clmae.training.sealing import last_valid_checkpoint
 from clmae.training.trainer import CurriculumTrainer
@@ -125,54 +122,6 @@ class Judging:
 
 
 # -- compute ----------------------------------------------------------------------------------------------------------
-
-
-class _FlopCounter(TorchDispatchMode):
-    # torch's FlopCounterMode also tracks modules, by hooks that forbid `autograd.grad` inside a forward pass (pass B).
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=output)
-        return output
-
-
-def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
-    """FLOPs of an optimiser step: forward and backward pass of its batch, counted from the shapes of the real model.
-
-    Matrix products and convolutions, 2 FLOPs a multiplication with addition, as torch counts them. With a
-    `masker_update_interval` the mean over its steps. What gradient checkpointing computes again does not count.
-    Nothing is computed, and nothing depends on the device.
-    """
-    views = getattr(config, "num_views", 1)
-    shape = (args.train_batch_size, *((views,) if views > 1 else ()), config.num_channels, *pair(config.image_size))
-
-    def count(**inputs: Any) -> int:
-        with FakeTensorMode():
-            model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").train()
-            if not hasattr(model, "masking_module"):
-                inputs = {}
-            with _FlopCounter() as counter:
-                model(pixel_values=torch.zeros(shape), **inputs).loss.backward()
-        return counter.flops
-
-    interval = args.masker_update_interval
-    flops = count(curriculum_factor=1.0, compute_masker_loss=True)
-    if interval > 1:
-        flops = (flops + (interval - 1) * count(curriculum_factor=1.0, compute_masker_loss=False)) / interval
-    return args.gradient_accumulation_steps * flops
-
-
-def count_encoder_flops(config: MAEConfig) -> int:
-    """FLOPs of the encoder's forward pass over one whole image."""
-    with FakeTensorMode(), torch.no_grad():
-        model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").eval()
-        with _FlopCounter() as counter:
-            model.vit(torch.zeros(1, config.num_channels, *pair(config.image_size)))
-    return counter.flops
 
 
 class Cost:

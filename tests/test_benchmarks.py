@@ -64,3 +64,96 @@ def test_cmae_study(tmp_path, study):
 def test_report_without_runs(study):
     with pytest.raises(SystemExit, match="`--results` nothing holds no runs"):
         study("report", "curriculum", "--results", "nothing")
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """`script(name)`: a script's module, and `module.main` called with arguments, for what it prints."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def load(name: str):
+        module = importlib.import_module(name)
+
+        def call(*argv: object) -> str:
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
+            capsys.readouterr()
+            module.main()
+            return capsys.readouterr().out
+
+        return module, call
+
+    yield load
+    for name in ("step", "input_pipeline"):
+        sys.modules.pop(name, None)
+
+
+def test_step_benchmark(tmp_path, script):
+    _, call = script("step")
+    printed = call("--preset", "smoke", "--output", tmp_path, "--rounds", 1)
+    results = json.loads((tmp_path / "step-smoke.json").read_text())
+    assert results.keys() >= {"command", "date", "device", "cpu", "versions", "peaks"}
+    assert printed.endswith((tmp_path / "step-smoke.md").read_text() + "\n")
+    rows = {(row["options"], row["batch"]): row for row in results["groups"]["tiny"]}
+    defaults, mae, learned = (
+        rows[name, 4] for name in ("vit_mae, sdpa, fp32", "mae, eager, fp32", "cl_mae, eager, fp32")
+    )
+    assert defaults["times_vit_mae_defaults"] == 1
+    assert mae["times_vit_mae_defaults"] == pytest.approx(defaults["median_seconds"] / mae["median_seconds"])
+    assert learned["over_own_mae"] == pytest.approx(learned["median_seconds"] / mae["median_seconds"])
+    assert mae["peak_share"] == pytest.approx(mae["flops"] / mae["median_seconds"] / results["peaks"]["fp32"])
+    assert defaults["flops"] == mae["flops"] < learned["flops"]
+    assert all(len(row["seconds"]) == 1 for row in rows.values())
+
+
+def test_step_benchmark_reports(script):
+    step, _ = script("step")
+    case = step.Case("mae", "tiny", 2)
+    timed = [
+        {"shape": "tiny", "options": case.options, "batch": batch, "median_seconds": 3 * batch**1.5}
+        for batch in (2, 4, 8)
+    ]
+    (fit,) = step.exponents([*timed, {"shape": "tiny", "options": "other", "batch": 2, "error": "out of memory"}])
+    assert fit["exponent"] == pytest.approx(1.5)
+    kernel = {"name": "gemm", "ms": 1.5, "share": 0.25}
+    gpu = {"options": case.options, "batch": 2, "images_per_second": 3.0, "peak_bytes": 5e6, "synchronisations": 0}
+    results = {
+        **step.describe(step.torch.device("cpu")),
+        **dict(rounds=5, peaks={"fp32": 2e11}, exponents=[fit]),
+        "groups": {"g": [{**gpu, "kernels": [kernel]}, {"options": "o", "batch": 4, "error": "out of memory"}]},
+    }
+    text = step.to_markdown(results)
+    assert "| mae, eager, fp32 | 2 | 3.0 | 5 | 0 |" in text
+    assert "| o | 4 | out of memory |  |  |" in text
+    assert "`gemm` 1.50 ms (25%)" in text
+    assert "| tiny, mae, eager, fp32 | 2, 4, 8 | 1.500 |" in text
+
+
+def test_step_benchmark_wrong_use(tmp_path, script, capsys):
+    step, call = script("step")
+    with pytest.raises(SystemExit, match="`--only` 'huge' is in no group's name"):
+        call("--preset", "smoke", "--only", "huge", "--output", tmp_path)
+    call("--resident", json.dumps(step.asdict(step.Case("mae", "tiny", 4))))
+
+
+def test_presets_hold_what_can_be_built(script):
+    step, _ = script("step")
+    for preset in step.PRESETS.values():
+        for cases in preset.groups.values():
+            assert len(set(cases)) == len(cases)
+            assert all(step.step_flops(case.config, case.batch, case.interval) > 0 for case in cases)
+
+
+def test_input_pipeline_benchmark(tmp_path, script):
+    for i, image in enumerate(pil_dataset(6, size=80)["image"]):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        image.save(tmp_path / "photos" / f"{i}.jpg")
+    _, call = script("input_pipeline")
+    options = ("--sizes", 56, 32, "--rounds", 1, "--count", 4)
+    printed = call("--images", tmp_path / "photos", *options, "--output", tmp_path)
+    results = json.loads((tmp_path / "input_pipeline.json").read_text())
+    assert [row["image_size"] for row in results["rows"]] == [56, 32]
+    for row in results["rows"]:
+        assert row["ratio"] == pytest.approx(row["medians"]["clmae"] / row["medians"]["mae_recipe"])
+        # Of another crop the difference would be tens.
+        assert 0 < row["difference"] < 1
+    assert printed.startswith((tmp_path / "input_pipeline.md").read_text())

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -180,6 +182,7 @@ class ContrastiveCropCallback(_TrainerAware):
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
+        shield_workers(loader)
         quiet = args.disable_tqdm or not trainer.is_world_process_zero()
         for indices, pixel_values in tqdm(loader, desc="object boxes", disable=quiet, leave=False):
             with trainer.accelerator.autocast():  # which the model's own forward would enter
@@ -201,6 +204,34 @@ class _WholeImages(Dataset):
 
     def __getitem__(self, position: int) -> tuple[int, torch.Tensor]:
         return self.indices[position], self.dataset.whole_image(self.indices[position])
+
+
+def _heed_parent_alone() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class _Shield:
+    """What a worker process does first: take no notice of SIGTERM but from its parent."""
+
+    def __init__(self, then: Callable[[int], None] | None):
+        self.then = then
+
+    def __call__(self, worker_id: int) -> None:
+        if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody tells who sent a signal
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_heed_parent_alone, daemon=True).start()
+        if self.then is not None:
+            self.then(worker_id)
+
+
+def shield_workers(loader: DataLoader) -> DataLoader:
+    """Lets a loader's workers outlive a SIGTERM to the whole group, or the run could not finish its step and save."""
+    for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's, which wraps torch's
+        if not isinstance(part.worker_init_fn, _Shield):
+            part.worker_init_fn = _Shield(part.worker_init_fn)
+    return loader
 
 
 class InterruptCallback(TrainerCallback):

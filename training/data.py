@@ -163,7 +163,7 @@ def _pick_split(source: Any, split: str, where: str) -> AnyDataset:
 def _scan_folder(folder: Path) -> tuple[list[tuple[str, ...]], bool]:
     """Image files below a folder, as sorted tuples of path parts; and whether it holds tables or metadata."""
     images, tables, seen = [], False, set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
         real = os.path.realpath(root)
         if real in seen:  # a link back up
             folders.clear()
@@ -177,6 +177,10 @@ def _scan_folder(folder: Path) -> tuple[list[tuple[str, ...]], bool]:
                 images.append((*parts, name))
             tables = tables or suffix in _TABLE_SUFFIXES or name in _METADATA_NAMES
     return sorted(images), tables
+
+
+def _refuse(error: OSError) -> None:
+    raise ValueError(f"`dataset` cannot be read: {error}. Give access to that folder, or move it away.") from error
 
 
 def _image_folder(folder: Path, images: list[tuple[str, ...]]) -> datasets.DatasetDict:

@@ -96,7 +96,7 @@ def _decode_pil(source: bytes | bytearray | memoryview | Image.Image, num_channe
             "set `num_channels` to one of these, or store the images as arrays."
         )
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(io.BytesIO(source))
+        image = source if isinstance(source, Image.Image) else _open(source)
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             return _spread(_scale_values(_deep_pixels(image)), num_channels)
@@ -107,6 +107,17 @@ def _decode_pil(source: bytes | bytearray | memoryview | Image.Image, num_channe
         raise ImageDecodeError("it cannot be decoded: it is in no image format that PIL knows.") from error
     except Exception as error:  # the many decoders inside PIL raise almost anything on broken input
         raise ImageDecodeError(f"it cannot be decoded: {_reason(error)}") from error
+
+
+def _open(data: bytes | bytearray | memoryview) -> Image.Image:
+    image, limit = Image.open(io.BytesIO(data)), Image.MAX_IMAGE_PIXELS
+    # PIL itself refuses only twice as many; up to that a file of a few bytes would still take gigabytes.
+    if limit is not None and image.width * image.height > limit:
+        raise ImageDecodeError(
+            f"it has {image.width} x {image.height} pixels, more than the limit of {limit:,} against decompression "
+            "bombs; make it smaller, or raise `PIL.Image.MAX_IMAGE_PIXELS`."
+        )
+    return image
 
 
 def _deep_pixels(image: Image.Image) -> np.ndarray:
@@ -264,7 +275,8 @@ def center_view(array: np.ndarray, size: tuple[int, int], crop_ratio: float = 1.
     """The un-augmented view of an image, for evaluation.
 
     Square targets: resize the shortest side, then crop the centre, with the roundings of transformers' image
-    processors, so that what they show is the same to the pixel. Other targets: the largest central box of that shape.
+    processors, so that what they show is the same to the pixel. Other targets, and images more than 16 times as long as
+    wide, which would be huge when resized: the largest central box of the target's shape.
 
     Args:
         array (`np.ndarray` of shape `(H, W, C)`): uint8, or float32 in [0, 1].
@@ -275,7 +287,7 @@ def center_view(array: np.ndarray, size: tuple[int, int], crop_ratio: float = 1.
         `(C, *size)`, contiguous, in the array's type and range. May share memory with `array`.
     """
     height, width = array.shape[:2]
-    if size[0] != size[1]:
+    if size[0] != size[1] or max(height, width) > 16 * min(height, width):
         return crop_and_resize(array, center_crop_box(height, width, size, crop_ratio), size)
     short = resized_side(size[0], crop_ratio)
     resized = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)

@@ -28,7 +28,13 @@ from clmae.model_cards import EditedCardError, RunRecord, describe_data, hub_fil
 from clmae.model_cards.record import RECORD_NAME
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.arguments import PretrainingArguments
-from clmae.training.callbacks import ContrastiveCropCallback, DifficultyCallback, EpochCallback, PictureCallback
+from clmae.training.callbacks import (
+    ContrastiveCropCallback,
+    DifficultyCallback,
+    EpochCallback,
+    PictureCallback,
+    shield_workers,
+)
 from clmae.training.curriculum import (
     curriculum_factor,
     keep_probability_statistics,
@@ -320,10 +326,14 @@ class CurriculumTrainer(Trainer):
             return self.epoch_sampler
         return super()._get_train_sampler(train_dataset)
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's loader, whose workers leave a SIGTERM to the run."""
+        return shield_workers(super().get_train_dataloader())
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The Trainer's loader, with its last batch."""
         with self._last_batches():
-            return super().get_eval_dataloader(eval_dataset)
+            return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The Trainer's loader, with its last batch."""
@@ -572,6 +582,13 @@ class CurriculumTrainer(Trainer):
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._check_finite()
         super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A run that was killed after its last checkpoint has nothing left to do; the Trainer would take another step.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._check_finite()

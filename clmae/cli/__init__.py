@@ -27,11 +27,12 @@ commands:
   card              make the model card of an output folder
   push              upload a model to the Hub
   verify            check that checkpoints and models are whole
+  bench             how fast this machine pretrains, and which batch fits
 
 `clmae COMMAND --help` explains a command's options.
 """
 
-COMMANDS = ("pretrain", "evaluate", "compare", "visualize", "export", "convert", "card", "push", "verify")
+COMMANDS = ("pretrain", "evaluate", "compare", "visualize", "export", "convert", "card", "push", "verify", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

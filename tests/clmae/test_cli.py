@@ -357,6 +357,7 @@ def test_signals_leave_a_checkpoint_from_which_the_run_ends(capsys, recipe, phot
 
 def test_verify_names_what_is_wrong(capsys, trained, tmp_path):
     shutil.copytree(trained("mae"), tmp_path / "out")
+    capsys.readouterr()
     assert main(["verify", "out"]) == 0
     assert capsys.readouterr().out.splitlines() == ["out/checkpoint-4: whole", "out: whole"]
     assert main(["verify", "out/checkpoint-4"]) == 0

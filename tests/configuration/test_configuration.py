@@ -221,3 +221,69 @@ def test_an_override_at_loading_is_checked(config_class, tmp_path):
     config_class().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"`mask_ratio` is 1\.5"):
         config_class.from_pretrained(tmp_path, mask_ratio=1.5)
+
+
+# -- files from anywhere ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "`num_hidden_layers` is 1000000000; give at most 1,000."),
+        ({"decoder_num_hidden_layers": 10**9}, "`decoder_num_hidden_layers` is 1000000000"),
+        ({"hidden_size": 2**40}, "`hidden_size` is 1099511627776; give at most 65,536."),
+        ({"intermediate_size": 10**12}, "`intermediate_size` is 1000000000000"),
+        ({"num_channels": 10**9}, "`num_channels` is 1000000000; give at most 4,096."),
+        ({"image_size": 10**9}, "`image_size` is 1000000000; give at most 65,536 pixels a side."),
+        ({"image_size": [16, 10**9]}, "at most 65,536 pixels a side"),
+        ({"image_size": 65_536, "patch_size": 16}, "16,777,216 patches, but at most 1,048,576 are possible"),
+        ({"num_labels": 2**31}, "`num_labels` is 2147483648; give an int in 0..1,000,000."),
+        ({"hidden_size": 49_152, "num_hidden_layers": 1_000}, "would have about 3e+13 parameters"),
+        ({"patch_size": 65_536, "image_size": 131_072}, "`image_size` is 131072"),
+        ({"hidden_act": "no such"}, "`hidden_act` is 'no such'; choose one of "),
+        ({"hidden_act": 3}, "`hidden_act` is 3"),
+    ],
+)
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig])
+def test_absurd_sizes_are_refused_before_anything_is_allocated(config_class, fields, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_class(**fields)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_class.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("fields", [dict(masker_num_hidden_layers=10**9), dict(masker_intermediate_size=10**9)])
+def test_absurd_masking_modules_are_refused(fields):
+    with pytest.raises(ValueError, match=r"`masker_.* is 1000000000; give at most"):
+        CLMAEConfig(**fields)
+
+
+def test_the_largest_that_were_built_are_accepted():
+    vit_22b = dict(hidden_size=6144, num_hidden_layers=48, num_attention_heads=48, intermediate_size=24_576)
+    assert MAEConfig(**vit_22b, image_size=448).num_patches == 784
+    assert MAEConfig(image_size=8192).num_patches == 2**18
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"check": 1.5},
+        {"num_visible": 3},
+        {"__class__": 1},
+        {"grid_size": 1},
+        {"id2label": 3},
+        {"quantization_config": [1]},
+        {"out_indices": [[1]]},
+        {"attn_implementation": 0.5},
+        {"dtype": 1},
+        {"dtype": "float17"},
+        {"auto_map": 2.5},
+        {"base_model_tp_plan": 7},
+        {"num_labels": True},
+    ],
+)
+def test_broken_entries_of_transformers_are_a_value_error(fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=next(iter(fields)) + "|cannot be used"):
+        MAEConfig.from_pretrained(tmp_path)

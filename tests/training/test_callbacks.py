@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,9 +199,35 @@ def test_sigterm_saves_and_leaves_out_an_evaluation(tmp_path, times):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_workers_outlive_a_sigterm_to_the_whole_group(tmp_path):
+    class FromOutside(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                pids = [os.getpid(), *(process.pid for process in multiprocessing.active_children())]
+                # Workers heed their parent's.
+                subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
+                time.sleep(0.2)
+
+    interrupt = InterruptCallback()
+    trainer = tiny_trainer(tmp_path, max_steps=4, dataloader_num_workers=2, callbacks=[interrupt, FromOutside()])
+    trainer.train()
+    assert interrupt.received == signal.SIGTERM
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_workers_end_when_their_parent_tells_them(tmp_path):
+    loader = tiny_trainer(tmp_path, dataloader_num_workers=1).get_train_dataloader()
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == 0
+
+
 @pytest.mark.parametrize(
     ("mine", "others", "logs", "stops"),
-    [(15, 0, True, True), (0, 15, True, True)] + [(15, 0, False, False), (0, 0, True, False)],
+    [(15, 0, True, True), (0, 15, True, True), (15, 0, False, False), (0, 0, True, False)],
 )
 def test_processes_agree_where_to_stop(monkeypatch, mine, others, logs, stops):
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda heard, op: heard.fill_(max(mine, others)))

@@ -2,6 +2,7 @@
 """Data sets: loading from everywhere, samples that depend on nothing but their key, bad images, the processor."""
 
 import io
+import os
 import zlib
 
 import datasets
@@ -138,6 +139,49 @@ def test_linked_class_folders_and_loops(tmp_path):
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "dog" / "loop").symlink_to(tmp_path / "data")
     assert load_image_dataset(tmp_path / "data").dataset["label"] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_no_smaller_data_set(tmp_path, monkeypatch):
+    save_images(tmp_path, ["cat/1.png", "dog/2.png"])
+    scan = os.scandir
+
+    def refuse(path):
+        if os.path.basename(path) == "dog":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"`dataset` cannot be read: .*Permission denied: .*dog"):
+        load_image_dataset(tmp_path)
+
+
+def hostile_folder(folder):
+    """Images of every kind that can be used, and of every kind that cannot: how many there are of both."""
+    names = ["plain.png", "wrong.jpg", "ünïcødé 図.png", "x" * 251 + ".png", "line\nbreak.png", "#?%20.PNG", "gone.png"]
+    save_images(folder, names)  # `wrong.jpg` is a PNG file all the same
+    for i, size in enumerate([(4, 20_000), (20_000, 4), (4, 4)]):
+        image(i, *size).save(folder / f"shape-{i}.png")
+    good = len(names) + 3
+    bad = {"empty.png": b"", "zeros.jpg": bytes(1000), "text.png": b"no image", "half.png": png(1)[:200]}
+    bad |= {"tiny.png": png(1, height=1, width=1), "thin.png": png(1, height=1, width=20_000)}
+    for name, data in bad.items():
+        (folder / name).write_bytes(data)
+    (folder / "nowhere.png").symlink_to(folder / "nothing")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    return good, len(bad) + 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_skip_ends_with_the_right_count(tmp_path, streaming):
+    good, bad = hostile_folder(tmp_path)
+    source = load_image_dataset(tmp_path, streaming=streaming)
+    kind = StreamingImageDataset if streaming else ImageDataset
+    dataset = kind(*source, **SETTINGS, train=False, on_bad_image="skip")
+    (tmp_path / "gone.png").unlink()  # while it is being read
+    samples = list(dataset) if streaming else [dataset[i] for i in range(len(dataset))]
+    assert len(samples) == (good - 1 if streaming else good + bad)
+    assert dataset.num_bad_images == bad + 1
+    assert all(sample["pixel_values"].isfinite().all() for sample in samples)
 
 
 def test_changed_folder_is_not_stale(tmp_path):

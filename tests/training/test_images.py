@@ -11,6 +11,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import functional as tvF
 
+from clmae.training import images
 from clmae.training.images import (
     ImageDecodeError,
     center_crop_box,
@@ -194,6 +195,25 @@ def test_decompression_bomb(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ImageDecodeError, match="DecompressionBombError"):
         decode_image(encode(noise_image()), 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 320)  # half as many as it has: PIL only warns
+    with (
+        pytest.warns(Image.DecompressionBombWarning),
+        pytest.raises(ImageDecodeError, match=r"20 x 31 pixels, more than the limit of 320 .*MAX_IMAGE_PIXELS"),
+    ):
+        decode_image(encode(noise_image(31, 20)), 3)
+    assert decode_image(noise_image(31, 20), 3).shape[2] == 3  # decoded long ago
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert decode_image(encode(noise_image(31, 20)), 3).shape[2] == 3
+
+
+@pytest.mark.parametrize("shape", [(4, 20_000), (20_000, 4), (1, 20_000), (1, 1)])
+def test_extreme_shapes_take_no_extreme_memory(shape, monkeypatch):
+    sizes = []
+    resize = images.F.interpolate
+    monkeypatch.setattr(images.F, "interpolate", lambda *a, size, **k: sizes.append(size) or resize(*a, size=size, **k))
+    array = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    assert center_view(array, (224, 224), 0.875).shape == (3, 224, 224)
+    assert all(max(size) <= 16 * 256 for size in sizes)
 
 
 @pytest.mark.parametrize(

@@ -209,6 +209,15 @@ def test_a_run_resumes_bit_by_bit_from_the_newest_valid_checkpoint(finished, tmp
     assert [verify(path) for path in left] == [[], []]
 
 
+def test_a_run_that_had_come_to_its_end_takes_no_step_more(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    dataset = image_dataset(contrastive_crop=True, num_views=2)
+    trainer = tiny_trainer(tmp_path, tiny_model("cmae", learned_masks=True), train_dataset=dataset, **SAVING)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 6
+    assert_equal_weights(weights(trainer.model), finished[1])
+
+
 def test_a_damaged_checkpoint_is_refused_before_anything_is_read(finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "copy")
     cut(tmp_path / "copy" / "optimizer.pt")

@@ -1,0 +1,161 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Samples a second of one loading process: `ImageDataset` beside MAE's recipe on the same photographs.
+
+    python benchmarks/input_pipeline.py --images PHOTOS
+
+MAE's recipe is PIL's decoder and torchvision's RandomResizedCrop (bicubic), flip, ToTensor and Normalize, as in the
+paper's code. Both get the encoded images from the same data set, on one thread, a round of each in turn. Writes
+`input_pipeline.json` and `input_pipeline.md`: medians, their ratio, and the mean absolute difference of the same crops
+in units of 1/255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from step import describe
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
+
+from clmae.model_cards.files import write_whole
+from clmae.training.data import ImageDataset, ImageSource, load_image_dataset
+from clmae.training.images import random_resized_crop_box, sample_generator
+
+HERE = Path(__file__).resolve().parent
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SCALE = (0.2, 1.0)
+
+
+def our_samples(source: ImageSource, size: int, **settings: Any) -> ImageDataset:
+    """The training set that `clmae pretrain` would read: square images of `size` pixels, in 14 or 8 rows of patches."""
+    rows = 14 if size % 14 == 0 else 8
+    settings = {"mean": MEAN, "std": STD, **settings}
+    return ImageDataset(
+        *source,
+        image_size=(size, size),
+        num_channels=3,
+        num_patches=rows**2,
+        patch_size=(size // rows, size // rows),
+        crop_scale=SCALE,
+        **settings,
+    )
+
+
+def mae_recipe(source: ImageSource, size: int) -> Callable[[int], torch.Tensor]:
+    """Image by index to normalised sample `(3, size, size)`, as MAE's code makes it."""
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=SCALE, interpolation=InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+    return lambda index: transform(_pil(source, index))
+
+
+def _pil(source: ImageSource, index: int) -> Image.Image:
+    value = source.dataset[index][source.image_column]
+    return Image.open(io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]).convert("RGB")
+
+
+def samples_per_second(make: Callable[[int], Any], start: int, count: int, num_images: int) -> float:
+    """Of `count` samples, from the image `start` on, round and round."""
+    begun = time.perf_counter()
+    for i in range(start, start + count):
+        make(i % num_images)
+    return count / (time.perf_counter() - begun)
+
+
+def difference(source: ImageSource, size: int, count: int) -> float:
+    """Mean over `count` images of the mean absolute difference of our and PIL's pixels of the same crop, in 1/255."""
+    ours = our_samples(source, size, mean=[0.0] * 3, std=[1 / 255] * 3, horizontal_flip=False)
+    found = []
+    for i in range(count):
+        image = ImageOps.exif_transpose(_pil(source, i))
+        # The box that the data set draws for this image.
+        box = random_resized_crop_box(image.height, image.width, sample_generator(0, 0, i, "augmentation"), SCALE)
+        theirs = np.array(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC), dtype=np.float32)
+        found.append(np.abs(ours[i]["pixel_values"].permute(1, 2, 0).numpy() - theirs).mean())
+    return float(np.mean(found))
+
+
+def measure(source: ImageSource, size: int, rounds: int, count: int) -> dict[str, Any]:
+    """Samples a second of both, interleaved, and how their pixels differ."""
+    num_images = len(source.dataset)
+    ours, recipe = our_samples(source, size), mae_recipe(source, size)
+    speeds: dict[str, list[float]] = {"clmae": [], "mae_recipe": []}
+    for make in (ours.__getitem__, recipe):
+        samples_per_second(make, 0, min(count, 20), num_images)  # what happens once
+    for i in range(rounds):
+        # The same images in a round; crops are drawn anew.
+        speeds["clmae"].append(samples_per_second(ours.__getitem__, i * count, count, num_images))
+        speeds["mae_recipe"].append(samples_per_second(recipe, i * count, count, num_images))
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    return {
+        "image_size": size,
+        "samples_per_second": speeds,
+        "medians": medians,
+        "ratio": medians["clmae"] / medians["mae_recipe"],
+        "difference": difference(source, size, min(num_images, 100)),
+    }
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """A row an image size."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        f"`{results['command']}`, {results['date']}, one thread of {results['cpu'] or results['device']}, {versions}; "
+        f"{results['num_images']} images, medians of {results['rounds']} interleaved rounds of {results['count']} "
+        f"samples; load average at the start {results['load_average']:.1f}.",
+        "",
+        "| image size | clmae, samples/s | MAE's recipe, samples/s | ratio | difference of a crop, 1/255 |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in results["rows"]:
+        medians = row["medians"]
+        lines.append(
+            f"| {row['image_size']} | {medians['clmae']:.0f} | {medians['mae_recipe']:.0f} | {row['ratio']:.2f} | "
+            f"{row['difference']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, help="Photographs: a folder or file that `--dataset` would take.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 64], help="Pixels of a sample's side.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--count", type=int, default=200, help="Samples of each in a round.")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
+    args = parser.parse_args()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loading process
+    try:
+        source = load_image_dataset(args.images)
+        rows = [measure(source, size, args.rounds, args.count) for size in args.sizes]
+        results = {
+            **describe(torch.device("cpu"), "input_pipeline.py"),
+            **dict(rounds=args.rounds, count=args.count, num_images=len(source.dataset), rows=rows),
+        }
+    finally:
+        torch.set_num_threads(threads)
+    write_whole(args.output / "input_pipeline.json", json.dumps(results, indent=1) + "\n")
+    write_whole(args.output / "input_pipeline.md", to_markdown(results))
+    print(to_markdown(results))
+
+
+if __name__ == "__main__":
+    main()

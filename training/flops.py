@@ -1,0 +1,146 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""What a training step costs in FLOPs: by a closed formula, and counted from the shapes of the real model.
+
+Both count matrix products and convolutions, 2 FLOPs a multiplication with addition, and what a step has to compute
+once: not what gradient checkpointing or a fused attention computes again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForPreTraining
+
+from clmae.configuration import MAEConfig
+from clmae.configuration.configuration_mae import pair
+from clmae.training.arguments import PretrainingArguments
+
+# -- by formula -------------------------------------------------------------------------------------------------------
+
+
+def step_flops(config: MAEConfig, batch_size: int = 1, masker_update_interval: int = 1) -> float:
+    """FLOPs of a training step, forward and backward, from the configuration alone.
+
+    Of n tokens of width d, a block's linear layers take `2n(4d² + 2d·inner)` and its attention `4n²d`; the backward
+    pass takes each twice, once for its input and once for its other factor. What is not trained or not on the way to
+    a gradient does without: the images, and in pass B all weights and what comes before the first use of m.
+
+    Args:
+        config: Of any family; CL-MAE's part counts where the masks are learned, CMAE's tasks where they have a weight.
+        batch_size: Images; two views of an image are one image.
+        masker_update_interval: Pass B at every k-th step only; the result is the mean over k steps.
+    """
+    views = getattr(config, "num_views", 1)
+    patches, width = config.num_patches, config.hidden_size
+    visible = config.num_visible(patches)
+    flops = 2 * _linear(patches, config.patch_dim, width)  # the images need no gradient
+    flops += 3 * (sum(_encoder(config, visible + 1)) + sum(_decoder(config, visible + 1)))
+    if config.model_type == "cl_mae" or getattr(config, "learned_masks", False):
+        share = 1 / masker_update_interval
+        flops += (1 + 2 * share) * _masking_module(config) + share * _pass_b(config)
+    if config.model_type == "cmae" and config.position_loss_weight:
+        flops += 3 * _linear(int(visible * config.position_mask_ratio), width, patches)
+    flops *= views
+    if config.model_type == "cmae" and config.contrastive_loss_weight:
+        inner, size = config.projection_hidden_size, config.projection_size
+        flops += 3 * views * (_linear(1, width, inner) + _linear(1, inner, size))
+        flops += 3 * _linear(1, size, batch_size)  # each image with all of the batch
+    return batch_size * flops
+
+
+def _linear(tokens: int, inputs: int, outputs: int) -> int:
+    return 2 * tokens * inputs * outputs
+
+
+def _blocks(count: int, tokens: int, width: int, inner: int) -> tuple[int, int]:
+    """Forward FLOPs of `count` blocks: linear layers, attention."""
+    return count * 2 * tokens * (4 * width**2 + 2 * width * inner), count * 4 * tokens**2 * width
+
+
+def _encoder(config: MAEConfig, tokens: int) -> tuple[int, int]:
+    return _blocks(config.num_hidden_layers, tokens, config.hidden_size, config.intermediate_size)
+
+
+def _decoder(config: MAEConfig, tokens: int) -> tuple[int, int]:
+    """Of the encoder's `tokens`; its blocks see all patches."""
+    width, patches = config.decoder_hidden_size, config.num_patches
+    linear, attention = _blocks(config.decoder_num_hidden_layers, patches + 1, width, config.decoder_intermediate_size)
+    linear += _linear(tokens, config.hidden_size, width) + _linear(patches, width, config.patch_dim)
+    return linear, attention
+
+
+def _masking_module(config: MAEConfig) -> int:
+    patches, width = config.num_patches, config.hidden_size
+    blocks = _blocks(config.masker_num_hidden_layers, patches + 1, width, config.masker_intermediate_size)
+    return sum(blocks) + _linear(1, width, patches)
+
+
+def _pass_b(config: MAEConfig) -> int:
+    """Forward and backward pass of the frozen autoencoder over all tokens, without weight gradients."""
+    tokens, width = config.num_patches + 1, config.hidden_size
+    parts = _encoder(config, tokens), _decoder(config, tokens)
+    flops = sum(2 * linear + 3 * attention for linear, attention in parts)
+    if config.soft_masking == "attention":
+        # m comes in with the first block's scores: no gradient for its queries, keys and values.
+        flops -= 3 * _linear(tokens, width, width) + 3 * 2 * tokens**2 * width
+    return flops
+
+
+# -- counted ----------------------------------------------------------------------------------------------------------
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up in `flops` what runs within its context; with tensors of a `FakeTensorMode` nothing is computed."""
+
+    # torch's FlopCounterMode also tracks modules, by hooks that forbid `autograd.grad` inside a forward pass (pass B).
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=output)
+        return output
+
+
+def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
+    """FLOPs of an optimiser step: forward and backward pass of its batch, counted from the shapes of the real model.
+
+    Matrix products and convolutions, 2 FLOPs a multiplication with addition, as torch counts them. With a
+    `masker_update_interval` the mean over its steps. What gradient checkpointing computes again does not count.
+    Nothing is computed, and nothing depends on the device.
+    """
+    views = getattr(config, "num_views", 1)
+    shape = (args.train_batch_size, *((views,) if views > 1 else ()), config.num_channels, *pair(config.image_size))
+
+    def count(**inputs: Any) -> int:
+        with FakeTensorMode():
+            model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").train()
+            if not hasattr(model, "masking_module"):
+                inputs = {}
+            with FlopCounter() as counter:
+                model(pixel_values=torch.zeros(shape), **inputs).loss.backward()
+        return counter.flops
+
+    interval = args.masker_update_interval
+    flops = count(curriculum_factor=1.0, compute_masker_loss=True)
+    if interval > 1:
+        flops = (flops + (interval - 1) * count(curriculum_factor=1.0, compute_masker_loss=False)) / interval
+    return args.gradient_accumulation_steps * flops
+
+
+def count_encoder_flops(config: MAEConfig) -> int:
+    """FLOPs of the encoder's forward pass over one whole image."""
+    with FakeTensorMode(), torch.no_grad():
+        model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").eval()
+        with FlopCounter() as counter:
+            model.vit(torch.zeros(1, config.num_channels, *pair(config.image_size)))
+    return counter.flops
+
+
+__all__ = ["FlopCounter", "count_encoder_flops", "count_step_flops", "step_flops"]
