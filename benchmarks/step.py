@@ -7,10 +7,16 @@
 The cases of a group run interleaved: a step of each, then again, so that what else the machine does hits all alike.
 Written after every group: `step-<preset>.json`, with everything, and `step-<preset>.md`, with the median images/s, the
 share of the matrix-product peak that was measured at the start (by the formula's FLOPs), the ratio to ViTMAE and to our
-own MAE, and the peak memory. Times over several batches get a fitted exponent. On a GPU also: the largest kernels, and
-how often a step waits for the device.
+own MAE, and the peak memory. Times over several batches, numbers of patches or widths get a fitted exponent (`--only
+batches`, `--only patches`, `--only widths`). On a GPU also: the largest kernels, and how often a step waits for the
+device.
 
 On a GPU that is lent by the minute, take one group at a time: `--only "batch 256"` writes `step-gpu-batch-256.json`.
+
+    python benchmarks/step.py --cost
+
+measures nothing: it prints the FLOPs of a step by part and the cost of the recipes that follows from them
+(`docs/speed.md`).
 """
 
 from __future__ import annotations
@@ -38,31 +44,48 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from clmae import FAMILIES, MAEConfig
 from clmae.configuration.configuration_mae import SIZES
 from clmae.model_cards.files import write_whole
 from clmae.model_cards.record import device_name
-from clmae.training.flops import step_flops
+from clmae.training.flops import step_flops, step_flops_by_part
 
 HERE = Path(__file__).resolve().parent
 VIT_MAE = "vit_mae"  # transformers' own
 PRECISIONS = ("fp32", "medium", "bf16")
+# For `--cost`: the MAE paper's epochs, ImageNet-1K's training images and their mean size, and an assumed speed.
+EPOCHS, IMAGENET, IMAGE_MB = 800, 1_281_167, 0.11
+SUSTAINED = 400e12  # FLOP/s of one GPU, its peak times the share that a step reaches; not measured
 # Fields of the configuration by name.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         **dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4),
         **dict(decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2),
     },
-    "192x6-64px": {
-        **dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=3, image_size=64, patch_size=8),
-        **dict(decoder_hidden_size=128, decoder_num_hidden_layers=4, decoder_num_attention_heads=4),
+    **{
+        f"{width}x6-64px": dict(
+            **dict(
+                hidden_size=width, num_hidden_layers=6, num_attention_heads=width // 64, image_size=64, patch_size=8
+            ),
+            **dict(decoder_hidden_size=width * 2 // 3, decoder_num_hidden_layers=4, decoder_num_attention_heads=4),
+        )
+        for width in (192, 384, 576, 768)
     },
     "ViT-S/8-64px": {**SIZES["small"], "image_size": 64, "patch_size": 8},
     "ViT-B/16": SIZES["base"],
     "ViT-L/16": SIZES["large"],
     "ViT-H/14": {**SIZES["huge"], "patch_size": 14},
+}
+SHAPES |= {f"192x6-{side}px": {**SHAPES["192x6-64px"], "image_size": side} for side in (32, 96, 128)}
+SHAPES |= {f"ViT-B/16-{side}px": {**SIZES["base"], "image_size": side} for side in (112, 160, 320)}
+# Fields in which the shapes of a fitted exponent differ.
+AXES = {
+    "batch": (),
+    "patches": ("image_size",),
+    "width": ("hidden_size", "num_attention_heads", "decoder_hidden_size", "decoder_num_attention_heads"),
 }
 
 
@@ -145,8 +168,8 @@ def _gpu_group(shape: str, batch: int) -> list[Case]:
     ]
 
 
-def _batches(shape: str, batches: Sequence[int], **options: Any) -> list[Case]:
-    return [case for batch in batches for case in _cases(("mae", "cl_mae"), shape, batch, **options)]
+def _sweep(shapes: Sequence[str], batches: Sequence[int], **options: Any) -> list[Case]:
+    return [c for shape in shapes for batch in batches for c in _cases(("mae", "cl_mae"), shape, batch, **options)]
 
 
 @dataclass(frozen=True)
@@ -178,13 +201,20 @@ PRESETS = {
             "ViT-S/8, 64 px, batch 64": _cpu_group("ViT-S/8-64px", 64),
             "ViT-B/16, batch 4": _cpu_group("ViT-B/16", 4),
             "64 px, options": _cpu_options("192x6-64px", 64),
-            "64 px, batches": _batches("192x6-64px", (32, 64, 128, 256, 512), precision="bf16"),
+            "64 px, batches": _sweep(["192x6-64px"], (32, 64, 128, 256, 512), precision="bf16"),
+            "patches": _sweep([f"192x6-{side}px" for side in (32, 64, 96, 128)], [32], precision="bf16"),
+            "64 px, widths": _sweep([f"{width}x6-64px" for width in (192, 384, 576, 768)], [32], precision="bf16"),
         }
     ),
     "gpu": Preset(
         {
             "ViT-B/16, batch 256": _gpu_group("ViT-B/16", 256),
-            "ViT-B/16, batches": _batches("ViT-B/16", (32, 64, 128, 256, 512), attention="sdpa", precision="bf16"),
+            "ViT-B/16, batches": _sweep(["ViT-B/16"], (32, 64, 128, 256, 512), attention="sdpa", precision="bf16"),
+            "ViT-B/16, patches": _sweep(
+                ["ViT-B/16-112px", "ViT-B/16-160px", "ViT-B/16", "ViT-B/16-320px"],
+                [64],
+                **dict(attention="sdpa", precision="bf16"),
+            ),
             "ViT-L/16, batch 128": _cases(
                 ("mae", "cl_mae"), "ViT-L/16", 128, attention="sdpa", precision="bf16", compiled=True
             ),
@@ -455,16 +485,29 @@ def compare_rows(rows: Sequence[dict[str, Any]], peaks: Mapping[str, float]) -> 
 
 
 def exponents(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of what was timed at three or more batches: b in `time ~ batch^b`, by least squares on the logarithms."""
-    by_case: dict[tuple[str, str], dict[int, float]] = {}
-    for row in rows:
-        if "median_seconds" in row:
-            by_case.setdefault((row["shape"], row["options"]), {})[row["batch"]] = row["median_seconds"]
+    """Of what was timed at three or more batches, numbers of patches or widths, all else equal: b in `time ~ x^b`.
+
+    By least squares on the logarithms.
+    """
     found = []
-    for (shape, options), times in by_case.items():
-        if len(times) > 2:
-            slope = np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0]
-            found.append({"shape": shape, "options": options, "batches": sorted(times), "exponent": float(slope)})
+    for axis, fields in AXES.items():
+        by_case: dict[Any, dict[int, float]] = {}
+        for row in rows:
+            if "median_seconds" not in row:
+                continue
+            shape = SHAPES[row["shape"]]
+            sizes = {
+                "batch": row["batch"],
+                "patches": (shape["image_size"] // shape["patch_size"]) ** 2,
+                "width": shape["hidden_size"],
+            }
+            same = tuple(sorted((name, value) for name, value in shape.items() if name not in fields))
+            where = row["shape"] if axis == "batch" else f"batch {row['batch']}"
+            by_case.setdefault((same, f"{where}, {row['options']}"), {})[sizes[axis]] = row["median_seconds"]
+        for (_, case), times in by_case.items():
+            if len(times) > 2:
+                slope = np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0]
+                found.append({"case": case, "axis": axis, "values": sorted(times), "exponent": float(slope)})
     return found
 
 
@@ -504,10 +547,10 @@ def to_markdown(results: Mapping[str, Any]) -> str:
                 found = "; ".join(f"`{k['name'][:60]}` {k['ms']:.2f} ms ({k['share']:.0%})" for k in row["kernels"])
                 lines += ["", f"Largest kernels of a step, {row['options']}, batch {row['batch']}: {found}."]
     if results["exponents"]:
-        lines += ["", "| time ~ batch^b | batches | b |", "| --- | --- | --- |"]
+        lines += ["", "| time ~ x^b | x | b |", "| --- | --- | --- |"]
         for fit in results["exponents"]:
-            batches = ", ".join(map(str, fit["batches"]))
-            lines.append(f"| {fit['shape']}, {fit['options']} | {batches} | {fit['exponent']:.3f} |")
+            values = ", ".join(map(str, fit["values"]))
+            lines.append(f"| {fit['case']} | {fit['axis']} {values} | {fit['exponent']:.3f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -515,6 +558,39 @@ def _cell(row: Mapping[str, Any], name: str, form: str) -> str:
     if name not in row:
         return row.get("error", "") if name == "images_per_second" else ""
     return form.format(row[name] * _UNITS.get(name, 1))
+
+
+def cost_tables() -> str:
+    """A ViT-B/16's step by part, and what the papers' ImageNet recipes cost by it: two tables."""
+    columns = {"MAE": ("mae", 1), **{f"CL-MAE, interval {k}": ("cl_mae", k) for k in (1, 2, 4)}, "CMAE": ("cmae", 1)}
+    flops = {
+        name: step_flops_by_part(Case(family, "ViT-B/16", 256).config, 256, interval)
+        for name, (family, interval) in columns.items()
+    }
+    parts = list(dict.fromkeys(part for found in flops.values() for part in found))
+    lines = [f"| GFLOP an image | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for part in parts:
+        cells = [f"{found[part] / 256e9:.1f}" if part in found else "" for found in flops.values()]
+        lines.append(f"| {part} | {' | '.join(cells)} |")
+    sums = {name: sum(found.values()) / 256 for name, found in flops.items()}
+    lines.append(f"| **sum** | {' | '.join(f'{total / 1e9:.1f}' for total in sums.values())} |")
+    ratios = [f"{total / sums['MAE']:.2f}" for total in sums.values()]
+    lines += [f"| ÷ MAE | {' | '.join(ratios)} |", ""]
+    seen = EPOCHS * IMAGENET
+    lines += [
+        f"| {EPOCHS} epochs | all FLOPs, 1e18 | GPU hours | images/s a GPU | read, MB/s a GPU | gradients, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, total in sums.items():
+        if name == "CMAE":  # whose paper trains on small images
+            continue
+        speed = SUSTAINED / total
+        hours = seen / speed / 3600
+        with FakeTensorMode():
+            gradients = 4e-6 * sum(p.numel() for p in build_model(Case(columns[name][0], "ViT-B/16", 1)).parameters())
+        cells = [seen * total / 1e18, hours, speed, speed * IMAGE_MB, gradients]
+        lines.append(f"| {name} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def run(name: str, output: Path, only: str | None, rounds: int | None, resident: bool) -> None:
@@ -559,8 +635,11 @@ def main() -> None:
         "--memory", action="store_true", help="On a CPU: peak memory too, each case in its own process."
     )
     parser.add_argument("--resident", metavar="CASE", help=argparse.SUPPRESS)  # such a process
+    parser.add_argument("--cost", action="store_true", help="Print FLOPs and projected cost; measure nothing.")
     args = parser.parse_args()
-    if args.resident:
+    if args.cost:
+        print(cost_tables())
+    elif args.resident:
         _print_resident(Case(**json.loads(args.resident)))
     else:
         run(args.preset, args.output, args.only, args.rounds, args.memory)

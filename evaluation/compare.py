@@ -208,7 +208,11 @@ class Plan:
 
 
 def make_plan(
-    recipes: Sequence[Recipe], judging: Judging, images_seen: int | None = None, num_points: int = NUM_POINTS
+    recipes: Sequence[Recipe],
+    judging: Judging,
+    images_seen: int | None = None,
+    num_points: int = NUM_POINTS,
+    reference: str | None = None,
 ) -> Plan:
     """How long each recipe is trained under each budget.
 
@@ -217,10 +221,11 @@ def make_plan(
         judging: How the encoders are judged.
         images_seen: Of each recipe (two views of an image count once); those of the first recipe, if not given.
         num_points: How often a run is judged, evenly spaced, the last time at its end.
+        reference: Name of the recipe whose FLOPs are those of equal compute; the most expensive, if not given.
 
     Returns:
         Under `images` each recipe sees `images_seen`, to half a batch; under `compute` each takes the FLOPs of the
-        most expensive of these, to a step.
+        reference, to a step.
 
     Raises:
         ValueError: The recipes' data differ or cannot be read, or an argument is out of range.
@@ -229,6 +234,9 @@ def make_plan(
     for name, value in (("images_seen", images_seen), ("num_points", num_points)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; give at least 1.")
+    names = [recipe.name for recipe in recipes]
+    if reference is not None and reference not in names:
+        raise ValueError(f"`reference` is {reference!r}; give the name of one of the recipes: {', '.join(names)}.")
     judging.check()
     first = recipes[0]
     dataset, *_ = build_datasets(first.data, first.config, first.args.seed)
@@ -241,10 +249,11 @@ def make_plan(
         steps = steps if steps > 0 else math.ceil(first.args.num_train_epochs * cost.steps_per_epoch)
         images_seen = steps * cost.images_per_step
     by_images = {name: max(1, round(images_seen / cost.images_per_step)) for name, cost in costs.items()}
-    most = max(cost.flops(by_images[name], by_images[name]) for name, cost in costs.items())
+    flops = {name: cost.flops(by_images[name], by_images[name]) for name, cost in costs.items()}
+    budget = max(flops.values()) if reference is None else flops[reference]
     by_compute = {
-        # The most expensive one is not trained again.
-        name: by_images[name] if cost.flops(by_images[name], by_images[name]) == most else cost.steps_for(most)
+        # The reference is not trained again.
+        name: by_images[name] if flops[name] == budget else cost.steps_for(budget)
         for name, cost in costs.items()
     }
     return Plan(
@@ -356,33 +365,41 @@ def pretrain(recipe: Recipe, run: Run, folder: Path, num_points: int) -> bool:
     return not interrupt.interrupted
 
 
-def judge_run(run: Run, plan: Plan, folder: Path, device: torch.device, baselines: bool) -> dict[str, Any]:
-    """Judges the weights of a trained run on the way and at its end; each at most once."""
+def judge_points(run: Run, plan: Plan, folder: Path, device: torch.device) -> list[dict[str, Any]]:
+    """Judges the weights of a trained run on the way to its end, which are then deleted; each at most once."""
     *between, _ = run.points(plan.num_points)
     judging, points = plan.judging, []
-    options = dict(device=device, seed=run.seed, progress=False)
     for step in between:
         path = folder / "points" / f"step-{step}.json"
         if not path.is_file():
             weights = folder / "points" / f"step-{step}"
-            judged = judging.judge(weights, [judging.curve_protocol], baselines=False, **options)
+            options = dict(baselines=False, device=device, seed=run.seed, progress=False)
+            judged = judging.judge(weights, [judging.curve_protocol], **options)
             write_whole(path, json.dumps(judged["accuracies"]["pretrained"]))
             shutil.rmtree(weights)
-        points.append((step, json.loads(path.read_text(encoding="utf-8"))))
-    judged = judging.judge(folder / "model", judging.protocols, baselines=baselines, **options)
-    points.append((run.steps, judged["accuracies"].pop("pretrained")))
+        points.append(_point(run, plan, step, json.loads(path.read_text(encoding="utf-8"))))
+    return points
+
+
+def _point(run: Run, plan: Plan, step: int, accuracies: dict[str, dict[str, float]]) -> dict[str, Any]:
     cost = plan.costs[run.recipe]
     return {
+        "step": step,
+        "images_seen": step * cost.images_per_step,
+        "flops": cost.flops(step, run.steps),
+        "accuracies": accuracies,
+    }
+
+
+def judge_run(run: Run, plan: Plan, folder: Path, device: torch.device, baselines: bool) -> dict[str, Any]:
+    """Judges the weights of a trained run on the way and at its end; each at most once."""
+    points = judge_points(run, plan, folder, device)
+    options = dict(baselines=baselines, device=device, seed=run.seed, progress=False)
+    judged = plan.judging.judge(folder / "model", plan.judging.protocols, **options)
+    points.append(_point(run, plan, run.steps, judged["accuracies"].pop("pretrained")))
+    return {
         "run": asdict(run),
-        "points": [
-            {
-                "step": step,
-                "images_seen": step * cost.images_per_step,
-                "flops": cost.flops(step, run.steps),
-                "accuracies": accuracies,
-            }
-            for step, accuracies in points
-        ],
+        "points": points,
         "baselines": judged["accuracies"],
         **json.loads((folder / "timing.json").read_text(encoding="utf-8")),
         "settings": judged["settings"],

@@ -88,9 +88,10 @@ class MaskingModule(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Keep probabilities m `(B, N)` in (0, 1) of patch tokens `(B, N, D)`, in float32 or wider."""
         hidden_states = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             hidden_states = layer(hidden_states)
-        class_token = self.layernorm(hidden_states[:, 0])
+        class_token = self.layernorm(last(hidden_states, num_queries=1)[:, 0])  # the others are of no more use
         # Not in half precision: rounded logits tie, and a tie would be decided by the patch's place.
         with torch.autocast(class_token.device.type, enabled=False):
             dtype = torch.promote_types(self.head.weight.dtype, torch.float32)

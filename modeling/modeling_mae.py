@@ -148,12 +148,20 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None = None, **kwargs: Any
+        self,
+        hidden_states: torch.Tensor,
+        attention_bias: torch.Tensor | None = None,
+        num_queries: int | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, queries),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )
         implementation = self.config._attn_implementation
         if attention_bias is not None and implementation != "eager":
@@ -162,7 +170,7 @@ class MAEAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_bias, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(hidden_states.shape)), weights
+        return self.o_proj(output.reshape(queries.shape)), weights
 
 
 class MAEMLP(nn.Module):
@@ -197,8 +205,11 @@ class MAELayer(GradientCheckpointingLayer):
         self.mlp = MAEMLP(config, hidden_size, intermediate_size)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Any) -> torch.Tensor:
+        """Tokens `(B, L, D)` to `(B, L, D)`; with `num_queries` only the first so many, which attend to all."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries=num_queries, **kwargs)
+        if num_queries is not None:
+            hidden_states = hidden_states[:, :num_queries]
         hidden_states = hidden_states + self._drop_path(attended)
         return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
 

@@ -114,6 +114,7 @@ def test_step_benchmark_reports(script):
     ]
     (fit,) = step.exponents([*timed, {"shape": "tiny", "options": "other", "batch": 2, "error": "out of memory"}])
     assert fit["exponent"] == pytest.approx(1.5)
+    assert (fit["axis"], fit["values"]) == ("batch", [2, 4, 8])
     kernel = {"name": "gemm", "ms": 1.5, "share": 0.25}
     gpu = {"options": case.options, "batch": 2, "images_per_second": 3.0, "peak_bytes": 5e6, "synchronisations": 0}
     results = {
@@ -125,7 +126,31 @@ def test_step_benchmark_reports(script):
     assert "| mae, eager, fp32 | 2 | 3.0 | 5 | 0 |" in text
     assert "| o | 4 | out of memory |  |  |" in text
     assert "`gemm` 1.50 ms (25%)" in text
-    assert "| tiny, mae, eager, fp32 | 2, 4, 8 | 1.500 |" in text
+    assert "| tiny, mae, eager, fp32 | batch 2, 4, 8 | 1.500 |" in text
+
+
+def test_step_benchmark_fits_patches_and_widths(script):
+    step, _ = script("step")
+    shapes = {side: f"192x6-{side}px" for side in (32, 64, 96, 128)}
+    rows = [{"shape": shapes[side], "batch": 32, "median_seconds": 2.0 * side**2, "options": "a"} for side in shapes]
+    # Another depth is another case.
+    rows.append({"shape": "ViT-S/8-64px", "batch": 32, "median_seconds": 1.0, "options": "a"})
+    (patches,) = step.exponents(rows)
+    assert (patches["case"], patches["axis"], patches["values"]) == ("batch 32, a", "patches", [16, 64, 144, 256])
+    assert patches["exponent"] == pytest.approx(1)
+    rows = [
+        {"shape": f"{width}x6-64px", "batch": 32, "median_seconds": width**2.0, "options": "a"}
+        for width in (192, 384, 768)
+    ]
+    (widths,) = step.exponents(rows)
+    assert (widths["axis"], widths["values"], round(widths["exponent"], 6)) == ("width", [192, 384, 768], 2)
+
+
+def test_the_page_on_speed_has_the_computed_tables(script):
+    _, call = script("step")
+    page = (ROOT / "docs" / "speed.md").read_text()
+    for table in call("--cost").strip().split("\n\n"):
+        assert table in page
 
 
 def test_step_benchmark_wrong_use(tmp_path, script, capsys):

@@ -1,6 +1,7 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Data sets: from a Hub id, a folder, parquet or memory to the samples that pretraining reads."""
 
+import copy
 import math
 import os
 import zlib
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import torch
+from datasets.distributed import split_dataset_by_node
 from torch.utils.data import get_worker_info
 from transformers import BitImageProcessor
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -54,6 +56,9 @@ ON_BAD_IMAGE = ("raise", "skip")
 _NO_CROPS_OF_STREAMS = (
     "`contrastive_crop` keeps a box for each image, which a stream has no place for; leave out `streaming`, give a "
     "data set that is no stream, or crop at random."
+)
+_NO_RESIDENT_STREAMS = (
+    "`device_resident` keeps all images on the device, which a stream never holds at once; leave out one of them."
 )
 _SAMPLING_SEED = 0  # which samples a limit keeps must not change from run to run
 _MAX_STREAM_WORKERS = 256
@@ -475,6 +480,8 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
             `(num_views, C, H, W)` and `noise` `(num_views, num_patches)`. Evaluation always shows one.
         contrastive_crop (`bool`): Whether random crops have their centres in `crop_boxes`, `(len(dataset), 4)` in
             shared memory, at first the whole image; `ContrastiveCropCallback` moves them to the objects.
+        device_resident (`bool`): Whether `CurriculumTrainer` keeps all images on its device, and makes batches there
+            (see `ResidentImageDataset`).
         on_bad_image (`str`): `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
     Raises:
@@ -483,9 +490,16 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
     """
 
     def __init__(
-        self, dataset: datasets.Dataset, image_column: str, *, contrastive_crop: bool = False, **kwargs: Any
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        *,
+        contrastive_crop: bool = False,
+        device_resident: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(dataset, image_column, **kwargs)
+        self.device_resident = device_resident
         if not len(dataset):
             raise ValueError("`dataset` is empty: there is no image in it.")
         # In shared memory, so that what a worker finds is known to all, and persistent workers see new boxes.
@@ -551,7 +565,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, image_column, **kwargs)
-        self.excluded = excluded
+        self.excluded, self.is_part = excluded, False
         # One counter a worker: additions from several processes to one would get lost.
         self.bad_images = torch.zeros(_MAX_STREAM_WORKERS, dtype=torch.int64).share_memory_()
         if next(self._images(), None) is None:
@@ -563,6 +577,16 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         if self.train:
             _check_count("shuffle_buffer_size", shuffle_buffer_size)
             self.dataset = self.dataset.shuffle(seed=self.seed, buffer_size=shuffle_buffer_size)
+
+    def part(self, index: int, count: int) -> "StreamingImageDataset":
+        """Part `index` of `count` disjoint parts: whole shards if their number can be divided, or every count-th image.
+
+        What the parts hold changes with the order, from epoch to epoch; together they always are the whole.
+        """
+        found = copy.copy(self)
+        found.dataset = split_dataset_by_node(self.dataset, index, count)
+        found.is_part = True
+        return found
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, the augmentation and the noise of the next pass."""
@@ -691,6 +715,14 @@ class DataArguments:
         default=False,
         metadata={"help": "Crop around the objects that the encoder finds while it trains (ContrastiveCrop)."},
     )
+    device_resident: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep all training images, which must be of one size, on the training device and augment there, a "
+            "batch at once: for small sets such as CIFAR-10 (3 KB an image), without workers. Draws other crops than "
+            "without it."
+        },
+    )
     crop_ratio: float | None = field(
         default=None,
         metadata={"help": "Share of the sides that evaluation shows; 0.875 from 160 pixels on, 1 for smaller images."},
@@ -701,6 +733,8 @@ class DataArguments:
             raise ValueError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         if self.contrastive_crop and self.streaming:
             raise ValueError(_NO_CROPS_OF_STREAMS)
+        if self.device_resident and self.streaming:
+            raise ValueError(_NO_RESIDENT_STREAMS)
         _check_count("num_held_out", self.num_held_out, minimum=0)
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
@@ -766,7 +800,7 @@ def build_datasets(
         on_bad_image=args.on_bad_image,
     )
     train, evaluation, excluded = _split(args)
-    own = {"contrastive_crop": True} if args.contrastive_crop else {}
+    own = {name: True for name in ("contrastive_crop", "device_resident") if getattr(args, name)}
     train_samples = _views(*train, excluded=excluded, **settings, **own)
     eval_samples = None if evaluation is None else _views(*evaluation, train=False, **settings)
     processor = make_image_processor(image_size, config.num_channels, mean, std, crop_ratio)
@@ -802,6 +836,8 @@ def _views(
     if isinstance(dataset, datasets.IterableDataset):
         if settings.pop("contrastive_crop", False):
             raise ValueError(_NO_CROPS_OF_STREAMS)
+        if settings.pop("device_resident", False):
+            raise ValueError(_NO_RESIDENT_STREAMS)
         return StreamingImageDataset(dataset, column, excluded=excluded, **settings)
     return ImageDataset(dataset, column, **settings)
 

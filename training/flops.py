@@ -23,7 +23,12 @@ from clmae.training.arguments import PretrainingArguments
 
 
 def step_flops(config: MAEConfig, batch_size: int = 1, masker_update_interval: int = 1) -> float:
-    """FLOPs of a training step, forward and backward, from the configuration alone.
+    """FLOPs of a training step, forward and backward: the sum of [`step_flops_by_part`]."""
+    return sum(step_flops_by_part(config, batch_size, masker_update_interval).values())
+
+
+def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_interval: int = 1) -> dict[str, float]:
+    """FLOPs of a training step's parts, forward and backward, from the configuration alone.
 
     Of n tokens of width d, a block's linear layers take `2n(4d² + 2d·inner)` and its attention `4n²d`; the backward
     pass takes each twice, once for its input and once for its other factor. What is not trained or not on the way to
@@ -33,23 +38,28 @@ def step_flops(config: MAEConfig, batch_size: int = 1, masker_update_interval: i
         config: Of any family; CL-MAE's part counts where the masks are learned, CMAE's tasks where they have a weight.
         batch_size: Images; two views of an image are one image.
         masker_update_interval: Pass B at every k-th step only; the result is the mean over k steps.
+
+    Returns:
+        FLOPs by the part's name, of the parts that there are: `"encoder"` (of visible patches) and `"decoder"`,
+        `"masking module"` and `"pass B"`, `"token positions"` and `"contrast"`.
     """
     views = getattr(config, "num_views", 1)
     patches, width = config.num_patches, config.hidden_size
     visible = config.num_visible(patches)
-    flops = 2 * _linear(patches, config.patch_dim, width)  # the images need no gradient
-    flops += 3 * (sum(_encoder(config, visible + 1)) + sum(_decoder(config, visible + 1)))
+    embedding = 2 * _linear(patches, config.patch_dim, width)  # the images need no gradient
+    parts: dict[str, float] = {"encoder": embedding + 3 * sum(_encoder(config, visible + 1))}
+    parts["decoder"] = 3 * sum(_decoder(config, visible + 1))
     if config.model_type == "cl_mae" or getattr(config, "learned_masks", False):
         share = 1 / masker_update_interval
-        flops += (1 + 2 * share) * _masking_module(config) + share * _pass_b(config)
+        parts["masking module"] = (1 + 2 * share) * _masking_module(config)
+        parts["pass B"] = share * _pass_b(config)
     if config.model_type == "cmae" and config.position_loss_weight:
-        flops += 3 * _linear(int(visible * config.position_mask_ratio), width, patches)
-    flops *= views
+        parts["token positions"] = 3 * _linear(int(visible * config.position_mask_ratio), width, patches)
     if config.model_type == "cmae" and config.contrastive_loss_weight:
         inner, size = config.projection_hidden_size, config.projection_size
-        flops += 3 * views * (_linear(1, width, inner) + _linear(1, inner, size))
-        flops += 3 * _linear(1, size, batch_size)  # each image with all of the batch
-    return batch_size * flops
+        parts["contrast"] = 3 * (_linear(1, width, inner) + _linear(1, inner, size))
+        parts["contrast"] += 3 * _linear(1, size, batch_size) / views  # each image with all of the batch
+    return {name: batch_size * views * flops for name, flops in parts.items()}
 
 
 def _linear(tokens: int, inputs: int, outputs: int) -> int:
@@ -74,9 +84,11 @@ def _decoder(config: MAEConfig, tokens: int) -> tuple[int, int]:
 
 
 def _masking_module(config: MAEConfig) -> int:
-    patches, width = config.num_patches, config.hidden_size
-    blocks = _blocks(config.masker_num_hidden_layers, patches + 1, width, config.masker_intermediate_size)
-    return sum(blocks) + _linear(1, width, patches)
+    patches, width, inner = config.num_patches, config.hidden_size, config.masker_intermediate_size
+    blocks = _blocks(config.masker_num_hidden_layers - 1, patches + 1, width, inner)
+    # The last block computes the class token alone, of all tokens' keys and values.
+    last = _linear(patches + 1, width, 2 * width) + 4 * (patches + 1) * width + _linear(1, width, 2 * width + 2 * inner)
+    return sum(blocks) + last + _linear(1, width, patches)
 
 
 def _pass_b(config: MAEConfig) -> int:
@@ -143,4 +155,4 @@ def count_encoder_flops(config: MAEConfig) -> int:
     return counter.flops
 
 
-__all__ = ["FlopCounter", "count_encoder_flops", "count_step_flops", "step_flops"]
+__all__ = ["FlopCounter", "count_encoder_flops", "count_step_flops", "step_flops", "step_flops_by_part"]

@@ -237,6 +237,11 @@ def random_resized_crop_box(
         if 0 < box_width <= width and 0 < box_height <= height:
             top, left = int(u_top * (height - box_height + 1)), int(u_left * (width - box_width + 1))
             return top, left, box_height, box_width
+    return largest_crop_box(height, width, ratio)
+
+
+def largest_crop_box(height: int, width: int, ratio: tuple[float, float]) -> Box:
+    """The largest central box `(top, left, height, width)` with an aspect ratio (width / height) inside `ratio`."""
     box_height, box_width = height, width
     if width / height < ratio[0]:
         box_height = round(width / ratio[0])
@@ -353,6 +358,7 @@ __all__ = [
     "center_view",
     "crop_and_resize",
     "decode_image",
+    "largest_crop_box",
     "normalize",
     "random_resized_crop_box",
     "read_image_bytes",

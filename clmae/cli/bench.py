@@ -21,6 +21,7 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.model_cards.record import device_name
 from clmae.training.arguments import PretrainingArguments
+from clmae.training.build import fastest_attention
 from clmae.training.flops import step_flops
 from clmae.training.trainer import CurriculumTrainer
 
@@ -198,7 +199,7 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir = folder
             trainer = CurriculumTrainer(
-                AutoModelForPreTraining.from_config(config, attn_implementation="sdpa" if gpu else "eager"),
+                AutoModelForPreTraining.from_config(config, attn_implementation=fastest_attention(args.device)),
                 args,
                 train_dataset=Images(config, args.max_steps * batch),
                 callbacks=[watch],

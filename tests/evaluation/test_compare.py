@@ -118,6 +118,17 @@ def test_plan_gives_equal_images_and_equal_compute(recipe, labelled):
         assert 0 <= flops["cl_mae"] - flops[name] < plan.costs[name].step_flops
 
 
+def test_equal_compute_may_be_a_recipes_own(recipe, labelled):
+    plan = make_plan([recipe("mae"), recipe("cl_mae")], Judging(labelled), reference="mae")
+    assert plan.steps["compute"] == {
+        "mae": 10,
+        "cl_mae": plan.costs["cl_mae"].steps_for(plan.costs["mae"].flops(10, 10)),
+    }
+    assert plan.steps["compute"]["cl_mae"] < 10
+    with pytest.raises(ValueError, match="`reference` is 'cmae'; give the name of one of the recipes: mae"):
+        make_plan([recipe("mae")], Judging(labelled), reference="cmae")
+
+
 @pytest.mark.parametrize(
     ("args", "images_seen", "steps"),
     [({"max_steps": -1, "num_train_epochs": 2.5}, None, 25), ({}, 130, 32), ({}, 1, 1)],

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 import clmae
 from clmae.training import CurriculumTrainer, PretrainingArguments
-from clmae.training.data import ImageDataset
+from clmae.training.data import ImageDataset, StreamingImageDataset
 
 CONFIG = dict(
     hidden_size=32,
@@ -108,15 +108,34 @@ class FirstGradients(TrainerCallback):
             }
 
 
-def record_run(output_dir: Path, everything: bool = False, **options: Any) -> dict[str, Any]:
+def record_run(
+    output_dir: Path,
+    everything: bool = False,
+    resident: bool = False,
+    stream: bool = False,
+    resume: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
     """Gradients of the first step, weights at the end and everything logged of a run by plain gradient descent.
 
     Not by AdamW: it turns the rounding errors of gradients that are 0 into whole steps. Of a CL-MAE, or with
-    `everything` of a CMAE with learned masks, two views, and crops around the objects.
+    `everything` of a CMAE with learned masks, two views, and crops around the objects; with `resident` from a device-
+    resident data set, with `stream` from a stream of two shards; `resume` is a checkpoint.
     """
     first = FirstGradients()
     model = tiny_model("cmae", learned_masks=True) if everything else tiny_model()
-    dataset = image_dataset(contrastive_crop=everything, num_views=1 + everything)
+    dataset = image_dataset(contrastive_crop=everything, num_views=1 + everything, device_resident=resident)
+    if stream:
+        rows, names = pil_dataset(16).to_iterable_dataset(num_shards=2), ("image_size", "num_channels", "num_patches")
+        fields = {name: getattr(dataset, name) for name in (*names, "patch_size", "mean", "std")}
+        dataset = StreamingImageDataset(rows, "image", **fields)
+    seen: list[float] = []  # a number of each image in an epoch, in the order of the training
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module.training:
+            seen.extend(kwargs["noise"].flatten(1)[:, 0].tolist())
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
     trainer = tiny_trainer(
         output_dir,
         model,
@@ -130,10 +149,11 @@ def record_run(output_dir: Path, everything: bool = False, **options: Any) -> di
         callbacks=[first],
         **options,
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "gradients": first.gradients,
         "weights": weights(trainer.model),
         "history": trainer.state.log_history,
         "boxes": dataset.crop_boxes,
+        "seen": seen,
     }

@@ -36,7 +36,9 @@ RUNS = {
     # Here transformers would not look for parameters without gradient.
     "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
     "everything": dict(SHORT, everything=True, contrastive_crop_interval=0.5),
+    "resident": dict(SHORT, resident=True, save_strategy="steps", save_steps=2),
 }
+STREAM = dict(SHORT, stream=True)
 PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
 
 
@@ -50,7 +52,7 @@ def two_processes(tmp_path_factory) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     script = Path(__file__).with_name("distributed_run.py")
-    runs = json.dumps([dict(per_device_train_batch_size=4, **options) for options in RUNS.values()])
+    runs = json.dumps([dict(per_device_train_batch_size=4, **options) for options in (*RUNS.values(), STREAM)])
     done = subprocess.run(
         [*launcher, str(script), str(folder), runs],
         env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
@@ -119,3 +121,27 @@ def test_only_the_first_process_draws(runs):
     drawn = sorted(path.name for path in (folder / "rank-0" / "pictures").iterdir())
     assert drawn == ["curves.png", "step-000000.png", "step-000002.png", "step-000004.png"]
     assert not (folder / "rank-1" / "pictures").exists()
+
+
+def test_one_process_goes_on_where_two_left_off(two_processes, tmp_path):
+    folder = two_processes / str(list(RUNS).index("resident")) / "rank-0"
+    two = torch.load(folder / "result.pt")
+    torch.set_num_threads(1)
+    options = dict(RUNS["resident"], per_device_train_batch_size=8, save_strategy="no")
+    one = record_run(tmp_path, resume=str(folder / "checkpoint-2"), **options)
+    assert [entry["step"] for entry in one["history"] if "loss" in entry] == [1, 2, 3, 4]
+    # Up to the order of the images in a sum, as if it had gone on with two.
+    torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=2e-5)
+
+
+def test_each_process_reads_its_part_of_a_stream(two_processes, tmp_path):
+    folder = two_processes / str(len(RUNS))
+    first, second = (torch.load(folder / f"rank-{rank}" / "result.pt") for rank in (0, 1))
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    torch.set_num_threads(1)
+    alone = record_run(tmp_path, per_device_train_batch_size=8, **STREAM)
+    # Two passes over 16 images: the same ones together as in one process, none twice.
+    for images in (slice(0, 8), slice(8, 16)):
+        both = first["seen"][images] + second["seen"][images]
+        assert len(set(both)) == 16
+        assert set(both) == set(alone["seen"][images.start * 2 : images.stop * 2])
