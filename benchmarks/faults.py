@@ -1,18 +1,21 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Faults, injected: runs that are killed, checkpoints that are damaged, images and configurations that are mutated.
+"""Faults, injected: runs that are killed and hurt, checkpoints that are damaged, images and configurations mutated.
 
-    python benchmarks/faults.py --output benchmarks/faults                    # all, about 15 minutes on one core
+    python benchmarks/faults.py                                               # all, about 30 minutes on one core
     python benchmarks/faults.py kill files --scale 0.1 --output some_folder   # two of them, a tenth of the cases
 
-Writes `results.json` and `results.md`: how many faults were tried, survived and lost. A run survives if, resumed, it
-ends bit by bit with the weights of an undisturbed one, and `clmae verify` finds its folder whole. An image or a
-configuration survives if it gives an image or a model, or the error that says why not, in reasonable time.
+Writes `results.json` and `results.md`: how many faults were tried, survived and lost; what is there of other faults
+stays. A run survives if, resumed, it ends bit by bit with the weights of an undisturbed one, and `clmae verify` finds
+its folder whole. An image or a configuration survives if it gives an image or a model, or the error that says why not,
+in reasonable time. `same` compares undisturbed runs with each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import io
 import json
 import logging
@@ -28,24 +31,29 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForPreTraining
 
 import clmae
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments
 from clmae.training.data import ImageDataset
 from clmae.training.images import ImageDecodeError, decode_image
-from clmae.training.sealing import checkpoint_step, checkpoints, last_valid_checkpoint, verify
+from clmae.training.sealing import LOCK_NAME, checkpoint_step, checkpoints, last_valid_checkpoint, verify
 
 TINY = dict(
     hidden_size=16,
@@ -62,6 +70,7 @@ MASKER = dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_i
 STEPS, SAVE_STEPS = 48, 2
 PATIENCE = 60  # seconds that anything may take
 _FORK = multiprocessing.get_context("fork")  # a new process would import for seconds
+_scratch: list[tempfile.TemporaryDirectory] = []  # until the end
 
 Row = dict[str, Any]
 
@@ -84,56 +93,98 @@ def pictures(count: int, seed: int) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": list(pixels)}, datasets.Features({"image": datasets.Image()}))
 
 
-def train(folder: Path, limit: int | None = None) -> None:
-    """What a forked process does: a run with everything that has a state, from its newest valid checkpoint on.
-
-    It ends with exit code 0, or 128 plus the signal that stopped it. `limit` bytes at most fit into a file.
-    """
-    torch.set_num_threads(1)
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    views = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3, std=[0.25] * 3)
+def make_model(family: str) -> nn.Module:
+    """A CMAE with everything, or a plain MAE; always the same weights."""
     torch.manual_seed(0)
-    config = clmae.CMAEConfig(**TINY, **MASKER, learned_masks=True)
-    interrupt = InterruptCallback()
-    trainer = CurriculumTrainer(
-        clmae.CMAEForPreTraining(config),
-        PretrainingArguments(
-            output_dir=str(folder),
-            max_steps=STEPS,
-            per_device_train_batch_size=4,
-            per_device_eval_batch_size=4,
-            learning_rate=1e-3,
-            save_steps=SAVE_STEPS,
-            eval_strategy="steps",
-            eval_steps=3,
-            logging_steps=1,
-            difficulty_steps=0,
-            picture_steps=0,
-            dataloader_num_workers=int(limit is None),  # batches from workers would be files that cannot grow, too
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-        ),
-        train_dataset=ImageDataset(pictures(24, 0), "image", contrastive_crop=True, num_views=2, **views),
-        eval_dataset=ImageDataset(pictures(8, 1), "image", train=False, **views),
-        callbacks=[interrupt],
+    everything = family == "cmae"
+    config = clmae.CMAEConfig(**TINY, **MASKER, learned_masks=True) if everything else clmae.MAEConfig(**TINY)
+    return AutoModelForPreTraining.from_config(config)
+
+
+def make_trainer(
+    folder: Path, family: str = "cmae", num_images: int = 24, callbacks: tuple[Any, ...] = (), **options: Any
+) -> CurriculumTrainer:
+    """A run with everything that has a state: learned masks, two views, crops; or of a MAE, with none of these."""
+    views = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3, std=[0.25] * 3)
+    everything = family == "cmae"
+    defaults = dict(
+        output_dir=str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-3,
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=3,
+        logging_steps=1,
+        difficulty_steps=0,
+        picture_steps=0,
+        dataloader_num_workers=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to="none",
     )
-    if limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return CurriculumTrainer(
+        make_model(family),
+        PretrainingArguments(**{**defaults, **options}),
+        train_dataset=ImageDataset(
+            pictures(num_images, 0), "image", contrastive_crop=everything, num_views=1 + everything, **views
+        ),
+        eval_dataset=ImageDataset(pictures(8, 1), "image", train=False, **views),
+        callbacks=list(callbacks),
+    )
+
+
+def work(folder: Path, before: Callable[[], Any] | None, options: dict[str, Any]) -> None:
+    """A run from its newest valid checkpoint on; its exit code is 0, or 128 plus the signal that stopped it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's, which a fork inherits and torchrun's process not
+    interrupt = InterruptCallback()
+    trainer = make_trainer(folder, callbacks=(interrupt,), **options)
+    if before is not None:
+        before()
     trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
     if interrupt.received is not None:
         sys.exit(128 + interrupt.received)
     trainer.save_model()
 
 
-def start(folder: Path, limit: int | None = None) -> Any:
-    """Starts a run in a folder; one in which nothing was ever sealed is emptied, as there is nothing to go on from."""
+def run_process(folder: Path, before: Callable[[], Any] | None, processes: int, options: dict[str, Any]) -> None:
+    """What a forked process does: the run, or with several processes what torchrun does."""
+    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(log, "a", buffering=1)  # which may have been something else than 1 and 2
+    if processes == 1:
+        return work(folder, before, options)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        start_method="fork",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder.parent / "agent")),
+    )
+    elastic_launch(config, work)(folder, before, options)
+
+
+def start(folder: Path, before: Callable[[], Any] | None = None, processes: int = 1, **options: Any) -> Any:
+    """Starts a run in a folder; one in which nothing was ever sealed is emptied, as there is nothing to go on from.
+
+    Args:
+        folder: For its output, and `log.txt`.
+        before: Called in the new process before the first step.
+        processes: That the run has.
+        options: Of [`make_trainer`].
+    """
     if last_valid_checkpoint(folder)[0] is None:
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    process = _FORK.Process(target=train, args=(folder, limit))
+    process = _FORK.Process(target=run_process, args=(folder, before, processes, options))
     process.start()
     return process
 
@@ -150,53 +201,61 @@ def end(process: Any) -> int | None:
     return process.exitcode
 
 
-def judge(folder: Path, expected: dict[str, torch.Tensor]) -> str:
-    """Lets a run go on to its end, and compares."""
-    code = end(start(folder))
+def last_line(folder: Path) -> str:
+    """What a run said last, such as its error."""
+    return (folder / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2][:200]
+
+
+def judge(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> str:
+    """Lets a run go on to its end, or makes one where there is none, and compares."""
+    code = end(start(folder, **options))
     if code != 0:
-        return f"the resumed run ended with {code}"
+        return f"the resumed run ended with {code} and {last_line(folder)}"
     weights = load_file(folder / "model.safetensors")
     if weights.keys() != expected.keys() or not all(torch.equal(weights[name], expected[name]) for name in expected):
         return "other weights"
-    problems = [problem for path in [folder, *checkpoints(folder)] for problem in verify(path)]
-    return f"not whole: {problems[0]}" if problems else "same weights"
+    found = checkpoints(folder)
+    problems = [problem for path in [folder, *found] for problem in verify(path)]
+    if problems:
+        return f"not whole: {problems[0]}"
+    return "same weights" if checkpoint_step(found[-1]) == STEPS else "the last checkpoint is missing"
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[tuple[Path, dict[str, torch.Tensor], float]]:
+@functools.cache
+def undisturbed(processes: int = 1, **options: Any) -> tuple[Path, dict[str, torch.Tensor], float]:
     """A scratch folder, the weights of an undisturbed run in its sub-folder `whole`, and the seconds that took."""
-    with tempfile.TemporaryDirectory() as scratch:
-        whole, begin = Path(scratch, "whole"), time.perf_counter()
-        code = end(start(whole))
-        if code != 0:
-            raise RuntimeError(f"the undisturbed run ended with {code}: {(whole / 'log.txt').read_text()[-2000:]}")
-        yield Path(scratch), load_file(whole / "model.safetensors"), time.perf_counter() - begin
+    _scratch.append(tempfile.TemporaryDirectory())
+    whole, begin = Path(_scratch[-1].name, "whole"), time.perf_counter()
+    code = end(start(whole, processes=processes, **options))
+    if code != 0:
+        raise RuntimeError(f"the undisturbed run ended with {code}: {(whole / 'log.txt').read_text()[-2000:]}")
+    return whole.parent, load_file(whole / "model.safetensors"), time.perf_counter() - begin
 
 
 def stop_runs(number: int, count: int, rng: random.Random) -> Row:
     """Sends a signal at random moments of runs, which are resumed and stopped again; at their ends, compares."""
     outcomes, exits, saving = Counter(), Counter(), 0
-    with undisturbed() as (scratch, expected, seconds):
-        folder, stopped, before = scratch / "run", 0, 0
-        while outcomes.total() < count:
-            process = start(folder)
-            # Mostly early: several stops in each run.
-            time.sleep(rng.uniform(0.05, 1) ** 2 * seconds)
-            finished = process.exitcode is not None
-            if not finished:
-                os.kill(process.pid, number)
-                exits[str(end(process))] += 1
-                stopped += 1
-                saving += any("not sealed" in verify(path)[0] for path in checkpoints(folder) if verify(path))
-                last, _ = last_valid_checkpoint(folder)
-                step = 0 if last is None else checkpoint_step(last)
-                if step < before:
-                    outcomes["a checkpoint was lost"] += 1
-                before = step
-            if finished or stopped + outcomes.total() >= count:
-                outcomes[judge(folder, expected)] += stopped
-                shutil.rmtree(folder)
-                stopped = before = 0
+    scratch, expected, seconds = undisturbed()
+    folder, stopped, before = scratch / "run", 0, 0
+    while outcomes.total() < count:
+        process = start(folder)
+        # Mostly early: several stops in each run.
+        time.sleep(rng.uniform(0.05, 1) ** 2 * seconds)
+        finished = process.exitcode is not None
+        if not finished:
+            os.kill(process.pid, number)
+            exits[str(end(process))] += 1
+            stopped += 1
+            saving += any("not sealed" in verify(path)[0] for path in checkpoints(folder) if verify(path))
+            last, _ = last_valid_checkpoint(folder)
+            step = 0 if last is None else checkpoint_step(last)
+            if step < before:
+                outcomes["a checkpoint was lost"] += 1
+            before = step
+        if finished or stopped + outcomes.total() >= count:
+            outcomes[judge(folder, expected)] += stopped
+            shutil.rmtree(folder)
+            stopped = before = 0
     name = signal.Signals(number).name
     return row(f"{name} at a random moment", outcomes, ("same weights",)) | {"exits": exits, "during_a_save": saving}
 
@@ -225,33 +284,215 @@ DAMAGE: dict[str, Callable[[Path, random.Random], Any]] = {
 def files(scale: float, rng: random.Random) -> list[Row]:
     """Each kind of file of the newest checkpoint, damaged in each way."""
     rows = []
-    with undisturbed() as (scratch, expected, _):
-        newest = checkpoints(scratch / "whole")[-1]
-        names = sorted(path.name for path in newest.iterdir())
-        for fault, damage in DAMAGE.items():
-            outcomes = Counter()
-            for name in rng.sample(names, max(1, round(len(names) * scale))):
-                folder = scratch / "run"
-                shutil.copytree(scratch / "whole", folder)
-                damage(folder / newest.name / name, rng)
-                found = any(name in problem for problem in verify(folder / newest.name))
-                outcomes[judge(folder, expected) if found else f"{name}: not found"] += 1
-                shutil.rmtree(folder)
-            rows.append(row(f"a file of a checkpoint {fault}", outcomes, ("same weights",)))
+    scratch, expected, _ = undisturbed()
+    newest = checkpoints(scratch / "whole")[-1]
+    names = sorted(path.name for path in newest.iterdir())
+    for fault, damage in DAMAGE.items():
+        outcomes = Counter()
+        for name in rng.sample(names, max(1, round(len(names) * scale))):
+            folder = scratch / "run"
+            shutil.copytree(scratch / "whole", folder)
+            damage(folder / newest.name / name, rng)
+            found = any(name in problem for problem in verify(folder / newest.name))
+            outcomes[judge(folder, expected) if found else f"{name}: not found"] += 1
+            shutil.rmtree(folder)
+        rows.append(row(f"a file of a checkpoint {fault}", outcomes, ("same weights",)))
     return rows
+
+
+def limit_files(size: int) -> None:
+    """No file of this process can grow beyond `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def disk(scale: float, rng: random.Random) -> list[Row]:
     """Files that cannot grow beyond a random size, as on a full disk."""
     outcomes = Counter()
-    with undisturbed() as (scratch, expected, _):
-        largest = max(path.stat().st_size for path in checkpoints(scratch / "whole")[-1].iterdir())
-        for _ in range(max(1, round(8 * scale))):
-            folder = scratch / "run"
-            code = end(start(folder, rng.randrange(1000, largest)))
-            outcomes[judge(folder, expected) if code == 1 else f"ended with {code}"] += 1
-            shutil.rmtree(folder)
+    scratch, expected, _ = undisturbed()
+    largest = max(path.stat().st_size for path in checkpoints(scratch / "whole")[-1].iterdir())
+    for _ in range(max(1, round(8 * scale))):
+        folder = scratch / "run"
+        # Batches from workers would be files that cannot grow, too.
+        limit = functools.partial(limit_files, rng.randrange(1000, largest))
+        code = end(start(folder, limit, dataloader_num_workers=0))
+        outcomes[judge(folder, expected) if code == 1 else f"ended with {code}"] += 1
+        shutil.rmtree(folder)
     return [row("no space in the midst of a save", outcomes, ("same weights",))]
+
+
+# -- what is done to runs from outside --------------------------------------------------------------------------------
+
+
+def children(process: Any, count: int) -> list[int]:
+    """The processes that a run has started, once there are `count`; none if it has ended."""
+    while process.exitcode is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(process.pid).children()
+            if len(found) >= count:
+                return [child.pid for child in found]
+        time.sleep(0.001)
+    return []
+
+
+def kill_child(process: Any, folder: Path, rng: random.Random, count: int = 1) -> None:
+    """Kills one of the processes that a run has started, at least `count`."""
+    found = children(process, count)
+    if found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rng.choice(found), signal.SIGKILL)
+
+
+def forbid(process: Any, folder: Path, rng: random.Random) -> None:
+    """Nothing can be made or deleted in the folder any more."""
+    folder.chmod(0o555)
+
+
+def heed_permissions() -> None:
+    """Gives up what lets root write everywhere: all capabilities of this thread (Linux)."""
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    if ctypes.CDLL(None, use_errno=True).capset(header, none):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def set_clock_back() -> None:
+    """From now on the clock runs backwards, an hour a second."""
+    now, begin = time.time(), time.monotonic()
+    time.time = lambda: now - 3600 * (time.monotonic() - begin)
+
+
+def kill_and_turn_back(process: Any, folder: Path, rng: random.Random) -> None:
+    """Kills a run whose later checkpoints are the older ones by the clock."""
+    process.kill()
+    process.join()
+    for age, checkpoint in enumerate(checkpoints(folder)):
+        os.utime(checkpoint, (1e9 - 1e6 * age,) * 2)
+
+
+def run_second(process: Any, folder: Path, rng: random.Random) -> None:
+    """Starts another run in the same folder while the first is held, and waits for its end."""
+    while process.exitcode is None and not (folder / LOCK_NAME).exists():
+        time.sleep(0.001)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGSTOP)
+        second = _FORK.Process(target=run_process, args=(folder, None, 1, {}))
+        second.start()
+        end(second)
+        os.kill(process.pid, signal.SIGCONT)
+
+
+class Injury(NamedTuple):
+    """What is done to runs at random moments.
+
+    Attributes:
+        fault: Its line in the table.
+        inflict: Called with the process, its folder and a source of random numbers.
+        code: Exit code of a run that was hurt.
+        message: What it leaves in `log.txt`.
+        before: As in [`start`].
+        processes: As in [`start`].
+    """
+
+    fault: str
+    inflict: Callable[[Any, Path, random.Random], None]
+    code: int
+    message: str
+    before: Callable[[], None] | None = None
+    processes: int = 1
+
+
+# fmt: off
+INJURIES = {
+    "workers": Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid"),
+    "ranks": Injury(
+        "one of two processes killed", functools.partial(kill_child, count=2), 1, "Signal 9 (SIGKILL)", processes=2
+    ),
+    "readonly": Injury("the folder made read-only", forbid, 1, "Permission denied", heed_permissions),
+    "clock": Injury("killed with the clock set back", kill_and_turn_back, -signal.SIGKILL, "", set_clock_back),
+    "second": Injury("a second run in the folder", run_second, 0, "in use by another run"),
+}
+# fmt: on
+
+
+def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
+    """Hurts runs at random moments: each must end, and say why; resumed, it must come to the same weights."""
+    outcomes, slowest, how = Counter(), 0.0, {"before": injury.before, "processes": injury.processes}
+    scratch, expected, seconds = undisturbed(injury.processes)
+    folder = scratch / "run"
+    for _ in range(max(1, round(10 * scale))):
+        process = start(folder, **how)
+        time.sleep(rng.uniform(0.1, 0.7) * seconds)
+        late = process.exitcode is not None
+        injury.inflict(process, folder, rng)
+        begin = time.perf_counter()
+        code = end(process)
+        slowest = max(slowest, time.perf_counter() - begin)
+        folder.chmod(0o755)
+        log = (folder / "log.txt").read_text(errors="replace")
+        if late or (code == 0 and injury.message not in log):
+            outcomes[f"too late, {judge(folder, expected, **how)}"] += 1
+        elif code == injury.code and injury.message in log:
+            outcomes[judge(folder, expected, **how)] += 1
+        else:
+            outcomes[f"ended with {code} and {last_line(folder)}"] += 1
+        shutil.rmtree(folder)
+    found = row(injury.fault, outcomes, ("same weights", "too late, same weights"))
+    return [found | {"slowest_end_seconds": round(slowest, 2)}]
+
+
+# -- the same answer --------------------------------------------------------------------------------------------------
+
+# Largest relative difference of a loss, and largest difference of a weight over the farthest that a weight moved.
+ROUNDING, BF16 = (1e-4, 1e-3), (2e-2, math.inf)
+_BARE = dict(dataloader_num_workers=0, eval_strategy="no", max_steps=48, save_steps=48)
+_SGD = dict(_BARE, optim="sgd", learning_rate=1e-2)  # AdamW turns rounding errors of gradients of 0 into whole steps
+_TWO = dict(processes=2, per_device_train_batch_size=2)
+_PARTS = dict(gradient_accumulation_steps=4, per_device_train_batch_size=1)
+# What is run, and what is changed of it.
+ARRANGEMENTS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[float, float]]] = {
+    "MAE: 2 processes x 2 images for 1 x 4": (dict(_SGD, family="mae"), _TWO, ROUNDING),
+    "MAE: 4 x 1 images accumulated for 1 x 4": (dict(_SGD, family="mae"), _PARTS, ROUNDING),
+    "CMAE: 2 processes x 2 images for 1 x 4": (dict(_SGD, family="cmae"), _TWO, ROUNDING),
+    "MAE: bf16 for float32": (dict(_BARE, family="mae"), dict(bf16=True), BF16),
+    "CMAE: bf16 for float32": (dict(_BARE, family="cmae"), dict(bf16=True), BF16),
+}
+
+
+def losses(folder: Path) -> np.ndarray:
+    """The loss of every step of a run that has ended."""
+    history = json.loads((checkpoints(folder)[-1] / "trainer_state.json").read_text())["log_history"]
+    return np.array([entry["loss"] for entry in history if "loss" in entry])
+
+
+def differences(folder: Path, other: Path, family: str) -> tuple[float, float]:
+    """Of two runs, as the tolerances above."""
+    first, second = losses(folder), losses(other)
+    start, end = make_model(family).state_dict(), load_file(folder / "model.safetensors")
+    weights = load_file(other / "model.safetensors")
+    moved = max((end[name] - start[name]).abs().max().item() for name in end)
+    apart = max((end[name] - weights[name]).abs().max().item() for name in end)
+    return float(np.abs(second / first - 1).max()), apart / moved
+
+
+def same(scale: float, rng: random.Random) -> list[Row]:
+    """Runs that should do the same, or with another seed should not."""
+    again, other = Counter(), Counter()
+    scratch, expected, _ = undisturbed()
+    for i in range(max(1, round(5 * scale))):
+        again[judge(scratch / f"again-{i}", expected)] += 1
+        other[judge(scratch / f"other-{i}", expected, seed=100 + i)] += 1
+    rows = [row("the same seed", again, ("same weights",)), row("another seed", other, ("other weights",))]
+    for name, (base, changed, tolerances) in ARRANGEMENTS.items():
+        scratch, *_ = undisturbed(**base)
+        folder = scratch / "other"
+        code = end(start(folder, **{**base, **changed}))
+        found = differences(scratch / "whole", folder, base["family"]) if code == 0 else (math.inf, math.inf)
+        shutil.rmtree(folder)
+        good = all(difference <= most for difference, most in zip(found, tolerances, strict=True))
+        text = (
+            f"loss apart by {found[0]:.1e}, weights by {found[1]:.1e}, of {tolerances[0]:.0e} and {tolerances[1]:.0e}"
+        )
+        rows.append(row(name, Counter({text: 1}), (text,) if good else ()) | {"differences": found})
+    return rows
 
 
 # -- images -----------------------------------------------------------------------------------------------------------
@@ -423,24 +664,47 @@ def configs(scale: float, rng: random.Random) -> list[Row]:
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
-FAULTS = {"kill": kill, "files": files, "disk": disk, "images": images, "configs": configs}
+FAULTS: dict[str, Callable[[float, random.Random], list[Row]]] = {
+    **{"kill": kill, "files": files, "disk": disk},
+    **{name: functools.partial(injure, injury) for name, injury in INJURIES.items()},
+    **{"same": same, "images": images, "configs": configs},
+}
+OUTPUT = Path(__file__).resolve().parent / "results" / "faults"
 
 
 def to_markdown(rows: list[Row]) -> str:
-    """A line a fault; what was lost is explained below the table."""
-    lines = ["| fault | tried | survived | lost | outcomes |", "| --- | ---: | ---: | ---: | --- |"]
+    """A line a fault; the seconds are those of all faults of the same command."""
+    lines = ["| fault | tried | survived | lost | outcomes | date | command, seconds |"]
+    lines.append("| --- | ---: | ---: | ---: | --- | --- | --- |")
     for found in rows:
         outcomes = ", ".join(f"{name}: {count:,}" for name, count in found["outcomes"].items())
         numbers = " | ".join(f"{found[name]:,}" for name in ("tried", "survived", "lost"))
-        lines.append(f"| {found['fault']} | {numbers} | {outcomes.replace('|', '/')} |")
+        end = f"{found['date'][:10]} | {found['command']}, {found['seconds']:.0f}"
+        lines.append(f"| {found['fault']} | {numbers} | {outcomes.replace('|', '/')} | {end} |")
     return "\n".join(lines) + "\n"
+
+
+def merge(earlier: list[Row], found: list[Row]) -> list[Row]:
+    """All rows in the order of [`FAULTS`]; what was found goes before what earlier runs of the same commands found."""
+    done = {row["command"] for row in found}
+    rows = [row for row in earlier if row["command"] not in done] + found
+    return sorted(rows, key=lambda row: list(FAULTS).index(row["command"]))
+
+
+def inject(name: str, scale: float, seed: int) -> list[Row]:
+    """One command's rows, with all that is needed to repeat them."""
+    begin, date = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    rows = FAULTS[name](scale, random.Random(f"{seed}/{name}"))
+    about = {"command": name, "date": date, "seconds": time.perf_counter() - begin, "scale": scale, "seed": seed}
+    about["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
+    return [row | about for row in rows]
 
 
 def main() -> int:
     """Injects the faults that were asked for; the exit code: 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", help=f"some of {', '.join(FAULTS)}; all, if none is named")
-    parser.add_argument("--output", required=True, type=Path, help="folder for results.json and results.md")
+    parser.add_argument("--output", default=OUTPUT, type=Path, help="folder for results.json and results.md")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the cases")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -448,17 +712,16 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown faults {unknown}; choose from {', '.join(FAULTS)}")
     torch.set_num_threads(1)
-    rows: list[Row] = []
+    results, lost = args.output / "results.json", 0
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.faults or FAULTS:
-        begin = time.perf_counter()
-        rows += FAULTS[name](args.scale, random.Random(f"{args.seed}/{name}"))
-        print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-        (args.output / "results.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
-        (args.output / "results.md").write_text(to_markdown(rows))
-    print(to_markdown(rows), end="")
-    return 1 if any(found["lost"] for found in rows) else 0
+        found = inject(name, args.scale, args.seed)
+        lost += sum(row["lost"] for row in found)
+        print(to_markdown(found), flush=True)
+        rows = merge(json.loads(results.read_text()) if results.is_file() else [], found)
+        results.write_text(json.dumps(rows, indent=1) + "\n")
+        results.with_suffix(".md").write_text(to_markdown(rows))
+    return 1 if lost else 0
 
 
 if __name__ == "__main__":

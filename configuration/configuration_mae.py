@@ -277,7 +277,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"`{name}` cannot be an entry of a configuration: {cls.__name__} has a method of it.")
             if name.lstrip("_").startswith("attn_implementation") and not isinstance(value, (str, dict, type(None))):
                 raise ValueError(f"`{name}` is {value!r}; give the name of an attention implementation.")
-            table = name == "auto_map" or (name.startswith("base_model_") and name.endswith("_plan"))
+            table = name in ("auto_map", "sub_configs") or (name.startswith("base_model_") and name.endswith("_plan"))
             if table and not isinstance(value, (dict, type(None))):
                 raise ValueError(f"`{name}` is {value!r}; leave it out.")
 

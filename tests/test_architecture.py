@@ -122,3 +122,66 @@ def test_tests_import_the_installed_names():
     for path in (ROOT / "tests").rglob("*.py"):
         packages = {name.split(".")[0] for name in imported(path.read_text())}
         assert not packages & set(ROOMS[:-1]), path
+
+
+# What reads a file that somebody else may have made, and runs what is in it.
+FREE = {
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open", "joblib.load"),
+    *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.UnsafeLoader", "yaml.Loader"),
+    *("dill.load", "cloudpickle.load", "pandas.read_pickle", "pd.read_pickle", "eval", "exec", "os.system"),
+}
+CONSENT = {("trust_remote_code", True), ("allow_pickle", True), ("weights_only", False), ("shell", True)}
+
+
+def unsafe(source: str) -> list[str]:
+    """What in `source` could run code that comes with data: free unpickling, free YAML, unasked consent."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node) in FREE:
+            found.append(ast.unparse(node))
+        if isinstance(node, ast.ImportFrom):
+            found += [name for name in imported(ast.unparse(node)) if name in FREE]
+        if isinstance(node, ast.Call):
+            given = {(word.arg, getattr(word.value, "value", None)) for word in node.keywords}
+            found += [f"{name}={value}" for name, value in CONSENT & given]
+            if ast.unparse(node.func) == "torch.load" and ("weights_only", True) not in given:
+                found.append("torch.load without weights_only=True")
+        if isinstance(node, ast.Dict):
+            given = {(getattr(key, "value", None), getattr(value, "value", None)) for key, value in zip_dict(node)}
+            found += [f"{name}: {value}" for name, value in CONSENT & given]
+    return found
+
+
+def zip_dict(node: ast.Dict) -> list[tuple[ast.expr | None, ast.expr]]:
+    """Keys and values of a dictionary in source."""
+    return list(zip(node.keys, node.values, strict=True))
+
+
+def test_no_file_is_read_as_code():
+    scripts = [path for room in ("benchmarks", "recipes") for path in (ROOT / room).rglob("*.py")]
+    found = {str(path): unsafe(path.read_text()) for path in [*SOURCES.values(), *scripts]}
+    assert {path: problems for path, problems in found.items() if problems} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "pickle.load(file)",
+        "from pickle import loads",
+        "yaml.load(text, yaml.SafeLoader)",
+        "np.load(path, allow_pickle=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "options = {'trust_remote_code': True}",
+        "dict(trust_remote_code=True)",
+        "eval(text)",
+    ],
+)
+def test_what_reads_files_as_code_is_found(source):
+    assert unsafe(source)
+
+
+def test_what_reads_files_as_data_is_let_through():
+    good = "torch.load(p, weights_only=True); yaml.safe_load(t); model.eval(); np.load(p, allow_pickle=False)"
+    assert unsafe(good) == unsafe("except_ = pickle.UnpicklingError; f(trust_remote_code=False)") == []

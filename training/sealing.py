@@ -32,6 +32,7 @@ logger = logging.get_logger(__name__)
 MANIFEST_NAME = "sealed.json"
 LOCK_NAME = "run.lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_DELETED = ".deleted"
 _CHUNK = 1 << 22  # bytes read at once
 _locked: set[str] = set()  # by this process, which its own lock would not keep out
 
@@ -194,7 +195,8 @@ def rotate_checkpoints(
 ) -> None:
     """Deletes checkpoints beyond `limit`: first those of later steps, which a run left that this one went back behind.
 
-    By their steps and not by time: a clock may be set back.
+    By their steps and not by time: a clock may be set back. Each goes aside first: a half-deleted one, where a run is
+    killed at that moment, must not look like a damaged checkpoint. The next rotation deletes the rest.
 
     Args:
         output_dir: With the checkpoints.
@@ -208,6 +210,9 @@ def rotate_checkpoints(
     kept = [path for path in found if checkpoint_step(path) == step or (best and path == Path(best))]
     others = [path for path in found if path not in kept]
     for path in others[: max(0, len(found) - max(limit, len(kept)))]:
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(f".{path.name}{_DELETED}"))
+    for path in Path(output_dir).glob(f".checkpoint-*{_DELETED}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -244,7 +249,8 @@ def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
     finally:
         _locked.discard(folder)
         if descriptor is not None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what ended the run may have taken the folder, too
+                path.unlink()
             os.close(descriptor)
 
 

@@ -51,6 +51,11 @@ from clmae.training.sealing import checkpoints, choose_checkpoint, is_sealed, ro
 
 logger = logging.get_logger(__name__)
 
+# Checkpoints of several processes on CPUs: accelerate calls the second one's device cpu:1, which torch 2.11 refuses.
+torch.serialization.register_package(
+    15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 _NO_WORKERS = {
     **dict(dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None),
     **dict(dataloader_multiprocessing_context=None, dataloader_pin_memory=False),
@@ -659,7 +664,8 @@ class CurriculumTrainer(Trainer):
     # -- record, card and Hub -------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        super()._save(output_dir, *args, **kwargs)
+        with self._replaced(hub_token=None):  # the arguments are saved, too, and checkpoints are passed on
+            super()._save(output_dir, *args, **kwargs)
         if not self.args.should_save:
             return
         folder = self.args.output_dir if output_dir is None else output_dir

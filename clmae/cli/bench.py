@@ -9,13 +9,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForPreTraining, PrinterCallback, TrainerCallback
 
-from clmae.cli.options import UsageError, parse
+from clmae.cli.options import UsageError, parse, split_options
 from clmae.cli.pretrain import read_arguments
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
@@ -110,7 +110,7 @@ class Stopwatch(TrainerCallback):
 
 def run(argv: Sequence[str]) -> int:
     """Times training steps on synthetic images, and prints what to expect."""
-    own, rest = split(argv)
+    own, rest = split_options(argv, BenchArguments, TAKEN, "a measurement")
     (bench,) = parse(
         {"options": BenchArguments},
         own,
@@ -147,25 +147,6 @@ def run(argv: Sequence[str]) -> int:
     fits = f"; the largest that was seen to fit: {largest}" if gpu else ""
     print(f"Fastest: {fastest[1]:.1f} images/s, with --per_device_train_batch_size {fastest[0]}{fits}.")
     return 0
-
-
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`(bench's own arguments, those of `clmae pretrain`)`.
-
-    Raises:
-        UsageError: An option of `clmae pretrain` that a measurement sets by itself.
-    """
-    names = {f.name for f in fields(BenchArguments)} | {"help", "help_all"}
-    parts: tuple[list[str], list[str]] = ([], [])
-    part = parts[0]
-    for argument in argv:
-        if argument.startswith("--") or argument == "-h":
-            name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in TAKEN:
-                raise UsageError(f"--{name} is not for a measurement: {TAKEN[name]}.")
-            part = parts[0] if name in names or argument == "-h" else parts[1]
-        part.append(argument)
-    return parts
 
 
 def read(rest: Sequence[str], batch: int) -> tuple[MAEConfig, PretrainingArguments]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clmae.cli.options import UsageError, parse, read_recipe
+from clmae.cli.options import UsageError, parse, read_recipe, split_options
 from clmae.cli.pretrain import read_arguments
 from clmae.evaluation.compare import BUDGETS, NUM_POINTS, Judging, Recipe, compare, make_plan, table_to_markdown
 from clmae.evaluation.report import PROTOCOLS
@@ -74,7 +74,7 @@ class CompareArguments:
 
 def run(argv: Sequence[str]) -> int:
     """Compares recipes; table and figure are in `--output_dir` afterwards."""
-    own, overrides = split(argv)
+    own, overrides = split_options(argv, CompareArguments, TAKEN, "a comparison")
     (args,) = parse(
         {"options": CompareArguments},
         own,
@@ -98,25 +98,6 @@ def run(argv: Sequence[str]) -> int:
     print(f"\n{table_to_markdown(table)}")
     print(f"wrote table.md, table.csv, table.json and accuracy.png in {args.output_dir}")
     return 0
-
-
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`(compare's own arguments, those for every recipe)`.
-
-    Raises:
-        UsageError: An option of `clmae pretrain` that a comparison sets by itself.
-    """
-    names = {f.name for f in fields(CompareArguments)} | {"help", "help_all"}
-    parts: tuple[list[str], list[str]] = ([], [])
-    part = parts[0]
-    for argument in argv:
-        if argument.startswith("--") or argument == "-h":
-            name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in TAKEN:
-                raise UsageError(f"--{name} is not for a comparison: {TAKEN[name]}.")
-            part = parts[0] if name in names or argument == "-h" else parts[1]
-        part.append(argument)
-    return parts
 
 
 def recipe(path: str, overrides: Sequence[str], output_dir: str) -> Recipe:

@@ -9,7 +9,7 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,30 @@ def split_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], str | None, list[
     except argparse.ArgumentError as error:
         raise UsageError("--config: give the path of a recipe.") from error
     return (read_recipe(found.config) if found.config else {}), found.config, rest
+
+
+def split_options(argv: Sequence[str], own: type, taken: Mapping[str, str], what: str) -> tuple[list[str], list[str]]:
+    """`(a command's own arguments, those that it passes on to `clmae pretrain`)`.
+
+    Args:
+        own: Dataclass of the command's options.
+        taken: Options of `clmae pretrain` that the command sets by itself, and what to do instead.
+        what: The command in words: `"a comparison"`.
+
+    Raises:
+        UsageError: One of `taken` is given.
+    """
+    names = {f.name for f in dataclasses.fields(own)} | {"help", "help_all"}
+    parts: tuple[list[str], list[str]] = ([], [])
+    part = parts[0]
+    for argument in argv:
+        if argument.startswith("--") or argument == "-h":
+            name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+            if name in taken:
+                raise UsageError(f"--{name} is not for {what}: {taken[name]}.")
+            part = parts[0] if name in names or argument == "-h" else parts[1]
+        part.append(argument)
+    return parts
 
 
 def parse(

@@ -18,6 +18,7 @@ from clmae.evaluation.features import random_encoder
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, FinetuningArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.parameters import freeze_all_but_last, layer_ids
 from clmae.modeling import MAEForImageClassification, MAEModel
+from clmae.training.build import fastest_attention
 
 logger = logging.get_logger(__name__)
 
@@ -78,9 +79,9 @@ def load_classifier(
         config = _mae_config(config)
     if not probe:
         _set_up(config, args, num_classes, class_names)
-    # At these lengths the fused kernel is up to twice as slow on a CPU as plain attention.
-    options: dict[str, Any] = {"attn_implementation": "eager"} if args.device.type == "cpu" else {}
-    options["dtype"] = torch.float32
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if fastest_attention(args.device) == "eager":  # which every model has
+        options["attn_implementation"] = "eager"
     if released_mae:
         model = _from_vit_mae(model_path, config, probe)
     else:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -164,6 +166,21 @@ def test_rotation_goes_by_steps(folder, step, limit, best, left):
     assert (folder / "checkpoint-best").is_dir()
 
 
+def test_a_checkpoint_that_is_half_deleted_does_not_count(folder, monkeypatch):
+    delete = shutil.rmtree
+
+    def stop_halfway(path, **options):
+        (path / "model.safetensors").unlink()  # as if killed at that moment
+
+    monkeypatch.setattr(shutil, "rmtree", stop_halfway)
+    rotate_checkpoints(folder, 10, 2)
+    assert [path.name for path in sealing.checkpoints(folder)] == ["checkpoint-9", "checkpoint-10"]
+    assert any((folder / name).is_dir() for name in os.listdir(folder) if name.startswith(".checkpoint-8"))
+    monkeypatch.setattr(shutil, "rmtree", delete)
+    rotate_checkpoints(folder, 10, 1)
+    assert sorted(os.listdir(folder)) == ["checkpoint-10", "checkpoint-best"]
+
+
 # -- the trainer ------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +241,53 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_read(finished, tmp_p
     trainer = tiny_trainer(tmp_path / "out", tiny_model("cmae", learned_masks=True))
     with pytest.raises(ValueError, match=r"optimizer\.pt"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "copy"))
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_unpickled_freely(finished, tmp_path):
+    shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "whole")
+    pickled = sorted(path.name for path in (tmp_path / "whole").iterdir() if path.suffix in (".pt", ".pth", ".bin"))
+    assert pickled == ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"]
+    for name in pickled:
+        hostile, made = tmp_path / name.split(".")[0], tmp_path / "made"
+        shutil.copytree(tmp_path / "whole", hostile)
+        torch.save({"x": Payload(made)}, hostile / name)
+        seal(hostile)  # whoever wants to harm can seal
+        dataset = image_dataset(contrastive_crop=True, num_views=2)
+        trainer = tiny_trainer(
+            tmp_path / "out", tiny_model("cmae", learned_masks=True), train_dataset=dataset, **SAVING
+        )
+        refused = pytest.raises(pickle.UnpicklingError, match="weights_only")
+        with contextlib.nullcontext() if name == "training_args.bin" else refused:  # which nobody reads
+            trainer.train(resume_from_checkpoint=str(hostile))
+        assert not made.exists()
+        torch.load(hostile / name, weights_only=False)
+        made.rmdir()  # it would have
+
+
+def test_tokens_are_nowhere(tmp_path, capfd):
+    secret = "hf_do_not_tell"
+    trainer = tiny_trainer(tmp_path, "mae", **SAVING, hub_token=secret, report_to="tensorboard", log_level="debug")
+    print(trainer.args)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    names = {"README.md", "pretraining.json", "trainer_state.json", "training_args.bin", "config.json"}
+    assert names <= {path.name for path in written}
+    # Files of torch.save are zip archives without compression.
+    assert [str(path) for path in written if secret.encode() in path.read_bytes()] == []
+    assert secret not in "".join(capfd.readouterr())
+    assert trainer.args.hub_token == secret
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_sealed(tmp_path, monkeypatch):
@@ -289,6 +353,16 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, other):
     trainer.train()
     assert trainer.state.global_step == 1
     assert not (tmp_path / sealing.LOCK_NAME).exists()
+
+
+def test_a_folder_that_is_lost_meanwhile_hides_no_error(tmp_path):
+    def lose(folder):
+        shutil.rmtree(folder)
+        folder.write_text("no folder")
+        raise OSError("disk lost")
+
+    with pytest.raises(OSError, match="disk lost"), run_lock(tmp_path / "out"):
+        lose(tmp_path / "out")
 
 
 def test_a_second_run_of_the_same_process_is_refused(tmp_path):
