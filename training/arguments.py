@@ -11,7 +11,83 @@ MASKER_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inv
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class ScaledRateArguments(TrainingArguments):
+    """`TrainingArguments` whose learning rate follows the total batch, with what MAE's recipes share as defaults.
+
+    Raises:
+        ValueError: One of the fields is out of range; the message names it.
+    """
+
+    base_learning_rate: float = field(
+        default=1.5e-4,
+        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate as it is, instead of base_learning_rate * total batch / 256."},
+    )
+    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "Weight decay; none on biases, norms, tokens and positions."}
+    )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule, by transformers' name."}
+    )
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not clip."})
+    logging_steps: float = field(default=50, metadata={"help": "Log every that many steps."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Drop columns that the model's forward does not name."}
+    )
+    # The filter reads the loss back at every step, and hides a diverging run.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave nan and inf losses out of the logged mean."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check()
+        own_rate = self.learning_rate is None
+        if own_rate:
+            self.learning_rate = self.base_learning_rate
+        super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
+        if own_rate:
+            # Only now is the number of processes known.
+            self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
+
+    @property
+    def total_train_batch_size(self) -> int:
+        """Images an optimiser step: devices x images a device x accumulation steps."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def _check(self) -> None:
+        if not math.isfinite(self.base_learning_rate) or self.base_learning_rate < 0:
+            raise ValueError(f"`base_learning_rate` is {self.base_learning_rate}; give a finite number of at least 0.")
+        if self.learning_rate is not None and (not math.isfinite(self.learning_rate) or self.learning_rate < 0):
+            raise ValueError(
+                f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."
+            )
+        if self.auto_find_batch_size and self.learning_rate is None:
+            raise ValueError(
+                "`auto_find_batch_size` changes the batch that `learning_rate` follows; give a learning_rate."
+            )
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            self._check_int(name, 1)
+
+    def _check_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")
+
+
+@dataclass
+class PretrainingArguments(ScaledRateArguments):
     """`TrainingArguments` with MAE's recipe (arXiv 2111.06377, appendix A.1) as defaults, and what a curriculum needs.
 
     Defaults that differ: AdamW betas (0.9, 0.95), weight decay 0.05, cosine schedule with 5 % warm-up (the paper's 40
@@ -23,14 +99,6 @@ class PretrainingArguments(TrainingArguments):
         ValueError: One of the fields below is out of range; the message names it.
     """
 
-    base_learning_rate: float = field(
-        default=1.5e-4,
-        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
-    )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate as it is, instead of base_learning_rate * total batch / 256."},
-    )
     masker_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "Masking module's learning rate, as a multiple of the autoencoder's."}
     )
@@ -74,57 +142,23 @@ class PretrainingArguments(TrainingArguments):
         },
     )
 
-    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation images a device and step."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
-    weight_decay: float = field(
-        default=0.05, metadata={"help": "Weight decay; none on biases, norms and other 1-D parameters."}
-    )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning-rate schedule, by transformers' name."}
-    )
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
-    )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not clip."})
-    logging_steps: float = field(default=50, metadata={"help": "Log every that many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest is deleted."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out an epoch's last batch if it is not full."}
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop columns that the model's forward does not name."}
-    )
-    # The filter reads the loss back at every step, and hides a diverging run.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave nan and inf losses out of the logged mean."}
-    )
 
     def __post_init__(self) -> None:
-        self._check_own_fields()
-        own_rate = self.learning_rate is None
-        if own_rate:
-            self.learning_rate = self.base_learning_rate
         # The logged mean of a run that goes on after such steps leaves them out.
         self.logging_nan_inf_filter = self.logging_nan_inf_filter or self.max_skipped_steps > 0
         super().__post_init__()
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
-        if own_rate:
-            # Only now is the number of processes known.
-            self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
 
-    @property
-    def total_train_batch_size(self) -> int:
-        """Images an optimiser step: devices x images a device x accumulation steps."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def _check_own_fields(self) -> None:
-        for name in ("base_learning_rate", "masker_learning_rate_multiplier"):
-            value = getattr(self, name)
-            if not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` is {value}; give a finite number of at least 0.")
+    def _check(self) -> None:
+        super()._check()
+        value = self.masker_learning_rate_multiplier
+        if not math.isfinite(value) or value < 0:
+            raise ValueError(f"`masker_learning_rate_multiplier` is {value}; give a finite number of at least 0.")
         if not 0 < self.contrastive_crop_interval <= 1:
             raise ValueError(
                 f"`contrastive_crop_interval` is {self.contrastive_crop_interval}; give a share of the epochs, in "
@@ -135,27 +169,7 @@ class PretrainingArguments(TrainingArguments):
                 f"`masker_lr_scheduler_type` is {self.masker_lr_scheduler_type!r}; choose one of "
                 f"{', '.join(MASKER_SCHEDULES)}."
             )
-        if self.learning_rate is not None and (not math.isfinite(self.learning_rate) or self.learning_rate < 0):
-            raise ValueError(
-                f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."
-            )
-        if self.auto_find_batch_size and self.learning_rate is None:
-            raise ValueError(
-                "`auto_find_batch_size` changes the batch that `learning_rate` follows; give a learning_rate."
-            )
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
-        minima = {
-            "masker_update_interval": 1,
-            "difficulty_steps": 0,
-            "picture_steps": 0,
-            "num_probe_images": 1,
-            "max_skipped_steps": 0,
-            "per_device_train_batch_size": 1,
-            "per_device_eval_batch_size": 1,
-            "gradient_accumulation_steps": 1,
-        }
-        for name, minimum in minima.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-                raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")
+        self._check_int("masker_update_interval", 1)
+        self._check_int("num_probe_images", 1)
+        for name in ("difficulty_steps", "picture_steps", "max_skipped_steps"):
+            self._check_int(name, 0)

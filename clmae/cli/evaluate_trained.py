@@ -68,7 +68,7 @@ def run(protocol: str, argv: Sequence[str]) -> int:
             f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}; protocols: {', '.join(PROTOCOLS)}"
         )
     arguments = ARGUMENTS[protocol]
-    own = {name for owner in arguments.__mro__[:2] for name in owner.__annotations__}
+    own = {name for owner in arguments.__mro__[:3] for name in owner.__annotations__}
     options, args = parse(
         {"options": EvaluateTrainedArguments, TRAINING: arguments},
         argv,

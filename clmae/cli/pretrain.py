@@ -12,7 +12,7 @@ from clmae import FAMILIES
 from clmae.cli.options import UsageError, config_options, given, nearest, parse, split_recipe
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import SIZES
-from clmae.training.arguments import PretrainingArguments
+from clmae.training.arguments import PretrainingArguments, ScaledRateArguments
 from clmae.training.build import build_trainer
 from clmae.training.callbacks import InterruptCallback
 from clmae.training.data import DataArguments, ImageDataset
@@ -27,6 +27,7 @@ EXAMPLES = """\
 TRAINING = "training (of transformers' TrainingArguments, the most used)"
 # Options that `--help` explains; `--help_all` explains them all.
 MOST_USED = {
+    *ScaledRateArguments.__annotations__,
     *PretrainingArguments.__annotations__,
     "output_dir",
     "max_steps",

@@ -3,11 +3,10 @@
 
 import inspect
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from clmae.training.arguments import ScaledRateArguments
 
 PROBE_FEATURES = ("cls", "mean")
 MAX_RANDAUGMENT = 10
@@ -43,7 +42,7 @@ _UNRECORDED = {
 
 
 @dataclass
-class ClassificationArguments(TrainingArguments):
+class ClassificationArguments(ScaledRateArguments):
     """`TrainingArguments` with what fine-tuning and the linear probe share; use one of the two subclasses.
 
     Nothing is chosen by the test set: it is seen once, by the weights of the last step. With an `eval_strategy` (which
@@ -60,10 +59,6 @@ class ClassificationArguments(TrainingArguments):
         default=5e-4,
         metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
     )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Peak learning rate as it is, instead of base_learning_rate * total batch / 256."},
-    )
     min_crop_scale: float = field(
         default=0.08, metadata={"help": "Smallest share of an image's area that a random crop shows, in (0, 1]."}
     )
@@ -72,52 +67,15 @@ class ClassificationArguments(TrainingArguments):
         default=0.1,
         metadata={"help": "Share of each class held out of the training set where there is an eval_strategy; (0, 1)."},
     )
-    num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation images a device and step."})
-    weight_decay: float = field(
-        default=0.05, metadata={"help": "Weight decay; none on biases, norms, tokens and positions."}
-    )
-    lr_scheduler_type: str = field(
-        default="cosine", metadata={"help": "Learning-rate schedule, by transformers' name."}
-    )
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
-    )
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Clip gradients to this norm; 0: do not clip."})
     metric_for_best_model: str | None = field(
         default="accuracy", metadata={"help": "For load_best_model_at_end: accuracy or loss, on the held-out part."}
     )
-    logging_steps: float = field(default=50, metadata={"help": "Log every that many steps."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch, best."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the oldest is deleted."})
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Drop columns that the model's forward does not name."}
-    )
     label_names: list[str] | None = field(
         default_factory=lambda: ["labels"], metadata={"help": "What labels are called in a batch."}
     )
-    # The filter reads the loss back at every step, and hides a diverging run.
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Leave nan and inf losses out of the logged mean."}
-    )
-
-    def __post_init__(self) -> None:
-        self._check()
-        own_rate = self.learning_rate is None
-        if own_rate:
-            self.learning_rate = self.base_learning_rate
-        super().__post_init__()
-        if self.device.type == "cpu":
-            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
-        if own_rate:
-            # Only now is the number of processes known.
-            self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
-
-    @property
-    def total_train_batch_size(self) -> int:
-        """Images an optimiser step: devices x images a device x accumulation steps."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def data_order_seed(self) -> int:
@@ -126,11 +84,12 @@ class ClassificationArguments(TrainingArguments):
 
     def recorded(self) -> dict[str, Any]:
         """The settings that decide a result, as JSON has them."""
-        owners = [owner for owner in type(self).__mro__ if issubclass(owner, ClassificationArguments)]
+        owners = [owner for owner in type(self).__mro__ if issubclass(owner, ScaledRateArguments)]
         names = _RECORDED.union(*(inspect.get_annotations(owner) for owner in owners)) - _UNRECORDED
         return {name: json.loads(json.dumps(getattr(self, name), default=str)) for name in sorted(names)}
 
     def _check(self) -> None:
+        super()._check()
         for name, low, high in self._ranges():
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -140,13 +99,6 @@ class ClassificationArguments(TrainingArguments):
             raise ValueError(f"`validation_share` is {self.validation_share}; give a number between 0 and 1.")
         if not 0 < self.min_crop_scale <= 1:
             raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; give a number in (0, 1].")
-        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
-            raise ValueError(f"`learning_rate` is {self.learning_rate}; give a number of at least 0, or leave it out.")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; give an int of at least 1.")
         if self.label_names != ["labels"] or self.remove_unused_columns:
             raise ValueError("`label_names` and `remove_unused_columns` cannot be changed here; leave them out.")
         if self.auto_find_batch_size:
