@@ -730,9 +730,10 @@ class CurriculumTrainer(Trainer):
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if busy and not self.args.hub_always_push:
-            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()  # it reads the files that are about to be written over
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         checkpoint, message = Path(checkpoint_folder), f"Training in progress, step {self.state.global_step}"
         unseal(self.args.output_dir)
@@ -747,7 +748,7 @@ class CurriculumTrainer(Trainer):
                     f"{message}, checkpoint", blocking=False, folder=checkpoint, files=files, path_in_repo=place
                 )
             )
-        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), *jobs])
+        self.push_in_progress = PushInProgress(jobs)
 
     @property
     def _settled(self) -> float:
