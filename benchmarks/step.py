@@ -60,6 +60,7 @@ PRECISIONS = ("fp32", "medium", "bf16")
 EPOCHS, IMAGENET, IMAGE_MB = 800, 1_281_167, 0.11
 SUSTAINED = 400e12  # FLOP/s of one GPU, its peak times the share that a step reaches; not measured
 # Fields of the configuration by name.
+AT_224 = {"image_size": 224}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         **dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4),
@@ -75,9 +76,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         for width in (192, 384, 576, 768)
     },
     "ViT-S/8-64px": {**SIZES["small"], "image_size": 64, "patch_size": 8},
-    "ViT-B/16": SIZES["base"],
-    "ViT-L/16": SIZES["large"],
-    "ViT-H/14": {**SIZES["huge"], "patch_size": 14},
+    "ViT-B/16": {**SIZES["base"], **AT_224, "patch_size": 16},
+    "ViT-L/16": {**SIZES["large"], **AT_224, "patch_size": 16},
+    "ViT-H/14": {**SIZES["huge"], **AT_224, "patch_size": 14},
 }
 SHAPES |= {f"192x6-{side}px": {**SHAPES["192x6-64px"], "image_size": side} for side in (32, 96, 128)}
 SHAPES |= {f"ViT-B/16-{side}px": {**SIZES["base"], "image_size": side} for side in (112, 160, 320)}

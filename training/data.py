@@ -414,11 +414,13 @@ class _ImageViews:
         self.train, self.seed = train, seed
         self.crop_scale, self.horizontal_flip, self.crop_ratio = crop_scale, horizontal_flip, crop_ratio
         self.num_views = num_views if train else 1
+        # The smallest crop (aspect ratios go to 4/3) keeps a pixel for each of its view's.
+        self._min_side = math.ceil(max(self.image_size) / math.sqrt(0.75 * crop_scale[0])) if train else None
         self.crop_boxes: torch.Tensor | None = None
         self.on_bad_image = on_bad_image
 
     def _decode(self, value: Any) -> np.ndarray:
-        image = decode_image(value, self.num_channels)
+        image = decode_image(value, self.num_channels, self._min_side)
         if image.shape[0] < self.patch_size[0] or image.shape[1] < self.patch_size[1]:
             raise ImageDecodeError(
                 f"its size {image.shape[:2]} is smaller than a patch, {self.patch_size} (height, width); remove it, or "
@@ -434,10 +436,11 @@ class _ImageViews:
             epoch = 0  # the same masks at every evaluation
             views = [center_view(image, self.image_size, self.crop_ratio)]
         generator = sample_generator(self.seed, epoch, key, "noise")
-        pixel_values = torch.stack([normalize(pixels, self.mean, self.std) for pixels in views])
+        pixel_values = [normalize(pixels, self.mean, self.std) for pixels in views]
         noise = torch.rand(self.num_views, self.num_patches, generator=generator)
-        one = self.num_views == 1
-        return {"pixel_values": pixel_values[0] if one else pixel_values, "noise": noise[0] if one else noise}
+        if self.num_views == 1:
+            return {"pixel_values": pixel_values[0], "noise": noise[0]}
+        return {"pixel_values": torch.stack(pixel_values), "noise": noise}
 
     def _random_view(self, image: np.ndarray, generator: torch.Generator, key: int) -> torch.Tensor:
         if self.crop_boxes is None:

@@ -56,7 +56,8 @@ def seal(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
     for path in {*paths, *(path.parent for path in paths)}:
         _flush(path)
     with replacing(folder / MANIFEST_NAME) as unfinished:
-        unfinished.write_text(json.dumps({"files": files}, indent=1) + "\n", encoding="utf-8")
+        manifest = {"files": files, "crc32": _checksum_of_entries(files)}
+        unfinished.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         _flush(unfinished)
     _flush(folder)
     _flush(folder.parent)
@@ -82,7 +83,10 @@ def verify(folder: str | os.PathLike) -> list[str]:
     if not is_sealed(folder):
         return [f"it is not sealed: there is no {MANIFEST_NAME}, as if its save had been cut off."]
     try:
-        files = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))["files"]
+        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["crc32"] != _checksum_of_entries(files):
+            return [f"{MANIFEST_NAME} has changed: its checksum is not the one of what was saved."]
         expected = {str(name): (int(entry["size"]), int(entry["crc32"])) for name, entry in files.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         return [f"{MANIFEST_NAME} cannot be read: {type(error).__name__}: {error}."]
@@ -103,6 +107,10 @@ def _problem(folder: Path, name: str, size: int, crc32: int) -> str | None:
         )
     except (OSError, ValueError) as error:
         return f"{name} cannot be read: {error}."
+
+
+def _checksum_of_entries(files: Any) -> int:
+    return zlib.crc32(json.dumps(files, sort_keys=True).encode())
 
 
 def checksum(path: str | os.PathLike) -> int:

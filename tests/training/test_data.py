@@ -397,6 +397,20 @@ def test_sample_shapes_types_and_ranges():
     assert sample["pixel_values"].max() <= 2
 
 
+def test_only_training_decodes_large_jpegs_at_reduced_size():
+    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(buffer := io.BytesIO(), "JPEG")
+    data = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]})
+    data = data.cast_column("image", datasets.Image())
+    shapes = {}
+    for train in (True, False):
+        dataset = ImageDataset(data, "image", **{**SETTINGS, "crop_scale": (0.2, 1.0)}, train=train)
+        shapes[train] = dataset._load(0).shape
+    side = SETTINGS["image_size"][0]
+    smallest = (0.2 * shapes[True][0] * shapes[True][1] * 3 / 4) ** 0.5  # side of a crop
+    assert side <= smallest
+    assert shapes == {True: (60, 80, 3), False: (480, 640, 3)}
+
+
 def test_evaluation_sample_is_the_centre():
     dataset = ImageDataset(memory(), "image", **{**SETTINGS, "image_size": (20, 20)}, train=False)
     expected = np.array(image(2))[:, 2:22].transpose(2, 0, 1) / 255

@@ -410,3 +410,52 @@ def test_the_global_random_state_is_left_alone():
     before = torch.get_rng_state()
     random_resized_crop_box(40, 40, sample_generator(0, 0, 0))
     assert torch.equal(before, torch.get_rng_state())
+
+
+def jpeg(width, height, **options):
+    """A smooth picture, as a JPEG."""
+    coarse = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    coarse.resize((width, height), Image.Resampling.BICUBIC).save(buffer := io.BytesIO(), "JPEG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_is_decoded_as_pil_does(monkeypatch, options, mode):
+    data = jpeg(75, 50, **options)
+    if mode == "L":
+        Image.open(io.BytesIO(data)).convert("L").save(buffer := io.BytesIO(), "JPEG", **options)
+        data = buffer.getvalue()
+    channels = 3 if mode == "RGB" else 1
+    found = decode_image(data, channels)
+    assert found.flags.c_contiguous
+    assert found.flags.writeable
+    monkeypatch.setattr(images, "_decode_jpeg", lambda *args: None)
+    np.testing.assert_array_equal(found, decode_image(data, channels))
+
+
+def test_turned_jpeg():
+    exif = Image.Exif()
+    exif[274] = 6
+    assert decode_image(jpeg(40, 30, exif=exif), 3).shape == (40, 30, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "min_side", "shape"),
+    [
+        ((500, 375), 187, (188, 250)),
+        ((500, 375), 188, (375, 500)),
+        ((500, 375), None, (375, 500)),
+        ((1000, 1601), 100, (201, 125)),
+    ],
+)
+def test_jpeg_is_decoded_no_larger_than_it_must_be(size, min_side, shape):
+    found = decode_image(jpeg(*size), 3, min_side)
+    assert found.shape == (*shape, 3)
+    whole = torch.from_numpy(decode_image(jpeg(*size), 3)).permute(2, 0, 1)
+    resized = tvF.resize(whole, list(shape), InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - resized).mean() < 2
+
+
+def test_other_formats_are_decoded_whole():
+    assert decode_image(encode(noise_image(64, 64)), 3, 8).shape == (64, 64, 3)

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -91,12 +92,29 @@ def test_every_fault_is_found_and_named(folder, name, fault, message):
         '{"files": {"../checkpoint-8/model.safetensors": {"size": 200, "crc32": 1}}}',
         '{"files": {"/etc/hostname": {"size": 1, "crc32": 1}}}',
         '{"files": {"\\u0000": {"size": 1, "crc32": 1}}}',
+        '{"files": {"model.safetensors": {"size": 200, "crc32": 2}}, "crc32": 1}',
         "[" * 100_000,
     ],
 )
 def test_a_broken_manifest_is_a_problem(folder, content):
+    if content.startswith('{"files"') and not content.endswith('"crc32": 1}'):  # its checksum is in order
+        files = json.loads(content)["files"]
+        content = json.dumps({"files": files, "crc32": zlib.crc32(json.dumps(files, sort_keys=True).encode())})
     (folder / "checkpoint-9" / "sealed.json").write_text(content)
     assert len(verify(folder / "checkpoint-9")) == 1
+
+
+def test_every_bit_of_the_manifest_counts(folder):
+    path = folder / "checkpoint-9" / "sealed.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        changed = bytearray(whole)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        problems = verify(folder / "checkpoint-9")
+        # A tab for a space and the like change nothing.
+        assert problems or json.loads(changed) == json.loads(whole)
+        assert all(problem.startswith("sealed.json") for problem in problems)
 
 
 def test_the_manifest_comes_last_and_whole(folder, monkeypatch):
