@@ -404,7 +404,7 @@ class Injury(NamedTuple):
 INJURIES = {
     "workers": Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid"),
     "ranks": Injury(
-        "one of two processes killed", functools.partial(kill_child, count=2), 1, "Signal 9 (SIGKILL)", processes=2
+        "one of two processes killed", functools.partial(kill_child, count=2), 1, "first observed failure", processes=2
     ),
     "readonly": Injury("the folder made read-only", forbid, 1, "Permission denied", heed_permissions),
     "clock": Injury("killed with the clock set back", kill_and_turn_back, -signal.SIGKILL, "", set_clock_back),

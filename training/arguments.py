@@ -144,6 +144,9 @@ class PretrainingArguments(ScaledRateArguments):
 
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation images a device and step."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Send the first process's buffers to all at every step; they never change."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest is deleted."})
     dataloader_drop_last: bool = field(
         default=True, metadata={"help": "Leave out an epoch's last batch if it is not full."}
