@@ -373,8 +373,8 @@ class CurriculumTrainer(Trainer):
 
     @contextlib.contextmanager
     def _replaced(self, **values: Any) -> Iterator[None]:
-        # Of the arguments, for one loader: the Trainer has one set of them for all, but only training may leave images
-        # out, and only it may do without workers.
+        # Of the arguments, for a while: the Trainer has one set of them for all loaders, but only training may leave
+        # images out, and only it may do without workers; and it saves them as they are, the token among them.
         own = {name: getattr(self.args, name) for name in values}
         vars(self.args).update(values)
         try:
@@ -726,7 +726,7 @@ class CurriculumTrainer(Trainer):
         return run_as_future(upload, commit_message=commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the Trainer's, with the model's code, and without `training_args.bin`, which may hold the token."""
+        """As the Trainer's, with the model's code, and without `training_args.bin`, which names this machine's folders."""
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
