@@ -726,7 +726,7 @@ class CurriculumTrainer(Trainer):
         return run_as_future(upload, commit_message=commit_message, **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the Trainer's, with the model's code, and without `training_args.bin`, which names this machine's folders."""
+        """As the Trainer's, with the model's code, and without `training_args.bin`, which names local folders."""
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
