@@ -70,6 +70,9 @@ MASKER = dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_i
 STEPS, SAVE_STEPS = 48, 2
 PATIENCE = 60  # seconds that anything may take
 _FORK = multiprocessing.get_context("fork")  # a new process would import for seconds
+# What a run is in the midst of, by the trainer's method; told to the process that injects faults through shared memory.
+PHASES = {"a save": "_save_checkpoint", "an evaluation": "evaluate", "data loading": "get_batch_samples"}
+_phase = _FORK.RawValue("i", 0)  # 0, or the phase's place counted from 1
 _scratch: list[tempfile.TemporaryDirectory] = []  # until the end
 
 Row = dict[str, Any]
@@ -136,12 +139,30 @@ def make_trainer(
     )
 
 
+def _report_phases(trainer: CurriculumTrainer) -> None:
+    def reporting(method: Callable[..., Any], number: int) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            outer, _phase.value = _phase.value, number
+            try:
+                return method(*args, **kwargs)
+            finally:
+                _phase.value = outer
+
+        return call
+
+    for number, name in enumerate(PHASES.values(), start=1):
+        setattr(trainer, name, reporting(getattr(trainer, name), number))
+
+
 def work(folder: Path, before: Callable[[], Any] | None, options: dict[str, Any]) -> None:
     """A run from its newest valid checkpoint on; its exit code is 0, or 128 plus the signal that stopped it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's, which a fork inherits and torchrun's process not
     interrupt = InterruptCallback()
     trainer = make_trainer(folder, callbacks=(interrupt,), **options)
+    _phase.value = 0
+    _report_phases(trainer)
     if before is not None:
         before()
     trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
@@ -233,20 +254,28 @@ def undisturbed(processes: int = 1, **options: Any) -> tuple[Path, dict[str, tor
 
 
 def stop_runs(number: int, count: int, rng: random.Random) -> Row:
-    """Sends a signal at random moments of runs, which are resumed and stopped again; at their ends, compares."""
-    outcomes, exits, saving = Counter(), Counter(), 0
+    """Sends a signal at random moments of runs, which are resumed and stopped again; at their ends, compares.
+
+    The moments are by turns any, and any within a save, an evaluation and the loading of data.
+    """
+    outcomes, exits, phases = Counter(), Counter(), Counter()
     scratch, expected, seconds = undisturbed()
     folder, stopped, before = scratch / "run", 0, 0
+    names = ["anything else", *PHASES]
     while outcomes.total() < count:
         process = start(folder)
         # Mostly early: several stops in each run.
         time.sleep(rng.uniform(0.05, 1) ** 2 * seconds)
+        wanted = exits.total() % len(names)
+        while wanted and _phase.value != wanted and process.exitcode is None:
+            time.sleep(1e-4)
         finished = process.exitcode is not None
         if not finished:
+            phase = _phase.value
             os.kill(process.pid, number)
+            phases[names[phase]] += 1
             exits[str(end(process))] += 1
             stopped += 1
-            saving += any("not sealed" in verify(path)[0] for path in checkpoints(folder) if verify(path))
             last, _ = last_valid_checkpoint(folder)
             step = 0 if last is None else checkpoint_step(last)
             if step < before:
@@ -256,8 +285,9 @@ def stop_runs(number: int, count: int, rng: random.Random) -> Row:
             outcomes[judge(folder, expected)] += stopped
             shutil.rmtree(folder)
             stopped = before = 0
+    during = ", ".join(f"{name} {phases[name]}" for name in names)
     name = signal.Signals(number).name
-    return row(f"{name} at a random moment", outcomes, ("same weights",)) | {"exits": exits, "during_a_save": saving}
+    return row(f"{name} at a random moment, in the midst of {during}", outcomes, ("same weights",)) | {"exits": exits}
 
 
 def kill(scale: float, rng: random.Random) -> list[Row]:

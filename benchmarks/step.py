@@ -14,9 +14,10 @@ device.
 On a GPU that is lent by the minute, take one group at a time: `--only "batch 256"` writes `step-gpu-batch-256.json`.
 
     python benchmarks/step.py --cost
+    python benchmarks/step.py --memory
 
-measures nothing: it prints the FLOPs of a step by part and the cost of the recipes that follows from them
-(`docs/speed.md`).
+measure nothing: they print the FLOPs of a step by part with the cost of the recipes that follows from them, and the
+memory of a step by the sizes of its tensors (`docs/speed.md`).
 """
 
 from __future__ import annotations
@@ -27,13 +28,12 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,6 +45,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from clmae import FAMILIES, MAEConfig
@@ -232,7 +234,7 @@ PRESETS = {
 
 
 def build_model(case: Case) -> nn.Module:
-    """The case's model in training mode, on the CPU, not compiled."""
+    """The case's model in training mode, not compiled."""
     config: Any = case.config
     if case.family == VIT_MAE:
         names = ("intermediate_size", "decoder_intermediate_size", "norm_pix_loss", "mask_ratio")
@@ -267,7 +269,8 @@ class Step:
         if like is not None:
             self.model, self.optimizer = like.model, like.optimizer
         else:
-            self.model = build_model(case).to(device)
+            with device:
+                self.model = build_model(case)
             if case.compiled:
                 compile_model(self.model)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -417,22 +420,42 @@ def kernels(step: Step, count: int = 5, steps: int = 3) -> list[dict[str, Any]]:
     return [{"name": name, "ms": ms, "share": ms / total} for name, ms in times.most_common(count)]
 
 
-def resident_bytes(case: Case) -> int:
-    """By how much two steps of `case` raise the peak resident memory of a process of their own, on the CPU."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--resident", json.dumps(asdict(case))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout)
+class AliveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the most there ever were (`peak`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = 0
+        self._storages: set[int] = set()
+
+    def _free(self, key: int, size: int) -> None:
+        self.alive -= size
+        self._storages.remove(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self._storages:
+                self._storages.add(id(storage))
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._free, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return out
 
 
-def _print_resident(case: Case) -> None:
-    # What the libraries themselves take at first use is not the model's.
-    torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8, requires_grad=True)).sum().backward()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with matmul_precision(case.precision):
+def counted_bytes(case: Case, with_pass_b: bool = True) -> tuple[int, int]:
+    """State between steps, and the peak of a step, without a device: tensors have shapes but no numbers.
+
+    With the operations of a CPU, whose `sdpa` keeps as little as a GPU's does; an allocator's gaps do not count.
+    """
+    with FakeTensorMode(), AliveBytes() as bytes_:
         step = Step(case, torch.device("cpu"))
-        for _ in range(2):
-            step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        step()  # which makes the optimiser's state
+        if not with_pass_b:
+            step.case = replace(case, interval=step.count + 1)
+        state = bytes_.peak = bytes_.alive
+        step()
+    return state, bytes_.peak
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
@@ -594,7 +617,29 @@ def cost_tables() -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(name: str, output: Path, only: str | None, rounds: int | None, resident: bool) -> None:
+def memory_table() -> str:
+    """Of the published sizes: what a step holds whatever the batch, what each image adds, and a whole batch."""
+    lines = ["| sdpa, bf16 | always, GB | an image, MB | batch | peak, GB |", "| --- | ---: | ---: | ---: | ---: |"]
+    base = [
+        Case(family, "ViT-B/16", 256, checkpointing=c) for family in ("mae", "cl_mae", "cmae") for c in (False, True)
+    ]
+    huge = [Case(family, "ViT-H/14", 64, checkpointing=True) for family in ("mae", "cl_mae")]
+    wanted = [(case, True) for case in base + huge] + [(case, False) for case in base if case.family == "cl_mae"]
+    for case, with_pass_b in wanted:
+        case = replace(case, attention="sdpa", precision="bf16")
+        half = case.batch // 2
+        peak, less = (counted_bytes(replace(case, batch=batch), with_pass_b)[1] for batch in (case.batch, half))
+        image = (peak - less) / (case.batch - half)
+        name = (
+            f"{case.shape} {case.family}{', checkpointing' * case.checkpointing}{'' if with_pass_b else ', no pass B'}"
+        )
+        cells = f"{(peak - image * case.batch) / 1e9:.1f} | {image / 1e6:.0f} | {case.batch} | {peak / 1e9:.0f}"
+        lines.append(f"| {name} | {cells} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def run(name: str, output: Path, only: str | None, rounds: int | None) -> None:
     """Measures a preset and writes its results."""
     preset = PRESETS[name]
     preset = preset if rounds is None else replace(preset, rounds=rounds)
@@ -611,9 +656,6 @@ def run(name: str, output: Path, only: str | None, rounds: int | None, resident:
     for group, cases in groups.items():
         print(group, flush=True)
         rows = measure_group(cases, preset, device)
-        if resident and device.type == "cpu":
-            for row, case in zip(rows, cases, strict=True):
-                row["peak_bytes"] = resident_bytes(case)
         compare_rows(rows, results["peaks"])
         results["groups"][group] = rows
         results["exponents"] = exponents([row for rows in results["groups"].values() for row in rows])
@@ -632,18 +674,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
     parser.add_argument("--only", metavar="TEXT", help="Only groups with this in their names.")
     parser.add_argument("--rounds", type=int, help="Interleaved rounds; the preset's if not given.")
-    parser.add_argument(
-        "--memory", action="store_true", help="On a CPU: peak memory too, each case in its own process."
-    )
-    parser.add_argument("--resident", metavar="CASE", help=argparse.SUPPRESS)  # such a process
     parser.add_argument("--cost", action="store_true", help="Print FLOPs and projected cost; measure nothing.")
+    parser.add_argument("--memory", action="store_true", help="Print the memory of a step, counted without a device.")
     args = parser.parse_args()
     if args.cost:
         print(cost_tables())
-    elif args.resident:
-        _print_resident(Case(**json.loads(args.resident)))
+    elif args.memory:
+        print(memory_table())
     else:
-        run(args.preset, args.output, args.only, args.rounds, args.memory)
+        run(args.preset, args.output, args.only, args.rounds)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,10 +155,31 @@ def test_the_page_on_speed_has_the_computed_tables(script):
 
 
 def test_step_benchmark_wrong_use(tmp_path, script, capsys):
-    step, call = script("step")
+    _, call = script("step")
     with pytest.raises(SystemExit, match="`--only` 'huge' is in no group's name"):
         call("--preset", "smoke", "--only", "huge", "--output", tmp_path)
-    call("--resident", json.dumps(step.asdict(step.Case("mae", "tiny", 4))))
+
+
+def test_memory_is_counted(script):
+    step, _ = script("step")
+    case = step.Case("cl_mae", "tiny", 8, precision="bf16")
+    state, peak = step.counted_bytes(case)
+    model = step.build_model(case)
+    weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # Weights and AdamW's two moments, at least; little else: buffers and images.
+    assert 12 * weights < state < 1.3 * 12 * weights
+    with step.AliveBytes() as bytes_:
+        kept = [step.torch.zeros(1000), step.torch.zeros(1000)]
+        view = kept[0].view(10, 100)
+        kept.pop()
+        del kept
+    assert (bytes_.peak, bytes_.alive) == (8000, 4000)
+    assert view.numel() == 1000
+    _, twice = step.counted_bytes(replace(case, batch=16))
+    _, without = step.counted_bytes(case, with_pass_b=False)
+    _, again = step.counted_bytes(replace(case, checkpointing=True))
+    assert state < again < peak < twice
+    assert without < peak
 
 
 def test_presets_hold_what_can_be_built(script):

@@ -152,10 +152,11 @@ class CurriculumTrainer(Trainer):
         if getattr(train_dataset, "device_resident", False):
             train_dataset = ResidentImageDataset(train_dataset, args.device)
             data_collator = data_collator or collate
-        if args.masker_update_interval > 1 and args.ddp_find_unused_parameters is None:
-            # The masking module has no gradient on the steps between, and must then stay as it is: a gradient of
-            # zero would still let AdamW's momentum and weight decay move it.
-            args.ddp_find_unused_parameters = True
+        if args.ddp_find_unused_parameters is None and isinstance(model, MAEPreTrainedModel):
+            # A step uses all parameters, so that there is nothing to look for; but with an interval the masking module
+            # has no gradient on the steps between, and must then stay as it is: a gradient of zero would still let
+            # AdamW's momentum and weight decay move it.
+            args.ddp_find_unused_parameters = args.masker_update_interval > 1
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         self._record = RunRecord(None if data_arguments is None else describe_data(data_arguments))
         self._check_model()

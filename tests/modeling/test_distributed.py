@@ -7,6 +7,7 @@ The test starts this file under torchrun; there it is the program that every pro
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from clmae import CLMAEForPreTraining, MAEForPreTraining
@@ -29,7 +33,23 @@ CASES = {
     "partner": (1.0, False, MASKER_WEIGHTS, 1),
     "adversary": (-1.0, False, MASKER_WEIGHTS, 1),
     "accumulation": (0.0, False, ("diversity_loss_weight",), 2),
+    "sharded": (-0.7, False, (), 1),
+    "sharded_checkpointing": (-0.7, True, (), 1),
 }
+
+
+def distribute(model: CLMAEForPreTraining, case: str) -> nn.Module:
+    """DDP; or FSDP as recipes/accelerate/fsdp.yaml has it, with the blocks that the model names sharded one by one."""
+    if not case.startswith("sharded"):
+        return DistributedDataParallel(model)
+    blocks = {type(module) for module in model.modules() if type(module).__name__ in model._no_split_modules}
+    assert len(blocks) == len(model._no_split_modules)
+    return FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=blocks),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
 
 
 def run_case(folder: Path, case: str, rank: int = 0, processes: int = 1) -> dict[str, torch.Tensor]:
@@ -40,7 +60,7 @@ def run_case(folder: Path, case: str, rank: int = 0, processes: int = 1) -> dict
         setattr(model.config, weight, 0.0)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    run = DistributedDataParallel(model) if processes > 1 else model
+    run = distribute(model, case) if processes > 1 else model
     images = load_file(folder / "images.safetensors")["pixel_values"].chunk(processes)[rank]
     results: dict[str, torch.Tensor] = {}
     for i, part in enumerate(images.chunk(parts)):
@@ -52,7 +72,14 @@ def run_case(folder: Path, case: str, rank: int = 0, processes: int = 1) -> dict
             results[term] = results.get(term, 0) + outputs[term].detach() / parts
     if parts == 1:
         results["ids_restore"] = outputs.ids_restore
-    return {**results, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+    whole = contextlib.nullcontext()
+    if isinstance(run, FullyShardedDataParallel):
+        whole = FullyShardedDataParallel.summon_full_params(run, with_grads=True)
+    with whole:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                results[name.replace("_fsdp_wrapped_module.", "")] = parameter.grad.clone()
+    return results
 
 
 def main() -> None:

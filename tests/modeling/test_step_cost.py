@@ -108,6 +108,18 @@ def test_operations_of_a_step(make_step, name):
     assert counts[0] <= 1.05 * OPERATIONS[name]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_uses_all_parameters(make_step, monkeypatch, name):
+    # Several processes then need not look for those without a gradient, at every step (`ddp_find_unused_parameters`).
+    model, step = make_step(name)
+    monkeypatch.setattr(model, "zero_grad", lambda: None)
+    step(with_pass_b=False)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(name.startswith("masking_module.") == (p.grad is None) for name, p in trained.items())
+    step()
+    assert all(parameter.grad is not None for parameter in trained.values())
+
+
 # -- compilation ------------------------------------------------------------------------------------------------------
 
 
