@@ -150,9 +150,13 @@ def test_baselines(study, home):
 @pytest.fixture
 def made_up(home, tmp_path):
     """A folder of results: MAE under both budgets, two seeds; the reference, one; a recipe that is too dear; raw."""
-    content = {**TINY, "recipes": {**TINY["recipes"], "dear": {"label": "Dear", "options": {"family": "cl_mae"}}}}
+    more = {
+        "dear": {"label": "Dear", "options": {"family": "cl_mae"}},
+        "calm": {"label": "Calm", "ablation_of": "cl_mae", "options": {"family": "cl_mae"}},
+    }
+    content = {**TINY, "recipes": {**TINY["recipes"], **more}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    steps = {"mae": (4, 12), "cl_mae": (4, 4), "dear": (4, 2)}
+    steps = {"mae": (4, 12), "cl_mae": (4, 4), "dear": (4, 2), "calm": (4, 9)}
     sides = {name: {"steps": dict(zip(("images", "compute"), n, strict=True))} for name, n in steps.items()}
     (tmp_path / "cpu" / "cells").mkdir(parents=True)
     (tmp_path / "cpu" / "plan.json").write_text(json.dumps({"recipes": sides, "num_images": 48}))
@@ -163,6 +167,7 @@ def made_up(home, tmp_path):
             cost = {"images_seen": 32 if budget == "images" else 96, "flops": 2e15, "seconds": 60.0 + seed}
             point = {"images_seen": 16, "flops": 1e15, "accuracies": {"knn": {"k = 5": 9.0, "k = 20": 20.0 + seed}}}
             training = {**cost, "steps": 4, "device": "CPU (1 thread)", "points": [point]}
+            training["mask_difficulty"] = None if row == "mae" else 0.9
         cell = dict(row=row, budget=budget, seed=seed, protocol=protocol, accuracies=accuracies, training=training)
         (tmp_path / "cpu" / "cells" / f"{row}-{budget}-{seed}-{protocol}.json").write_text(json.dumps(cell))
 
@@ -171,6 +176,7 @@ def made_up(home, tmp_path):
             write("mae", budget, seed, "knn", **{"k = 5": 1.0, "k = 20": 30.0 + 2 * seed})
     write("mae", "images", 0, "fewshot", **{"n = 1": 11.0, "n = 16": 21.0})
     write("cl_mae", "images", 1, "finetune-50", **{"top-1": 50.0})
+    write("calm", "images", 0, "knn", **{"k = 5": 1.0, "k = 20": 28.0})
     write("raw", None, 0, "knn", **{"k = 5": 1.0, "k = 20": 25.0})
     return tmp_path
 
@@ -180,18 +186,20 @@ def test_table(module, made_up, capsys):
     assert module.main(["table", *options, "--results", str(made_up / "results")]) == 0
     text = (made_up / "results" / "cpu.md").read_text()
     assert capsys.readouterr().out == f"{text}\n"
-    _, images, compute, baselines = text.split("## ")
-    head = (
-        "| row | seeds | knn, k = 20 | fewshot, n = 1 | fewshot, n = 16 | finetune-50, top-1 | images seen | PFLOPs |"
-    )
+    _, images, compute, baselines, ablations = text.split("## ")
+    head = "| row | seeds | knn, k = 20 | fewshot, n = 1 | fewshot, n = 16 | finetune-50, top-1 | mask difficulty | images"
     assert head in images
-    mae = "| 31.00 ± 12.71 | 11.00 (1) | 21.00 (1) | - | 32 | 2 | 60 | CPU (1 thread) |"  # t = 12.706, s / sqrt(2) = 1
+    # t = 12.706, s / sqrt(2) = 1
+    mae = "| 31.00 ± 12.71 | 11.00 (1) | 21.00 (1) | - | - | 32 | 2 | 60 | CPU (1 thread) |"
     assert f"| MAE | 2 {mae}" in images
-    assert "| CL-MAE | 1 | - | - | - | 50.00 | 32 |" in images
-    assert "| Dear | 0 | - | - | - | - | - | - | - | - |" in images
+    assert "| CL-MAE | 1 | - | - | - | 50.00 | 0.900 | 32 |" in images
+    assert "| Dear | 0 | - | - | - | - | - | - | - | - | - |" in images
+    assert "Calm" not in images + compute
     assert "they take more FLOPs than that: Dear." in compute
     assert [line.split(" | ")[0] for line in compute.strip().splitlines()[6:]] == ["| MAE", "| CL-MAE"]
-    assert "| raw pixels | 1 | 25.00 | - |" in baselines
+    assert "| raw pixels | 1 | 25.00 | - | - |" in baselines
+    assert [line.split(" | ")[0] for line in ablations.strip().splitlines()[6:]] == ["| CL-MAE", "| Calm"]
+    assert "| Calm | 1 | 28.00 | - | 0.900 |" in ablations
 
     content = json.loads((made_up / "results" / "cpu.json").read_text())
     first = content["rows"][0]
@@ -211,7 +219,9 @@ def test_every_cell_once(module):
     rows = module.table_rows(settings, steps)
     assert [row for row, budget in rows if budget == "compute"] == ["mae"]
     found = module.table_cells(settings, rows)
-    assert len(set(found)) == len(found) == 3 * (6 * (3 + 3) + 3 + 3) + 3
+    ablations = len(module.ablations(settings))
+    assert ablations == 5
+    assert len(set(found)) == len(found) == 3 * (6 * (3 + 3) + 3 * ablations + 3 + 3) + 3
 
 
 def test_time_runs_out(module):
@@ -250,7 +260,8 @@ def test_the_study_as_it_is(module, scale, tmp_path):
     for part in ("pretraining", "finetuning"):
         settings[part]["use_cpu"] = True  # bf16 is refused where there is no GPU
     recipes = {recipe.name: recipe for recipe in module.read_recipes(settings, "uoft-cs/cifar10", tmp_path)}
-    assert list(recipes) == ["mae", "cl_mae_authors", "cl_mae", "cmae", "cl_cmae"]
+    assert list(recipes)[:5] == ["mae", "cl_mae_authors", "cl_mae", "cmae", "cl_cmae"]
+    assert set(module.ablations(settings).values()) == {"cl_mae", "cmae"}
     assert (
         len(
             {

@@ -149,9 +149,10 @@ def open_study(settings: dict[str, Any], dataset: str, folder: Path) -> Study:
 def table_rows(settings: dict[str, Any], steps: dict[str, dict[str, int]]) -> list[tuple[str, str | None]]:
     """`(recipe or baseline, budget)` of each row; equal compute only where it is longer than equal images.
 
-    The reference is there at equal images; so are those that are dearer, which would be stopped before.
+    The reference is there at equal images; so are those that are dearer, which would be stopped before, and ablations.
     """
     longer = [name for name in settings["recipes"] if steps["compute"][name] > steps["images"][name]]
+    longer = [name for name in longer if name not in ablations(settings)]
     return [
         *((name, "images") for name in settings["recipes"]),
         *((name, "compute") for name in longer),
@@ -159,11 +160,18 @@ def table_rows(settings: dict[str, Any], steps: dict[str, dict[str, int]]) -> li
     ]
 
 
+def ablations(settings: dict[str, Any]) -> dict[str, str]:
+    """Which recipe each ablation is one of; they are judged by frozen features alone."""
+    recipes = settings["recipes"].items()
+    return {name: recipe["ablation_of"] for name, recipe in recipes if "ablation_of" in recipe}
+
+
 def table_cells(
     settings: dict[str, Any], rows: Sequence[tuple[str, str | None]], seeds: Sequence[int] | None = None
 ) -> list[Cell]:
     """All cells of some rows, seed by seed."""
-    protocols = dict.fromkeys(BASELINES, tuple(FROZEN)) | {"scratch": tuple(settings["protocols"])}
+    protocols = dict.fromkeys([*BASELINES, *ablations(settings)], tuple(FROZEN))
+    protocols["scratch"] = tuple(settings["protocols"])
     everything = (*FROZEN, *settings["protocols"])
     return [
         Cell(row, budget, seed, protocol)
@@ -269,7 +277,14 @@ def _describe_training(study: Study, run: Run, model: Path) -> dict[str, Any]:
         "flops": cost.flops(run.steps, run.steps),
         "seconds": round(sum(session["seconds"] for session in sessions), 1),
         "device": ", ".join(dict.fromkeys(session["device"] for session in sessions)),
+        "mask_difficulty": _last_difficulty(model),
     }
+
+
+def _last_difficulty(model: Path) -> float | None:
+    """As the run logged it last; `None` of random masks."""
+    logs = (read_json(model / "trainer_state.json") or {}).get("log_history", [])
+    return next((log["mask_difficulty"] for log in reversed(logs) if "mask_difficulty" in log), None)
 
 
 def _untrained(study: Study, cell: Cell) -> Path:
@@ -355,6 +370,8 @@ def _collect_row(settings: dict[str, Any], row: str, budget: str | None, cells: 
         training = {name: trainings[0][name] for name in ("steps", "images_seen", "flops")}
         training["seconds"] = interval([one["seconds"] for one in trainings])
         training["device"] = ", ".join(dict.fromkeys(one["device"] for one in trainings))
+        if trainings[0]["mask_difficulty"] is not None:
+            training["mask_difficulty"] = interval([one["mask_difficulty"] for one in trainings])
     return {
         "row": row,
         "label": settings["recipes"][row]["label"] if row in settings["recipes"] else BASELINES[row],
@@ -391,7 +408,9 @@ def table_columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
 def to_markdown(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """A table a budget, and one of the baselines."""
     columns = table_columns(rows)
-    images, compute, baselines = ([row for row in rows if row["budget"] == b] for b in (*BUDGETS, None))
+    parents = ablations(settings)
+    whole = [row for row in rows if row["row"] not in parents]
+    images, compute, baselines = ([row for row in whole if row["budget"] == b] for b in (*BUDGETS, None))
     reference = next(row for row in images if row["row"] == settings["reference"])
     dearer = [row["label"] for row in images if row["row"] not in {r["row"] for r in (*compute, reference)}]
     note = f"The FLOPs of {reference['label']} at equal images."
@@ -405,33 +424,42 @@ def to_markdown(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str
         "finetune-10: 10 % of the labels.\n"
     )
     parts = (("Equal images seen", "", images), ("Equal compute", note, [*compute, reference]))
-    for title, remark, group in (*parts, ("Baselines", "", baselines)):
+    ablated = [
+        row
+        for parent in dict.fromkeys(parents.values())
+        for row in rows
+        if row["budget"] == "images" and parent in (row["row"], parents.get(row["row"]))
+    ]
+    last = ("Ablations", "At equal images, by frozen features alone.", ablated)
+    for title, remark, group in (*parts, ("Baselines", "", baselines), *([last] if ablated else [])):
         text += f"\n## {title}\n\n{remark}{2 * chr(10) if remark else ''}{_markdown_table(columns, group)}"
     return text
 
 
 def _markdown_table(columns: Sequence[tuple[str, str]], rows: Sequence[dict[str, Any]]) -> str:
+    columns = [(p, c) for p, c in columns if any(c in row["accuracies"].get(p, {}) for row in rows)]
     head = ["row", "seeds", *(f"{protocol}, {column}" for protocol, column in columns)]
-    head += ["images seen", "PFLOPs", "seconds", "hardware"]
+    head += ["mask difficulty", "images seen", "PFLOPs", "seconds", "hardware"]
     lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
     for row in rows:
         cells = [row["label"], str(len(row["seeds"]))]
         cells += [_text(row["accuracies"].get(p, {}).get(c), len(row["seeds"])) for p, c in columns]
         training = row["training"]
         if training is None:
-            cells += ["-"] * 4
+            cells += ["-"] * 5
         else:
+            cells += [_text(training.get("mask_difficulty"), len(row["seeds"]), 3)]
             cells += [f"{training['images_seen']:,}", f"{training['flops'] / 1e15:.3g}"]
             cells += [f"{training['seconds']['mean']:.0f}", training["device"]]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _text(found: dict[str, Any] | None, seeds: int) -> str:
+def _text(found: dict[str, Any] | None, seeds: int, digits: int = 2) -> str:
     if found is None:
         return "-"
-    half = "" if found["half_width"] is None else f" ± {found['half_width']:.2f}"
-    return f"{found['mean']:.2f}{half}" + (f" ({found['n']})" if found["n"] != seeds else "")
+    half = "" if found["half_width"] is None else f" ± {found['half_width']:.{digits}f}"
+    return f"{found['mean']:.{digits}f}{half}" + (f" ({found['n']})" if found["n"] != seeds else "")
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -532,9 +560,10 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
     write_whole(base.with_suffix(".json"), json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_whole(base.with_suffix(".csv"), to_csv(rows))
     write_whole(base.with_suffix(".md"), text)
-    save_figure(accuracy_figure(rows), base.with_suffix(".png"))
-    if any(row["curve"] for row in rows):
-        save_figure(curves_figure(rows), base.with_name(f"{options.scale}-curves.png"))
+    drawn = [row for row in rows if row["row"] not in ablations(settings)]
+    save_figure(accuracy_figure(drawn), base.with_suffix(".png"))
+    if any(row["curve"] for row in drawn):
+        save_figure(curves_figure(drawn), base.with_name(f"{options.scale}-curves.png"))
     print(text)
 
 
