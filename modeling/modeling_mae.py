@@ -154,6 +154,9 @@ class MAEAttention(nn.Module):
         num_queries: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            # Once, where autocast would do it for each of the three; their gradients are then added in that type.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
         queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         query, key, value = (
             projection(tokens).view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)

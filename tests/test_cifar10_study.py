@@ -187,7 +187,7 @@ def test_table(module, made_up, capsys):
     text = (made_up / "results" / "cpu.md").read_text()
     assert capsys.readouterr().out == f"{text}\n"
     _, images, compute, baselines, ablations = text.split("## ")
-    head = "| row | seeds | knn, k = 20 | fewshot, n = 1 | fewshot, n = 16 | finetune-50, top-1 | mask difficulty | images"
+    head = "| row | seeds | knn, k = 20 | fewshot, n = 1 | fewshot, n = 16 | finetune-50, top-1 | mask difficulty |"
     assert head in images
     # t = 12.706, s / sqrt(2) = 1
     mae = "| 31.00 ± 12.71 | 11.00 (1) | 21.00 (1) | - | - | 32 | 2 | 60 | CPU (1 thread) |"

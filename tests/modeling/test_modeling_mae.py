@@ -696,6 +696,27 @@ def test_autocast_computes_the_loss_in_float32(build, make_images):
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
+def test_autocast_casts_a_blocks_tokens_once(tiny_config, monkeypatch):
+    layer = MAELayer(tiny_config(attn_implementation="eager"), 32, 4, 64, 1e-6)
+    tokens = torch.randn(2, 9, 32)
+
+    def run():
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16), torch.profiler.profile() as profile:
+            out = layer(tokens)
+            out.square().mean().backward()
+        casts = sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
+        return out, [parameter.grad.clone() for parameter in layer.parameters()], casts
+
+    once, gradients, casts = run()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)  # the block's own question alone
+    thrice, expected, more = run()
+    assert torch.equal(once, thrice)
+    assert casts < more
+    for gradient, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, other, atol=0.01 * other.abs().max().item(), rtol=0)
+
+
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_the_loss_counts_masked_patches_only(build, make_images, norm_pix_loss):
     model = build(norm_pix_loss=norm_pix_loss)
