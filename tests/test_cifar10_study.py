@@ -169,6 +169,7 @@ def made_up(home, tmp_path):
             training = {**cost, "steps": 4, "device": "CPU (1 thread)", "points": [point]}
             training["mask_difficulty"] = None if row == "mae" else 0.9
         cell = dict(row=row, budget=budget, seed=seed, protocol=protocol, accuracies=accuracies, training=training)
+        cell["seconds"] = 360.0
         (tmp_path / "cpu" / "cells" / f"{row}-{budget}-{seed}-{protocol}.json").write_text(json.dumps(cell))
 
     for seed in (0, 1):
@@ -195,6 +196,8 @@ def test_table(module, made_up, capsys):
     assert "| CL-MAE | 1 | - | - | - | 50.00 | 0.900 | 32 |" in images
     assert "| Dear | 0 | - | - | - | - | - | - | - | - | - |" in images
     assert "Calm" not in images + compute
+    # 8 cells of 0.1 hours; MAE's four trainings, CL-MAE's and the ablation's, of a minute.
+    assert "`study.py run --scale cpu`, 0.9 hours" in text
     assert "they take more FLOPs than that: Dear." in compute
     assert [line.split(" | ")[0] for line in compute.strip().splitlines()[6:]] == ["| MAE", "| CL-MAE"]
     assert "| raw pixels | 1 | 25.00 | - | - |" in baselines

@@ -379,8 +379,15 @@ def _collect_row(settings: dict[str, Any], row: str, budget: str | None, cells: 
         "seeds": sorted({cell["seed"] for cell in cells}),
         "accuracies": accuracies,
         "training": training,
+        "judging_seconds": sum(cell["seconds"] for cell in cells),
         "curve": _curve(by_protocol["knn"]),
     }
+
+
+def total_hours(rows: Sequence[dict[str, Any]]) -> float:
+    """Of all that is in the table, one after the other."""
+    trainings = [second for row in rows if row["training"] for second in row["training"]["seconds"]["values"]]
+    return (sum(trainings) + sum(row["judging_seconds"] for row in rows)) / 3600
 
 
 def _curve(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -405,7 +412,7 @@ def table_columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(protocol, column) for protocol, found in columns.items() for column in found]
 
 
-def to_markdown(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+def to_markdown(scale: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """A table a budget, and one of the baselines."""
     columns = table_columns(rows)
     parents = ablations(settings)
@@ -421,7 +428,8 @@ def to_markdown(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str
         f"Accuracy in percent on {f'{most:,} of ' if most else ''}the test images: mean ± half of the 95 % interval "
         "over the seeds (Student's t; every seed counts). (n): over n seeds, where that is not the row's number. -: "
         "not run. What is behind each row and column is in study.yaml. fewshot: images a class, means over draws; "
-        "finetune-10: 10 % of the labels.\n"
+        f"finetune-10: 10 % of the labels. Made by `study.py run --scale {scale}`, {total_hours(rows):.1f} hours of "
+        "training and judging in one process; a cell of it by `study.py cell`.\n"
     )
     parts = (("Equal images seen", "", images), ("Equal compute", note, [*compute, reference]))
     ablated = [
@@ -556,7 +564,7 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
     if not any(row["accuracies"] for row in rows):
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no cells; make some with `study.py run`.")
     content = {"scale": options.scale, "settings": settings, "num_images": plan["num_images"], "rows": rows}
-    text, base = to_markdown(settings, rows), options.results / options.scale
+    text, base = to_markdown(options.scale, settings, rows), options.results / options.scale
     write_whole(base.with_suffix(".json"), json.dumps(content, indent=2, allow_nan=False) + "\n")
     write_whole(base.with_suffix(".csv"), to_csv(rows))
     write_whole(base.with_suffix(".md"), text)
