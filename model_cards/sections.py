@@ -119,6 +119,9 @@ def usage(run: Run, repo_id: str | None) -> str:
         shape = f"1, {config['num_channels']}, {height}, {width}"
         inputs = [f"pixel_values = torch.zeros({shape})  # or your images, normalised as preprocessor_config.json says"]
     consent = ", trust_remote_code=True" if config.get("auto_map") else ""
+    ours = config["model_type"] != "vit_mae"
+    if ours and not consent:
+        imports = ["import clmae  # registers the family", *imports]
     lines = [
         "import torch",
         *imports,
@@ -127,7 +130,7 @@ def usage(run: Run, repo_id: str | None) -> str:
         f"model = AutoModel.from_pretrained({source}{consent}).eval()",
         "with torch.no_grad():",
         "    outputs = model(pixel_values)  # last_hidden_state: the class token, then the patches",
-        f"features = outputs.{'pooler_output' if consent else 'last_hidden_state[:, 1:].mean(dim=1)'}",
+        f"features = outputs.{'pooler_output' if ours else 'last_hidden_state[:, 1:].mean(dim=1)'}",
         f"print(features.shape)  # torch.Size([1, {config['hidden_size']}])",
     ]
     notes = f"Runs as it stands{'' if repo_id else ', in the folder of this card'}."
@@ -136,6 +139,8 @@ def usage(run: Run, repo_id: str | None) -> str:
             " The folder brings the model's code, which `trust_remote_code=True` lets run; with the `clmae` package "
             "installed, `import clmae` takes its place."
         )
+    elif ours:
+        notes += " The `clmae` package has the model's code."
     return "```python\n" + "\n".join(lines) + f"\n```\n\n{notes}"
 
 

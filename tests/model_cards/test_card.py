@@ -121,14 +121,19 @@ def test_front_matter(finished_run, folder):
     assert yaml.safe_load(card(folder).split("---")[1])["datasets"] == ["uoft-cs/cifar10"]
 
 
-@pytest.mark.parametrize("num_channels", [1, 3, 5])
-def test_the_snippet_runs_as_pasted(tmp_path, monkeypatch, tiny_config, num_channels):
+@pytest.mark.parametrize(("num_channels", "with_code"), [(1, True), (3, True), (5, True), (3, False)])
+def test_the_snippet_runs_as_pasted(tmp_path, monkeypatch, tiny_config, num_channels, with_code):
     MAEForPreTraining(tiny_config("mae", num_channels=num_channels)).save_pretrained(tmp_path)
     channels = dict(image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels, do_convert_rgb=num_channels == 3)
     BitImageProcessor(**PROCESSOR, **channels).save_pretrained(tmp_path)
+    if not with_code:  # as in this repository, which has it already
+        config = json.loads((tmp_path / "config.json").read_text())
+        del config["auto_map"]
+        (tmp_path / "config.json").write_text(json.dumps(config))
     write_card(tmp_path)
     monkeypatch.chdir(tmp_path)
     snippet, output = re.search(r"```python\n(.*?)```", card(tmp_path), re.DOTALL)[1], io.StringIO()
+    assert ("trust_remote_code" in snippet, "import clmae" in snippet) == (with_code, not with_code)
     with contextlib.redirect_stdout(output):
         exec(snippet, {})
     assert output.getvalue() == "torch.Size([1, 32])\n"
