@@ -7,7 +7,7 @@
 Writes `results.json` and `results.md`: how many faults were tried, survived and lost; what is there of other faults
 stays. A run survives if, resumed, it ends bit by bit with the weights of an undisturbed one, and `clmae verify` finds
 its folder whole. An image or a configuration survives if it gives an image or a model, or the error that says why not,
-in reasonable time. `same` compares undisturbed runs with each other.
+in reasonable time. `same` compares undisturbed runs with each other, and draws their losses (`losses.png`).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ import numpy as np
 import psutil
 import torch
 import transformers
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -53,6 +54,7 @@ import clmae
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments
 from clmae.training.data import ImageDataset
 from clmae.training.images import ImageDecodeError, decode_image
+from clmae.training.pictures import save_figure
 from clmae.training.sealing import LOCK_NAME, checkpoint_step, checkpoints, last_valid_checkpoint, verify
 
 TINY = dict(
@@ -515,13 +517,16 @@ def same(scale: float, rng: random.Random) -> list[Row]:
         scratch, *_ = undisturbed(**base)
         folder = scratch / "other"
         code = end(start(folder, **{**base, **changed}))
-        found = differences(scratch / "whole", folder, base["family"]) if code == 0 else (math.inf, math.inf)
+        found, curves = (math.inf, math.inf), []
+        if code == 0:
+            found = differences(scratch / "whole", folder, base["family"])
+            curves = [losses(path).round(5).tolist() for path in (scratch / "whole", folder)]
         shutil.rmtree(folder)
         good = all(difference <= most for difference, most in zip(found, tolerances, strict=True))
         text = (
             f"loss apart by {found[0]:.1e}, weights by {found[1]:.1e}, of {tolerances[0]:.0e} and {tolerances[1]:.0e}"
         )
-        rows.append(row(name, Counter({text: 1}), (text,) if good else ()) | {"differences": found})
+        rows.append(row(name, Counter({text: 1}), (text,) if good else ()) | {"differences": found, "losses": curves})
     return rows
 
 
@@ -714,6 +719,18 @@ def to_markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def loss_figure(rows: list[Row]) -> Figure:
+    """A panel for each pair of runs whose losses should be the same."""
+    figure = Figure(figsize=(3.2 * len(rows), 3), layout="constrained")
+    for axis, found in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        for curve, style in zip(found["losses"], ("-", "--"), strict=True):
+            axis.plot(range(1, len(curve) + 1), curve, style)
+        axis.set_title(found["fault"], fontsize="small")
+        axis.set_xlabel("step")
+    figure.axes[0].set_ylabel("loss; dashed: the other run")
+    return figure
+
+
 def merge(earlier: list[Row], found: list[Row]) -> list[Row]:
     """All rows in the order of [`FAULTS`]; what was found goes before what earlier runs of the same commands found."""
     done = {row["command"] for row in found}
@@ -751,6 +768,8 @@ def main() -> int:
         rows = merge(json.loads(results.read_text()) if results.is_file() else [], found)
         results.write_text(json.dumps(rows, indent=1) + "\n")
         results.with_suffix(".md").write_text(to_markdown(rows))
+        if drawn := [found for found in rows if found.get("losses")]:
+            save_figure(loss_figure(drawn), args.output / "losses.png")
     return 1 if lost else 0
 
 

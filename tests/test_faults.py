@@ -56,7 +56,7 @@ def test_runs_that_are_stopped_and_hurt_end_with_the_same_weights(faults, name):
     assert all(row.get("slowest_end_seconds", 0) < 40 for row in rows)  # after 30, torchrun kills who hangs
 
 
-def test_the_same_answer_and_another(faults, monkeypatch):
+def test_the_same_answer_and_another(faults, monkeypatch, tmp_path):
     base, parts, tolerances = faults.ARRANGEMENTS["MAE: 4 x 1 images accumulated for 1 x 4"]
     base = dict(base, max_steps=6, save_steps=6)
     arrangements = {"good": (base, parts, tolerances), "bad": (base, dict(learning_rate=2e-2), tolerances)}
@@ -65,6 +65,9 @@ def test_the_same_answer_and_another(faults, monkeypatch):
     assert (again["survived"], other["survived"], good["survived"], bad["lost"]) == (1, 1, 1, 1)
     assert all(0 < difference < 1e-5 for difference in good["differences"])
     assert bad["differences"][1] > 0.1
+    assert [len(curve) for curve in good["losses"]] == [6, 6]
+    faults.loss_figure([good, bad]).savefig(tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").stat().st_size > 5000
 
 
 def test_the_table_is_made_in_pieces(faults, monkeypatch, tmp_path):
