@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_from_disk
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -18,6 +18,7 @@ from clmae.cli import main as clmae
 from clmae.training.pictures import curves_figure, save_figure
 
 RECIPE = Path(__file__).with_name("demo.yaml")
+TRAINED = RECIPE.parents[1] / "model_cards" / "cl_mae_digits"  # what an earlier run of this file ended with
 OUTPUT = Path("outputs/demo")
 
 
@@ -44,6 +45,15 @@ def run(*arguments: str) -> None:
     code = clmae(arguments)
     if code:
         raise SystemExit(code)
+
+
+def show_trained_model(data: Path) -> None:
+    """Before anything is trained: masks and reconstructions of the model that comes with the repository."""
+    scans = [OUTPUT / f"scan-{i}.png" for i in range(6)]
+    for path, image in zip(scans, load_from_disk(data)["test"]["image"], strict=False):
+        image.save(path)
+    picture = str(OUTPUT / "trained.png")
+    run("visualize", "--model", str(TRAINED), "--images", *map(str, scans), "--output", picture)
 
 
 def write_report(tables: list[str], seconds: float) -> None:
@@ -79,8 +89,9 @@ def main() -> None:
     """Everything, from an empty `outputs/demo`."""
     started = time.perf_counter()
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    data = str(OUTPUT / "data")
-    write_digits(OUTPUT / "data")
+    data = str(OUTPUT / "digits")
+    write_digits(OUTPUT / "digits")
+    show_trained_model(OUTPUT / "digits")
     run("pretrain", "--config", str(RECIPE), "--dataset", data, "--output_dir", str(OUTPUT), "--use_cpu", "true")
     tables = []
     for protocol in ("knn", "linear"):
@@ -90,7 +101,8 @@ def main() -> None:
         )
         tables += [table.read_text(encoding="utf-8")]
     write_report(tables, time.perf_counter() - started)
-    print(f"\nThe model is in {OUTPUT}, the report in {OUTPUT / 'report.md'}. Next:")
+    print(f"\nA trained model's masks are in {OUTPUT / 'trained.png'}.")
+    print(f"The model is in {OUTPUT}, the report in {OUTPUT / 'report.md'}. Next:")
     print(f"  clmae evaluate knn --model {OUTPUT} --dataset {data}")
     print("  clmae pretrain --help")
     print("  clmae pretrain --config recipes/cl_mae_cifar10.yaml --dataset YOUR_IMAGES --output_dir out/mine")
