@@ -360,7 +360,7 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     scale = 255.0 if pixels.dtype == torch.uint8 else 1.0
     mean_tensor = torch.tensor(mean, dtype=torch.float32)[:, None, None] * scale
     std_tensor = torch.tensor(std, dtype=torch.float32)[:, None, None] * scale
-    return (pixels.float() - mean_tensor).div_(std_tensor)
+    return pixels.to(torch.float32, copy=True).sub_(mean_tensor).div_(std_tensor)
 
 
 # -- randomness -------------------------------------------------------------------------------------------------
