@@ -440,7 +440,8 @@ def to_markdown(scale: str, settings: dict[str, Any], rows: Sequence[dict[str, A
     ]
     last = ("Ablations", "At equal images, by frozen features alone.", ablated)
     for title, remark, group in (*parts, ("Baselines", "", baselines), *([last] if ablated else [])):
-        text += f"\n## {title}\n\n{remark}{2 * chr(10) if remark else ''}{_markdown_table(columns, group)}"
+        shown = [column for column in columns if group is not ablated or column[0] in FROZEN]
+        text += f"\n## {title}\n\n{remark}{2 * chr(10) if remark else ''}{_markdown_table(shown, group)}"
     return text
 
 
