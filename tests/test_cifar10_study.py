@@ -26,6 +26,7 @@ from .training.runs import pil_dataset
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "cifar10_study"
 TINY = {
     "reference": "cl_mae",
+    "compared_with": "mae",
     "recipes": {
         "mae": {"label": "MAE", "options": {"family": "mae"}},
         "cl_mae": {"label": "CL-MAE", "options": {"family": "cl_mae"}},
@@ -175,6 +176,7 @@ def made_up(home, tmp_path):
     for seed in (0, 1):
         for budget in ("images", "compute"):
             write("mae", budget, seed, "knn", **{"k = 5": 1.0, "k = 20": 30.0 + 2 * seed})
+        write("dear", "images", seed, "knn", **{"k = 5": 1.0, "k = 20": 31.0 + 4 * seed})
     write("mae", "images", 0, "fewshot", **{"n = 1": 11.0, "n = 16": 21.0})
     write("cl_mae", "images", 1, "finetune-50", **{"top-1": 50.0})
     write("calm", "images", 0, "knn", **{"k = 5": 1.0, "k = 20": 28.0})
@@ -194,12 +196,15 @@ def test_table(module, made_up, capsys):
     mae = "| 31.00 ± 12.71 | 11.00 (1) | 21.00 (1) | - | - | 32 | 2 | 60 | CPU (1 thread) |"
     assert f"| MAE | 2 {mae}" in images
     assert "| CL-MAE | 1 | - | - | - | 50.00 | 0.900 | 32 |" in images
-    assert "| Dear | 0 | - | - | - | - | - | - | - | - | - |" in images
+    assert "| Dear | 2 | 33.00 ± 25.41 | - | - | - | 0.900 ± 0.000 | 32 |" in images
+    less = images.split("Less MAE under the same seed:")[1].strip().splitlines()
+    assert less[0] == "| row | seeds | knn, k = 20 |"
+    assert less[2:] == ["| CL-MAE | 1 | - |", "| Dear | 2 | 2.00 ± 12.71 |"]
     assert "Calm" not in images + compute
-    # 8 cells of 0.1 hours; MAE's four trainings, CL-MAE's and the ablation's, of a minute.
-    assert "`study.py run --scale cpu`, 0.9 hours" in text
+    # 10 cells of 0.1 hours; MAE's four trainings, the dear one's two, CL-MAE's and the ablation's, of a minute.
+    assert "`study.py run --scale cpu`, 1.1 hours" in text
     assert "they take more FLOPs than that: Dear." in compute
-    assert [line.split(" | ")[0] for line in compute.strip().splitlines()[6:]] == ["| MAE", "| CL-MAE"]
+    assert [line.split(" | ")[0] for line in compute.strip().splitlines()[6:8]] == ["| MAE", "| CL-MAE"]
     assert "| raw pixels | 1 | 25.00 | - | - |" in baselines
     assert [line.split(" | ")[0] for line in ablations.strip().splitlines()[6:]] == ["| CL-MAE", "| Calm"]
     assert "| Calm | 1 | 28.00 | 0.900 |" in ablations

@@ -360,7 +360,10 @@ def _collect_row(settings: dict[str, Any], row: str, budget: str | None, cells: 
     cells = sorted(cells, key=lambda cell: cell["seed"])
     by_protocol = {p: [c for c in cells if c["protocol"] == p] for p in (*FROZEN, *settings["protocols"])}
     accuracies = {
-        protocol: {column: interval([c["accuracies"][column] for c in group]) for column in group[0]["accuracies"]}
+        protocol: {
+            column: interval([c["accuracies"][column] for c in group]) | {"seeds": [c["seed"] for c in group]}
+            for column in group[0]["accuracies"]
+        }
         for protocol, group in by_protocol.items()
         if group
     }
@@ -412,6 +415,29 @@ def table_columns(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(protocol, column) for protocol, found in columns.items() for column in found]
 
 
+def differences(rows: Sequence[dict[str, Any]], base: dict[str, Any]) -> list[dict[str, Any]]:
+    """Other rows' accuracies less those of `base` under the same seed: the seeds' common ups and downs drop out."""
+
+    def paired(found: dict[str, Any], other: dict[str, Any] | None) -> dict[str, Any] | None:
+        theirs = {} if other is None else dict(zip(other["seeds"], other["values"], strict=True))
+        pairs = [v - theirs[seed] for seed, v in zip(found["seeds"], found["values"], strict=True) if seed in theirs]
+        return interval(pairs) if pairs else None
+
+    return [
+        {
+            **row,
+            "accuracies": {
+                protocol: {
+                    column: paired(one, base["accuracies"].get(protocol, {}).get(column)) for column, one in f.items()
+                }
+                for protocol, f in row["accuracies"].items()
+            },
+        }
+        for row in rows
+        if row is not base
+    ]
+
+
 def to_markdown(scale: str, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """A table a budget, and one of the baselines."""
     columns = table_columns(rows)
@@ -442,20 +468,24 @@ def to_markdown(scale: str, settings: dict[str, Any], rows: Sequence[dict[str, A
     for title, remark, group in (*parts, ("Baselines", "", baselines), *([last] if ablated else [])):
         shown = [column for column in columns if group is not ablated or column[0] in FROZEN]
         text += f"\n## {title}\n\n{remark}{2 * chr(10) if remark else ''}{_markdown_table(shown, group)}"
+        base = next((row for row in group if row["row"] == settings["compared_with"]), None)
+        if base is not None:
+            text += f"\nLess {base['label']} under the same seed:\n\n"
+            text += _markdown_table(shown, differences(group, base), with_costs=False)
     return text
 
 
-def _markdown_table(columns: Sequence[tuple[str, str]], rows: Sequence[dict[str, Any]]) -> str:
-    columns = [(p, c) for p, c in columns if any(c in row["accuracies"].get(p, {}) for row in rows)]
+def _markdown_table(columns: Sequence[tuple[str, str]], rows: Sequence[dict[str, Any]], with_costs: bool = True) -> str:
+    columns = [(p, c) for p, c in columns if any(row["accuracies"].get(p, {}).get(c) for row in rows)]
     head = ["row", "seeds", *(f"{protocol}, {column}" for protocol, column in columns)]
-    head += ["mask difficulty", "images seen", "PFLOPs", "seconds", "hardware"]
-    lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
+    head += ["mask difficulty", "images seen", "PFLOPs", "seconds", "hardware"] * with_costs
+    lines = [head, ["---", *["---:"] * (len(head) - 2), "---" if with_costs else "---:"]]
     for row in rows:
         cells = [row["label"], str(len(row["seeds"]))]
         cells += [_text(row["accuracies"].get(p, {}).get(c), len(row["seeds"])) for p, c in columns]
         training = row["training"]
-        if training is None:
-            cells += ["-"] * 5
+        if training is None or not with_costs:
+            cells += ["-"] * 5 * with_costs
         else:
             cells += [_text(training.get("mask_difficulty"), len(row["seeds"]), 3)]
             cells += [f"{training['images_seen']:,}", f"{training['flops'] / 1e15:.3g}"]
