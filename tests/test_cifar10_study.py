@@ -206,8 +206,9 @@ def test_table(module, made_up, capsys):
     assert "they take more FLOPs than that: Dear." in compute
     assert [line.split(" | ")[0] for line in compute.strip().splitlines()[6:8]] == ["| MAE", "| CL-MAE"]
     assert "| raw pixels | 1 | 25.00 | - | - |" in baselines
-    assert [line.split(" | ")[0] for line in ablations.strip().splitlines()[6:]] == ["| CL-MAE", "| Calm"]
+    assert [line.split(" | ")[0] for line in ablations.strip().splitlines()[6:8]] == ["| CL-MAE", "| Calm"]
     assert "| Calm | 1 | 28.00 | 0.900 |" in ablations
+    assert "| Calm | 1 | -2.00 |" in ablations
 
     content = json.loads((made_up / "results" / "cpu.json").read_text())
     first = content["rows"][0]

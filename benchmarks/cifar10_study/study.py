@@ -468,7 +468,8 @@ def to_markdown(scale: str, settings: dict[str, Any], rows: Sequence[dict[str, A
     for title, remark, group in (*parts, ("Baselines", "", baselines), *([last] if ablated else [])):
         shown = [column for column in columns if group is not ablated or column[0] in FROZEN]
         text += f"\n## {title}\n\n{remark}{2 * chr(10) if remark else ''}{_markdown_table(shown, group)}"
-        base = next((row for row in group if row["row"] == settings["compared_with"]), None)
+        # Of the same budget; of baselines and ablations, at equal images.
+        base = next((row for row in (*group, *images) if row["row"] == settings["compared_with"]), None)
         if base is not None:
             text += f"\nLess {base['label']} under the same seed:\n\n"
             text += _markdown_table(shown, differences(group, base), with_costs=False)
