@@ -203,6 +203,7 @@ PRESETS = {
             "64 px, batch 64": _cpu_group("192x6-64px", 64),
             "ViT-S/8, 64 px, batch 64": _cpu_group("ViT-S/8-64px", 64),
             "ViT-B/16, batch 4": _cpu_group("ViT-B/16", 4),
+            "ViT-B/16, batch 8": _cpu_group("ViT-B/16", 8),
             "64 px, options": _cpu_options("192x6-64px", 64),
             "64 px, batches": _sweep(["192x6-64px"], (32, 64, 128, 256, 512), precision="bf16"),
             "patches": _sweep([f"192x6-{side}px" for side in (32, 64, 96, 128)], [32], precision="bf16"),

@@ -31,6 +31,7 @@ from clmae.modeling.modeling_mae import (
     MAEForPreTraining,
     MAEModel,
     check_pixel_values,
+    sample_masking,
     select_visible,
 )
 
@@ -171,10 +172,15 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         if noise is None:
             noise = torch.rand(len(pixel_values), grid_size[0] * grid_size[1], device=pixel_values.device)
 
-        embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        chosen, keep, terms = self.choose_masks(embeddings, targets, grid_size, noise, masking, compute_masker_loss)
-        visible, withheld = select_visible(embeddings, chosen), None
+        if self.config.learned_masks:
+            embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+            chosen, keep, terms = self.choose_masks(embeddings, targets, grid_size, noise, masking, compute_masker_loss)
+            visible = select_visible(embeddings, chosen)
+        else:
+            chosen, keep, terms = sample_masking(self.config, noise, len(pixel_values), grid_size), None, {}
+            visible = self.vit.embeddings(pixel_values, interpolate_pos_encoding, chosen.ids_keep)
+        withheld = None
         if compute_task_losses and self.config.position_loss_weight > 0:
             visible, withheld = self.withhold_positions(visible, chosen, noise, grid_size)
         encoded, logits, reconstruction_loss = self.autoencode(visible, chosen, targets, grid_size, **kwargs)

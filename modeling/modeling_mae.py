@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from clmae.configuration.configuration_mae import MAEConfig, pair
-from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
+from clmae.modeling.losses import masked_mean, patch_errors, patch_targets, patchify
 from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -232,12 +232,19 @@ class MAEPatchEmbeddings(nn.Module):
         patch_size = pair(config.patch_size)
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
+        """With `ids_keep` `(B, K)` the tokens of these patches only, `(B, K, hidden_size)`."""
+        weight = self.projection.weight
+        pixel_values = pixel_values.to(weight.dtype)
+        if ids_keep is None:
+            return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        # The same product, of the few rows that are wanted.
+        patches = gather_tokens(patchify(pixel_values, self.projection.kernel_size), ids_keep)
+        return nn.functional.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.projection.bias)
 
 
 class MAEEmbeddings(nn.Module):
-    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`."""
+    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`, or `(B, 1 + K, hidden_size)`."""
 
     def __init__(self, config: MAEConfig):
         super().__init__()
@@ -247,10 +254,17 @@ class MAEEmbeddings(nn.Module):
         # A buffer, because it is never trained: what `from_pretrained` loads into a parameter gets a gradient.
         self.register_buffer("position_embeddings", torch.zeros(1, 1 + config.num_patches, config.hidden_size))
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        ids_keep: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Of all patches, or with `ids_keep` `(B, K)` of these alone: what a mask hides need not be embedded."""
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         positions = resize_positions(self.position_embeddings, self.config.grid_size, grid_size)
-        patches = self.patch_embeddings(pixel_values) + positions[:, 1:]
+        patch_positions = positions[:, 1:] if ids_keep is None else positions[0, 1:][ids_keep]
+        patches = self.patch_embeddings(pixel_values, ids_keep) + patch_positions
         class_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([class_token, patches], dim=1)
 
@@ -473,11 +487,11 @@ class MAEModel(MAEPreTrainedModel):
         self._check_output_attentions(kwargs)
         masking = None
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings(pixel_values, interpolate_pos_encoding)
             if noise is not None:
                 grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
                 masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
-                inputs_embeds = select_visible(inputs_embeds, masking)
+            ids_keep = masking.ids_keep if masking else None
+            inputs_embeds = self.embeddings(pixel_values, interpolate_pos_encoding, ids_keep)
         hidden_states = inputs_embeds
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_bias=attention_bias, **kwargs)
@@ -551,12 +565,11 @@ class MAEForPreTraining(MAEPreTrainedModel):
         ```
         """
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-        embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
         if noise is None:
             noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
         masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        visible = select_visible(embeddings, masking)
+        visible = self.vit.embeddings(pixel_values, interpolate_pos_encoding, masking.ids_keep)
         encoded, logits, loss = self.autoencode(visible, masking, targets, grid_size, **kwargs)
         return MAEForPreTrainingOutput(
             loss=loss,

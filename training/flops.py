@@ -46,10 +46,12 @@ def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_int
     views = getattr(config, "num_views", 1)
     patches, width = config.num_patches, config.hidden_size
     visible = config.num_visible(patches)
-    embedding = 2 * _linear(patches, config.patch_dim, width)  # the images need no gradient
+    learned_masks = config.model_type == "cl_mae" or getattr(config, "learned_masks", False)
+    # Only what chooses its masks by its patches embeds all of them; the images need no gradient.
+    embedding = 2 * _linear(patches if learned_masks else visible, config.patch_dim, width)
     parts: dict[str, float] = {"encoder": embedding + 3 * sum(_encoder(config, visible + 1))}
     parts["decoder"] = 3 * sum(_decoder(config, visible + 1))
-    if config.model_type == "cl_mae" or getattr(config, "learned_masks", False):
+    if learned_masks:
         share = 1 / masker_update_interval
         parts["masking module"] = (1 + 2 * share) * _masking_module(config)
         parts["pass B"] = share * _pass_b(config)

@@ -196,7 +196,10 @@ def test_backbone_gradient_is_that_of_plain_mae_under_the_same_mask(build, make_
     backbone, masker = halves(joint)
     assert backbone.keys() == expected.keys()
     for name, gradient in backbone.items():
-        assert torch.equal(gradient, expected[name]), name
+        if "patch_embeddings" in name:  # of all patches here, of the visible ones in a MAE: another order of the sum
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+        else:
+            assert torch.equal(gradient, expected[name]), name
     assert all(gradient is not None for gradient in masker.values())
 
 

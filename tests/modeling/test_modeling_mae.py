@@ -542,6 +542,22 @@ def test_encoder_positions_are_interpolated_as_transformers_does(build, size):
     torch.testing.assert_close(actual[:, 1:], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("patch_size", "size"), [(4, (16, 16)), ((4, 8), (24, 16)), ((8, 2), (16, 32))], ids=str)
+def test_patches_embedded_alone_are_those_of_the_whole(build, dtype, patch_size, size):
+    embeddings = build(head="encoder", patch_size=patch_size).to(dtype).embeddings
+    pixel_values = torch.randn(3, 3, *size)
+    whole = embeddings(pixel_values, interpolate_pos_encoding=True)
+    ids = torch.rand(3, whole.shape[1] - 1).argsort(1)[:, :5]
+    alone = embeddings(pixel_values, interpolate_pos_encoding=True, ids_keep=ids)
+    assert alone.dtype == whole.dtype == dtype
+    assert torch.equal(alone[:, 0], whole[:, 0])
+    for i in range(3):
+        torch.testing.assert_close(
+            alone[i, 1:], whole[i, 1:][ids[i]], atol=1e-2 if dtype.itemsize == 2 else 1e-6, rtol=0
+        )
+
+
 @every_family
 @every_head
 @pytest.mark.parametrize(
