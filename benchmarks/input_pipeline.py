@@ -1,12 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Samples a second of one loading process: `ImageDataset` beside MAE's recipe on the same photographs.
+"""Samples a second of one loading process: `ImageDataset`, as training reads it, beside MAE's recipe.
 
     python benchmarks/input_pipeline.py --images PHOTOS
 
 MAE's recipe is PIL's decoder and torchvision's RandomResizedCrop (bicubic), flip, ToTensor and Normalize, as in the
-paper's code. Both get the encoded images from the same data set, on one thread, a round of each in turn. Writes
-`input_pipeline.json` and `input_pipeline.md`: medians, their ratio, and the mean absolute difference of the same crops
-in units of 1/255.
+paper's code; ours ends with uint8, which the device normalises. Both get the encoded images of the same photographs
+from the same data set, on one thread, a round of each in turn. Writes `input_pipeline.json` and `input_pipeline.md`:
+medians, their ratio, and the mean absolute difference of the same crops in units of 1/255.
 """
 
 from __future__ import annotations
@@ -38,18 +38,20 @@ SCALE = (0.2, 1.0)
 
 
 def our_samples(source: ImageSource, size: int, **settings: Any) -> ImageDataset:
-    """The training set that `clmae pretrain` would read: square images of `size` pixels, in 14 or 8 rows of patches."""
+    """What the workers of `clmae pretrain` would do: square images of `size` pixels, in 14 or 8 rows of patches."""
     rows = 14 if size % 14 == 0 else 8
-    settings = {"mean": MEAN, "std": STD, **settings}
-    return ImageDataset(
+    dataset = ImageDataset(
         *source,
         image_size=(size, size),
         num_channels=3,
         num_patches=rows**2,
         patch_size=(size // rows, size // rows),
+        mean=MEAN,
+        std=STD,
         crop_scale=SCALE,
         **settings,
     )
+    return dataset.unnormalized()
 
 
 def mae_recipe(source: ImageSource, size: int) -> Callable[[int], torch.Tensor]:
@@ -80,14 +82,14 @@ def samples_per_second(make: Callable[[int], Any], start: int, count: int, num_i
 
 def difference(source: ImageSource, size: int, count: int) -> float:
     """Mean over `count` images of the mean absolute difference of our and PIL's pixels of the same crop, in 1/255."""
-    ours = our_samples(source, size, mean=[0.0] * 3, std=[1 / 255] * 3, horizontal_flip=False)
+    ours = our_samples(source, size, horizontal_flip=False)
     found = []
     for i in range(count):
         image = ImageOps.exif_transpose(_pil(source, i))
         # The box that the data set draws for this image.
         box = random_resized_crop_box(image.height, image.width, sample_generator(0, 0, i, "augmentation"), SCALE)
         theirs = np.array(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC), dtype=np.float32)
-        found.append(np.abs(ours[i]["pixel_values"].permute(1, 2, 0).numpy() - theirs).mean())
+        found.append(np.abs(ours[i]["pixels"].permute(1, 2, 0).numpy() - theirs).mean())
     return float(np.mean(found))
 
 

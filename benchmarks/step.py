@@ -486,11 +486,8 @@ def compare_rows(rows: Sequence[dict[str, Any]], peaks: Mapping[str, float]) -> 
     timed = [row for row in rows if "median_seconds" in row]
 
     def fastest(row: dict[str, Any], **wanted: Any) -> float | None:
-        times = [
-            other["median_seconds"]
-            for other in timed
-            if other["batch"] == row["batch"] and all(other[name] == value for name, value in wanted.items())
-        ]
+        wanted |= {"shape": row["shape"], "batch": row["batch"]}
+        times = [r["median_seconds"] for r in timed if all(r[name] == value for name, value in wanted.items())]
         return min(times, default=None)
 
     for row in timed:
@@ -561,12 +558,14 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     ]
     for group, rows in results["groups"].items():
         shown = [column for column in _COLUMNS if any(column[1] in row for row in rows)]
+        several = len({row["shape"] for row in rows}) > 1
         lines += ["", f"**{group}**", ""]
         lines += ["| case | batch | " + " | ".join(title for title, *_ in shown) + " |"]
         lines += ["| --- | --- | " + " | ".join("---" for _ in shown) + " |"]
         for row in rows:
             cells = [_cell(row, name, form) for _, name, form in shown]
-            lines.append(f"| {row['options']} | {row['batch']} | {' | '.join(cells)} |")
+            name = f"{row['shape']}, {row['options']}" if several else row["options"]
+            lines.append(f"| {name} | {row['batch']} | {' | '.join(cells)} |")
         for row in rows:
             if row.get("kernels"):
                 found = "; ".join(f"`{k['name'][:60]}` {k['ms']:.2f} ms ({k['share']:.0%})" for k in row["kernels"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -117,17 +119,42 @@ def test_step_benchmark_reports(script):
     assert fit["exponent"] == pytest.approx(1.5)
     assert (fit["axis"], fit["values"]) == ("batch", [2, 4, 8])
     kernel = {"name": "gemm", "ms": 1.5, "share": 0.25}
-    gpu = {"options": case.options, "batch": 2, "images_per_second": 3.0, "peak_bytes": 5e6, "synchronisations": 0}
+    gpu = {
+        "shape": "tiny",
+        "options": case.options,
+        "batch": 2,
+        "images_per_second": 3.0,
+        "peak_bytes": 5e6,
+        "synchronisations": 0,
+    }
     results = {
         **step.describe(step.torch.device("cpu")),
         **dict(rounds=5, peaks={"fp32": 2e11}, exponents=[fit]),
-        "groups": {"g": [{**gpu, "kernels": [kernel]}, {"options": "o", "batch": 4, "error": "out of memory"}]},
+        "groups": {
+            "g": [{**gpu, "kernels": [kernel]}, {"shape": "tiny", "options": "o", "batch": 4, "error": "out of memory"}]
+        },
     }
     text = step.to_markdown(results)
     assert "| mae, eager, fp32 | 2 | 3.0 | 5 | 0 |" in text
     assert "| o | 4 | out of memory |  |  |" in text
     assert "`gemm` 1.50 ms (25%)" in text
     assert "| tiny, mae, eager, fp32 | batch 2, 4, 8 | 1.500 |" in text
+
+
+def test_step_benchmark_compares_what_is_of_one_shape(script):
+    step, _ = script("step")
+    rows = [
+        {**step.asdict(case), "options": case.options, "flops": 6.0, "median_seconds": seconds}
+        for shape, times in (("tiny", (4.0, 2.0)), ("192x6-64px", (80.0, 100.0)))
+        for case, seconds in zip(step._cases((step.VIT_MAE, "mae"), shape, 2, attention="sdpa"), times, strict=True)
+    ]
+    step.compare_rows(rows, {"fp32": 3.0})
+    assert [row["times_vit_mae_defaults"] for row in rows] == [1, 2, 1, 0.8]
+    assert [row["over_own_mae"] for row in rows] == [2, 1, 0.8, 1]
+    text = step.to_markdown(
+        {**step.describe(step.torch.device("cpu")), "rounds": 1, "peaks": {}, "exponents": [], "groups": {"g": rows}}
+    )
+    assert "| tiny, mae, sdpa, fp32 | 2 |" in text
 
 
 def test_step_benchmark_fits_patches_and_widths(script):
@@ -204,3 +231,17 @@ def test_input_pipeline_benchmark(tmp_path, script):
         # Of another crop the difference would be tens.
         assert 0 < row["difference"] < 1
     assert printed.startswith((tmp_path / "input_pipeline.md").read_text())
+
+
+def test_scaling_benchmark(tmp_path):
+    processes = min(2, len(os.sched_getaffinity(0)))
+    options = f"--processes {processes} --families mae --shape tiny --batch 2 --steps 2 --rounds 1 --output".split()
+    subprocess.run([sys.executable, ROOT / "benchmarks" / "scaling.py", *options, tmp_path], check=True)
+    results = json.loads((tmp_path / "scaling.json").read_text())
+    (row,) = results["rows"]
+    # Of processes that go apart, each has its own times.
+    counts = {"alone": 2, "apart": 2 * processes, "together": 2}
+    assert {way: len(seconds) for way, seconds in row["seconds"].items()} == counts
+    assert all(0 < seconds < 60 for way in row["seconds"].values() for seconds in way)
+    alone, together = row["medians"]["alone"], row["medians"]["together"]
+    assert f"| {alone / together:.2f} |" in (tmp_path / "scaling.md").read_text()

@@ -5,7 +5,7 @@ import copy
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.training.contrastive_crop import contrastive_crop_box
 from clmae.training.images import (
+    Box,
     ImageDecodeError,
     center_view,
     crop_and_resize,
@@ -32,7 +33,12 @@ from clmae.training.images import (
     read_image_bytes,
     resized_side,
     sample_generator,
+    scale_box,
 )
+
+# Pixels, in line, of which a view's pixel is made at least where a JPEG is decoded at reduced size. On photographs at
+# 64 pixels the views then differ from those of the whole image by 1.9/255 on average; with 1 it is 5.9.
+_DETAIL = 2.0
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset
 
@@ -402,6 +408,8 @@ class _ImageViews:
     ) -> None:
         if on_bad_image not in ON_BAD_IMAGE:
             raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` is {crop_scale}; give two shares of the area, 0 < low <= high <= 1.")
         dataset, image_column = _prepare_images(dataset, image_column)
         self._array_dtype = array_dtype(dataset.features[image_column])
         self.dataset = dataset.select_columns([image_column])  # so that no other column is read or decoded
@@ -414,42 +422,83 @@ class _ImageViews:
         self.train, self.seed = train, seed
         self.crop_scale, self.horizontal_flip, self.crop_ratio = crop_scale, horizontal_flip, crop_ratio
         self.num_views = num_views if train else 1
-        # The smallest crop (aspect ratios go to 4/3) keeps a pixel for each of its view's.
-        self._min_side = math.ceil(max(self.image_size) / math.sqrt(0.75 * crop_scale[0])) if train else None
         self.crop_boxes: torch.Tensor | None = None
         self.on_bad_image = on_bad_image
+        self._is_normalized = True
 
-    def _decode(self, value: Any) -> np.ndarray:
-        image = decode_image(value, self.num_channels, self._min_side)
+    def unnormalized(self) -> "_ImageViews":
+        """The same samples with `pixels` instead of `pixel_values`, for who normalises whole batches on the device.
+
+        `pixels` is `(C, H, W)`, in 0..255, uint8 where that is what the images have; [`normalize`] makes of it what
+        `pixel_values` would be. A quarter of the bytes to move, and less to do for a worker.
+        """
+        found = copy.copy(self)
+        found._is_normalized = False
+        return found
+
+    def _sample(self, views: list[torch.Tensor], epoch: int, key: int) -> dict[str, torch.Tensor]:
+        epoch = epoch if self.train else 0  # the same masks at every evaluation
+        generator = sample_generator(self.seed, epoch, key, "noise")
+        noise = torch.rand(self.num_views, self.num_patches, generator=generator)
+        if self._is_normalized:
+            name, views = "pixel_values", [normalize(pixels, self.mean, self.std) for pixels in views]
+        else:
+            # Images with more than 8 bits may lie in a batch with others: in the same units.
+            name, views = "pixels", [pixels if pixels.dtype == torch.uint8 else 255 * pixels for pixels in views]
+        if self.num_views == 1:
+            return {name: views[0], "noise": noise[0]}
+        return {name: torch.stack(views), "noise": noise}
+
+    def _views(self, value: Any, epoch: int, key: int) -> list[torch.Tensor]:
+        """The views `(C, H, W)` that a sample shows of an undecoded image."""
+        if not self.train:
+            return [center_view(self._decode(value), self.image_size, self.crop_ratio)]
+        # What is cropped is drawn for the whole image, and of a JPEG before it is decoded, in no more detail than that.
+        size: tuple[int, int] | None = None
+        drawn: list[tuple[Box, bool]] = []
+
+        def reduction(height: int, width: int) -> float:
+            nonlocal size, drawn
+            size, drawn = (height, width), self._draw(height, width, epoch, key)
+            return min(self._reduction(*box[2:]) for box, _ in drawn)
+
+        image = self._decode(value, reduction)
+        found = image.shape[:2]
+        if size is None:
+            drawn = self._draw(*found, epoch, key)
+        elif size != found:
+            drawn = [(scale_box(box, size, found), flipped) for box, flipped in drawn]
+        views = [(crop_and_resize(image, box, self.image_size), flipped) for box, flipped in drawn]
+        return [pixels.flip(-1) if flipped else pixels for pixels, flipped in views]
+
+    def _draw(self, height: int, width: int, epoch: int, key: int) -> list[tuple[Box, bool]]:
+        """Of each view: a part of an image of this size, and whether it is mirrored."""
+        generator = sample_generator(self.seed, epoch, key, "augmentation")
+        drawn = []
+        for _ in range(self.num_views):
+            if self.crop_boxes is None:
+                box = random_resized_crop_box(height, width, generator, self.crop_scale)
+            else:
+                box = contrastive_crop_box(height, width, self.crop_boxes[key].tolist(), generator, self.crop_scale)
+            drawn.append((box, self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5))
+        return drawn
+
+    def _reduction(self, height: float, width: float) -> float:
+        """By how much a part of this size may be reduced, and still have the detail for a view."""
+        return min(height / self.image_size[0], width / self.image_size[1]) / _DETAIL
+
+    def _for_any_crop(self, height: int, width: int) -> float:
+        side = math.sqrt(0.75 * self.crop_scale[0]) * min(height, width)  # aspect ratios go to 4/3
+        return self._reduction(side, side)
+
+    def _decode(self, value: Any, reduction: Callable[[int, int], float] | None = None) -> np.ndarray:
+        image = decode_image(value, self.num_channels, reduction)
         if image.shape[0] < self.patch_size[0] or image.shape[1] < self.patch_size[1]:
             raise ImageDecodeError(
                 f"its size {image.shape[:2]} is smaller than a patch, {self.patch_size} (height, width); remove it, or "
                 "take smaller patches."
             )
         return image
-
-    def _sample(self, image: np.ndarray, epoch: int, key: int) -> dict[str, torch.Tensor]:
-        if self.train:
-            generator = sample_generator(self.seed, epoch, key, "augmentation")
-            views = [self._random_view(image, generator, key) for _ in range(self.num_views)]
-        else:
-            epoch = 0  # the same masks at every evaluation
-            views = [center_view(image, self.image_size, self.crop_ratio)]
-        generator = sample_generator(self.seed, epoch, key, "noise")
-        pixel_values = [normalize(pixels, self.mean, self.std) for pixels in views]
-        noise = torch.rand(self.num_views, self.num_patches, generator=generator)
-        if self.num_views == 1:
-            return {"pixel_values": pixel_values[0], "noise": noise[0]}
-        return {"pixel_values": torch.stack(pixel_values), "noise": noise}
-
-    def _random_view(self, image: np.ndarray, generator: torch.Generator, key: int) -> torch.Tensor:
-        if self.crop_boxes is None:
-            box = random_resized_crop_box(*image.shape[:2], generator, self.crop_scale)
-        else:
-            box = contrastive_crop_box(*image.shape[:2], self.crop_boxes[key].tolist(), generator, self.crop_scale)
-        pixels = crop_and_resize(image, box, self.image_size)
-        flipped = self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5
-        return pixels.flip(-1) if flipped else pixels
 
     def _error(self, where: str, value: Any, cause: Exception) -> ValueError:
         path = value.get("path") if isinstance(value, dict) else None
@@ -516,7 +565,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
 
     def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
         epoch, index = divmod(int(key), len(self))
-        return self._sample(self._load(index), epoch, index)
+        return self._sample(self._read(index, lambda value: self._views(value, epoch, index)), epoch, index)
 
     def whole_image(self, index: int) -> torch.Tensor:
         """All of an image, un-augmented and squeezed to `image_size`: normalised `(C, H, W)`."""
@@ -529,6 +578,11 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
         return int(self.bad_images.sum())
 
     def _load(self, index: int) -> np.ndarray:
+        """An image: in training, in the detail that any crop of it may need."""
+        return self._read(index, lambda value: self._decode(value, self._for_any_crop if self.train else None))
+
+    def _read(self, index: int, decode: Callable[[Any], Any]) -> Any:
+        """What `decode` makes of an image; with `on_bad_image="skip"`, of the next one that it can be done with."""
         value, cause = None, None
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
@@ -536,7 +590,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
                 continue
             try:
                 value = self.dataset[candidate][self.image_column]
-                return self._decode(undecoded(value, self._array_dtype))
+                return decode(undecoded(value, self._array_dtype))
             except ImageDecodeError as error:
                 if self.on_bad_image == "raise":
                     raise self._error(str(candidate), value, error) from error
@@ -571,7 +625,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         self.excluded, self.is_part = excluded, False
         # One counter a worker: additions from several processes to one would get lost.
         self.bad_images = torch.zeros(_MAX_STREAM_WORKERS, dtype=torch.int64).share_memory_()
-        if next(self._images(), None) is None:
+        if next(iter(self), None) is None:
             raise ValueError(
                 "`dataset` gives no image that can be used: the stream is empty, or all its images are held out or "
                 f"bad ({self.num_bad_images})."
@@ -597,31 +651,25 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
             self.dataset.set_epoch(epoch)  # held in shared memory: running workers see it
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        epoch = self.dataset.epoch
-        for image, key in self._images():
-            yield self._sample(image, epoch, key)
-
-    @property
-    def num_bad_images(self) -> int:
-        """How many bad images were left out so far, by any worker; one is counted again in each epoch."""
-        return int(self.bad_images.sum())
-
-    def _images(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Decoded images and their content keys."""
-        worker = get_worker_info()
+        worker, epoch = get_worker_info(), self.dataset.epoch
         for position, row in enumerate(self.dataset):
             try:
                 value = _resolve_bytes(undecoded(row[self.image_column], self._array_dtype))
                 key = content_key(value)
                 if key in self.excluded:
                     continue
-                image = self._decode(value)
+                views = self._views(value, epoch, key)
             except ImageDecodeError as error:
                 if self.on_bad_image == "raise":
                     raise self._error(f"{position} of the stream", row[self.image_column], error) from error
                 self.bad_images[worker.id if worker else 0] += 1
                 continue
-            yield image, key
+            yield self._sample(views, epoch, key)
+
+    @property
+    def num_bad_images(self) -> int:
+        """How many bad images were left out so far, by any worker; one is counted again in each epoch."""
+        return int(self.bad_images.sum())
 
 
 def undecoded(value: Any, dtype: np.dtype | None) -> Any:

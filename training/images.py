@@ -10,14 +10,14 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
 
 Box = tuple[int, int, int, int]
 """A part of an image in pixels: `(top, left, height, width)`."""
@@ -34,7 +34,7 @@ class ImageDecodeError(ValueError):
 # -- decoding ---------------------------------------------------------------------------------------------------
 
 
-def decode_image(value: Any, num_channels: int, min_side: int | None = None) -> np.ndarray:
+def decode_image(value: Any, num_channels: int, reduction: Callable[[int, int], float] | None = None) -> np.ndarray:
     """The pixels of an image in any of the forms in which data sets hold one.
 
     EXIF orientation is applied, transparency is laid over white (unless `num_channels` is 4), and 16-bit pixels are
@@ -45,8 +45,8 @@ def decode_image(value: Any, num_channels: int, min_side: int | None = None) -> 
             gives it; or an array, tensor or nested list `(H, W)`, `(H, W, C)` or `(C, H, W)`: floats in [0, 1],
             uint8, uint16, bool, or other integers in 0..255.
         num_channels (`int`): 1 for grey, 3 for RGB, 4 for RGBA; any number for arrays that have as many.
-        min_side (`int`, *optional*): A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster, while
-            its shorter side keeps so many pixels. Full size, if not given.
+        reduction (`Callable`, *optional*): A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is much faster:
+            called with its height and width, says by how much at most. Full size, if not given.
 
     Returns:
         `(H, W, num_channels)`, C-contiguous and writable: uint8, or float32 in [0, 1] if the source has more than 8
@@ -65,7 +65,7 @@ def decode_image(value: Any, num_channels: int, min_side: int | None = None) -> 
     if isinstance(value, (str, os.PathLike)):
         value = read_image_bytes(value)
     if isinstance(value, (bytes, bytearray, memoryview, Image.Image)):
-        array = _decode_pil(value, num_channels, min_side)
+        array = _decode_pil(value, num_channels, reduction)
     else:
         array = _decode_array(value, num_channels)
     if 0 in array.shape:
@@ -93,7 +93,9 @@ def read_image_bytes(path: str | os.PathLike) -> bytes:
 
 
 def _decode_pil(
-    source: bytes | bytearray | memoryview | Image.Image, num_channels: int, min_side: int | None
+    source: bytes | bytearray | memoryview | Image.Image,
+    num_channels: int,
+    reduction: Callable[[int, int], float] | None,
 ) -> np.ndarray:
     if num_channels not in _PIL_MODES:
         raise ValueError(
@@ -105,11 +107,10 @@ def _decode_pil(
             image = source
         else:
             image = _open(source)
-            if min_side is not None and min(image.size) >= 2 * min_side:
-                reduction = min(image.size) // min_side  # PIL takes the power of two below
-                image.draft(image.mode, (image.width // reduction, image.height // reduction))
-            elif (pixels := _decode_jpeg(source, image, num_channels)) is not None:
-                return pixels
+            if image.format == "JPEG":
+                pixels = _decode_jpeg(source, image, num_channels, reduction)
+                if pixels is not None:
+                    return pixels
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             return _spread(_scale_values(_deep_pixels(image)), num_channels)
@@ -133,16 +134,27 @@ def _open(data: bytes | bytearray | memoryview) -> Image.Image:
     return image
 
 
-def _decode_jpeg(data: bytes | bytearray | memoryview, image: Image.Image, num_channels: int) -> np.ndarray | None:
-    """What PIL would decode, without its copies of it: a third of the time. `None`: this one is PIL's."""
-    same = image.format == "JPEG" and (image.mode, num_channels) in {("RGB", 3), ("L", 1)}
-    if not same or image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1):
+def _decode_jpeg(
+    data: bytes | bytearray | memoryview,
+    image: Image.Image,
+    num_channels: int,
+    reduction: Callable[[int, int], float] | None,
+) -> np.ndarray | None:
+    """What PIL would decode, without its copies of it. `None`: this one is PIL's to decode, at the right size."""
+    (width, height), orientation, factor = image.size, image.getexif().get(ExifTags.Base.Orientation, 1), 1
+    if reduction is not None:
+        size = (width, height) if orientation in range(5, 9) else (height, width)  # upright
+        most = max(1, reduction(*size))
+        factor = next(power for power in (8, 4, 2, 1) if power <= most)
+    colors = {("RGB", 3): "RGB", ("L", 1): "GRAY"}.get((image.mode, num_channels))
+    if colors is None or orientation not in (0, 1):
+        image.draft(image.mode, (width // factor, height // factor))
         return None
+    smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
     try:
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.UNCHANGED)
-    except RuntimeError:  # PIL says more clearly what is wrong, or decodes it (`ImageFile.LOAD_TRUNCATED_IMAGES`)
+        return simplejpeg.decode_jpeg(data, colors, min_factor=factor, **smallest)
+    except ValueError:  # PIL says more clearly what is wrong, or decodes it (`ImageFile.LOAD_TRUNCATED_IMAGES`)
         return None
-    return pixels.permute(1, 2, 0).contiguous().numpy()
 
 
 def _deep_pixels(image: Image.Image) -> np.ndarray:
@@ -301,6 +313,16 @@ def resized_side(side: int, crop_ratio: float) -> int:
     return side + 2 * round((side / crop_ratio - side) / 2)
 
 
+def scale_box(box: Box, size: tuple[int, int], new_size: tuple[int, int]) -> Box:
+    """A box of an image of `size` (height, width) as a box of the same image at `new_size`."""
+    scaled = []
+    for start, length, old, new in zip(box[:2], box[2:], size, new_size, strict=True):
+        length = max(1, round(length * new / old))
+        scaled.append((min(round(start * new / old), new - length), length))
+    (top, box_height), (left, box_width) = scaled
+    return top, left, box_height, box_width
+
+
 def center_view(array: np.ndarray, size: tuple[int, int], crop_ratio: float = 1.0) -> torch.Tensor:
     """The un-augmented view of an image, for evaluation.
 
@@ -347,20 +369,23 @@ def crop_and_resize(array: np.ndarray, box: Box, size: tuple[int, int]) -> torch
     return pixels.contiguous()
 
 
-def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def normalize(
+    pixels: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
     """`(pixels - mean) / std` per channel.
 
     Args:
         pixels (`torch.Tensor` of shape `(..., C, H, W)`): uint8 in 0..255, or float in [0, 1].
-        mean, std (`Sequence[float]`): One value a channel, in units of [0, 1].
+        mean, std (`Sequence[float]` or float32 `torch.Tensor`): One value a channel, in units of [0, 1]. Tensors on the
+            device of `pixels` spare it a wait.
 
     Returns:
         float32 of the same shape; a new tensor.
     """
-    scale = 255.0 if pixels.dtype == torch.uint8 else 1.0
-    mean_tensor = torch.tensor(mean, dtype=torch.float32)[:, None, None] * scale
-    std_tensor = torch.tensor(std, dtype=torch.float32)[:, None, None] * scale
-    return pixels.to(torch.float32, copy=True).sub_(mean_tensor).div_(std_tensor)
+    peak = 255.0 if pixels.dtype == torch.uint8 else 1.0
+    found = pixels.to(torch.float32, copy=True)
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=found.device)[:, None, None] for v in (mean, std))
+    return found.sub_(mean * peak).div_(std * peak)
 
 
 # -- randomness -------------------------------------------------------------------------------------------------
@@ -389,4 +414,5 @@ __all__ = [
     "read_image_bytes",
     "resized_side",
     "sample_generator",
+    "scale_box",
 ]

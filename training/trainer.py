@@ -44,7 +44,8 @@ from clmae.training.curriculum import (
 )
 from clmae.training.data import DataArguments, ImageDataset, StreamingImageDataset
 from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
-from clmae.training.images import sample_generator
+from clmae.training.flops import step_flops
+from clmae.training.images import normalize, sample_generator
 from clmae.training.pictures import curves_figure, save_figure
 from clmae.training.resident import ResidentImageDataset, collate
 from clmae.training.sealing import checkpoints, choose_checkpoint, is_sealed, rotate_checkpoints, run_lock, seal, unseal
@@ -152,6 +153,9 @@ class CurriculumTrainer(Trainer):
         if getattr(train_dataset, "device_resident", False):
             train_dataset = ResidentImageDataset(train_dataset, args.device)
             data_collator = data_collator or collate
+        # Uint8 to the device, and normalised there. What others wrote gets, and gives, samples as they know them.
+        known = type(train_dataset) in (ImageDataset, StreamingImageDataset)
+        self._normalizes = known and data_collator is None and not args.remove_unused_columns
         if args.ddp_find_unused_parameters is None and isinstance(model, MAEPreTrainedModel):
             # A step uses all parameters, so that there is nothing to look for; but with an interval the masking module
             # has no gradient on the steps between, and must then stay as it is: a gradient of zero would still let
@@ -165,6 +169,7 @@ class CurriculumTrainer(Trainer):
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._keep_sums: dict[int, torch.Tensor] = {}  # by optimiser step
         self._held_out: dict[str, torch.Tensor] | None = None
+        self._moments: torch.Tensor | None = None  # mean and standard deviation of the channels, on the device
         self._substep = (-1, 0)  # optimiser step, and how many batches of it have been seen
         self._eval_sums = torch.zeros(2, device=self.args.device)  # L_rec of images under learned and random masks
         self._warned: set[str] = set()
@@ -350,8 +355,17 @@ class CurriculumTrainer(Trainer):
         if isinstance(self.train_dataset, ResidentImageDataset):
             with self._replaced(**_NO_WORKERS):
                 return super().get_train_dataloader()
+        train_dataset = self.train_dataset
+        if self._normalizes:
+            self.train_dataset = train_dataset.unnormalized()
+        try:
+            return shield_workers(self._train_dataloader())
+        finally:
+            self.train_dataset = train_dataset
+
+    def _train_dataloader(self) -> DataLoader:
         if not getattr(self.train_dataset, "is_part", False):
-            return shield_workers(super().get_train_dataloader())
+            return super().get_train_dataloader()
         # accelerate would have the first process read for all, or all of them everything.
         config = self.accelerator.dataloader_config
         config.dispatch_batches = False
@@ -360,7 +374,7 @@ class CurriculumTrainer(Trainer):
         finally:
             config.dispatch_batches = None
         loader.dataset.num_processes, loader.dataset.process_index = 1, 0
-        return shield_workers(loader)
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The Trainer's loader, with its last batch."""
@@ -371,6 +385,18 @@ class CurriculumTrainer(Trainer):
         """The Trainer's loader, with its last batch."""
         with self._replaced(dataloader_drop_last=False):
             return super().get_test_dataloader(test_dataset)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if "pixels" not in inputs:
+            return inputs
+        inputs = dict(inputs)
+        pixels = inputs.pop("pixels")
+        if self._moments is None:
+            dataset = self.train_dataset
+            self._moments = torch.tensor([dataset.mean, dataset.std], device=pixels.device)
+        peak = 1 if pixels.dtype == torch.uint8 else 255
+        return {"pixel_values": normalize(pixels, *(peak * self._moments)), **inputs}
 
     @contextlib.contextmanager
     def _replaced(self, **values: Any) -> Iterator[None]:
@@ -409,6 +435,16 @@ class CurriculumTrainer(Trainer):
         return torch.rand(*pixel_values.shape[:-3], num_patches, generator=generator).to(pixel_values.device)
 
     # -- loss -----------------------------------------------------------------------------------------------------
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """FLOPs of a batch's forward and backward pass, by [`step_flops`]; the mean over a `masker_update_interval`.
+
+        The Trainer's own estimate multiplies all parameters by all pixels.
+        """
+        if not isinstance(self.model, MAEPreTrainedModel):
+            return super().floating_point_ops({"pixel_values": inputs["pixels"]} if "pixels" in inputs else inputs)
+        batch_size = len(next(iter(inputs.values())))
+        return round(step_flops(self.model.config, batch_size, self.args.masker_update_interval))
 
     def compute_loss(
         self,

@@ -108,9 +108,8 @@ class AugmentedImages(ImageDataset):
 
     def __getitem__(self, key: int) -> tuple[Tensor, Tensor, int]:
         epoch, index = divmod(int(key), len(self))
-        generator = sample_generator(self.seed, epoch, index, "augmentation")
-        pixels = self._random_view(self._load(index), generator, index)
-        with _drawing_from(generator):
+        (pixels,) = self._read(index, lambda value: self._views(value, epoch, index))
+        with _drawing_from(sample_generator(self.seed, epoch, index, "after the crop")):
             if self.randaugment_magnitude:
                 pixels = self._rand_augment(pixels)
             pixels = self.erase(normalize(pixels, self.mean, self.std))

@@ -69,7 +69,7 @@ def tiny_trainer(output_dir: Path, model: nn.Module | str = "cl_mae", **options:
     model = tiny_model(model) if isinstance(model, str) else model
     views = getattr(model.config, "num_views", 1)
     own = {"train_dataset": image_dataset(num_views=views), "eval_dataset": image_dataset(6, train=False)}
-    for name in ("train_dataset", "eval_dataset", "callbacks", "processing_class", "optimizers"):
+    for name in ("train_dataset", "eval_dataset", "data_collator", "callbacks", "processing_class", "optimizers"):
         if name in options:
             own[name] = options.pop(name)
     args = PretrainingArguments(output_dir=str(output_dir), **{**QUIET, **SHORT, **SILENT, **options})

@@ -3,6 +3,7 @@
 
 import io
 import os
+import re
 import zlib
 
 import datasets
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, HfArgumentParser
 
 from clmae.configuration import MAEConfig
+from clmae.training import data as data_module
 from clmae.training.data import (
     DataArguments,
     ImageDataset,
@@ -27,7 +29,7 @@ from clmae.training.data import (
     make_image_processor,
     take_samples,
 )
-from clmae.training.images import decode_image, sample_generator
+from clmae.training.images import decode_image, normalize, sample_generator
 
 SETTINGS = dict(
     image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3, std=[0.25] * 3, seed=3
@@ -397,18 +399,72 @@ def test_sample_shapes_types_and_ranges():
     assert sample["pixel_values"].max() <= 2
 
 
-def test_only_training_decodes_large_jpegs_at_reduced_size():
-    Image.fromarray(np.zeros((480, 640, 3), np.uint8)).save(buffer := io.BytesIO(), "JPEG")
-    data = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]})
-    data = data.cast_column("image", datasets.Image())
-    shapes = {}
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("kind", ["8 bits", "16 bits"])
+def test_unnormalized_samples_become_the_same(kind, views):
+    data, column = memory(), "image"
+    if kind == "16 bits":
+        values = np.arange(2 * 20 * 24 * 3).reshape(2, 20, 24, 3)
+        data, column = array_dataset(datasets.Array3D((20, 24, 3), "uint16"), values), "bands"
     for train in (True, False):
-        dataset = ImageDataset(data, "image", **{**SETTINGS, "crop_scale": (0.2, 1.0)}, train=train)
-        shapes[train] = dataset._load(0).shape
-    side = SETTINGS["image_size"][0]
-    smallest = (0.2 * shapes[True][0] * shapes[True][1] * 3 / 4) ** 0.5  # side of a crop
-    assert side <= smallest
-    assert shapes == {True: (60, 80, 3), False: (480, 640, 3)}
+        dataset = ImageDataset(data, column, **SETTINGS, num_views=views, train=train)
+        raw, shape = dataset.unnormalized(), (2, 3, 16, 16) if train and views == 2 else (3, 16, 16)
+        for key in range(2 * len(dataset)):
+            sample, expected = raw[key], dataset[key]
+            assert sample.keys() == {"pixels", "noise"}
+            assert sample["pixels"].shape == shape
+            pixels = sample["pixels"]
+            assert pixels.is_contiguous()
+            if kind == "16 bits":
+                torch.testing.assert_close(normalize(pixels / 255, raw.mean, raw.std), expected["pixel_values"])
+            else:
+                assert pixels.dtype == torch.uint8
+                assert torch.equal(normalize(pixels, raw.mean, raw.std), expected["pixel_values"])
+            assert torch.equal(sample["noise"], expected["noise"])
+        assert "pixel_values" in dataset[0], "the data set itself stays as it was"
+
+
+@pytest.mark.parametrize("crop_scale", [(0, 1), (0.5, 0.2), (0.2, 1.5), (-0.1, 1)], ids=str)
+def test_wrong_crop_scale(crop_scale):
+    with pytest.raises(ValueError, match=rf"`crop_scale` is {re.escape(str(crop_scale))}; give .*0 < low <= high <= 1"):
+        ImageDataset(memory(), "image", **{**SETTINGS, "crop_scale": crop_scale})
+
+
+def smooth_jpeg(height, width):
+    """Waves of some fifty pixels, which a reduced decoding keeps."""
+    y, x = np.mgrid[:height, :width] / 25
+    pixels = 127 + 60 * np.stack([np.sin(x), np.cos(y), np.sin(x + y)], axis=2) + 60 * (x > y)[..., None]
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer := io.BytesIO(), "JPEG", quality=95)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("low", [0.02, 0.2, 0.8])
+def test_training_decodes_jpegs_in_no_more_detail_than_their_crops_show(monkeypatch, low, views):
+    data = datasets.Dataset.from_dict({"image": [smooth_jpeg(480, 640)]}).cast_column("image", datasets.Image())
+    settings = {**SETTINGS, "crop_scale": (low, 1.0), "num_views": views}
+    dataset = ImageDataset(data, "image", **settings)
+    side, shapes, differences = SETTINGS["image_size"][0], [], []
+
+    def spied(*args):
+        image = decode_image(*args)
+        shapes.append(image.shape)
+        return image
+
+    monkeypatch.setattr(data_module, "decode_image", spied)
+    samples = [dataset[key] for key in range(30)]
+    monkeypatch.setattr(data_module, "decode_image", lambda value, channels, reduction: decode_image(value, channels))
+    for epoch, (sample, shape) in enumerate(zip(samples, shapes, strict=True)):
+        boxes = [box for box, _ in dataset._draw(480, 640, epoch, 0)]
+        most = min(min(box[2:]) for box in boxes) / side / 2
+        factor = next(f for f in (8, 4, 2, 1) if f <= max(1, most))
+        assert shape == (480 // factor, 640 // factor, 3)
+        whole = dataset[epoch]
+        assert torch.equal(sample["noise"], whole["noise"])
+        differences.append((sample["pixel_values"] - whole["pixel_values"]).abs().mean().item() * 0.25)
+    # Of another crop, or with another flip, the difference would be some tenths of the range.
+    assert max(differences) < 0.05
+    assert ImageDataset(data, "image", **settings, train=False)._load(0).shape == (480, 640, 3)
 
 
 def test_evaluation_sample_is_the_centre():

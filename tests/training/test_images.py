@@ -21,6 +21,7 @@ from clmae.training.images import (
     normalize,
     random_resized_crop_box,
     sample_generator,
+    scale_box,
 )
 
 
@@ -434,23 +435,48 @@ def test_jpeg_is_decoded_as_pil_does(monkeypatch, options, mode):
     np.testing.assert_array_equal(found, decode_image(data, channels))
 
 
-def test_turned_jpeg():
-    exif = Image.Exif()
-    exif[274] = 6
-    assert decode_image(jpeg(40, 30, exif=exif), 3).shape == (40, 30, 3)
+def test_boxes_of_the_same_image_at_another_size():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        height, width = torch.randint(1, 400, (2,), generator=generator).tolist()
+        box = random_resized_crop_box(height, width, generator, (0.01, 1.0))
+        reduced = -(-height // 4), -(-width // 4)  # as a JPEG is
+        top, left, box_height, box_width = scale_box(box, (height, width), reduced)
+        assert top >= 0 <= left
+        assert box_height >= 1 <= box_width
+        assert top + box_height <= reduced[0]
+        assert left + box_width <= reduced[1]
+        scales = [new / old for new, old in zip(reduced, (height, width), strict=True)]
+        for found, exact in zip((top, left, box_height, box_width), np.array(box) * (scales * 2), strict=True):
+            assert abs(found - exact) <= 1.5
+        assert scale_box(box, (height, width), (height, width)) == box
+        assert scale_box((0, 0, height, width), (height, width), reduced) == (0, 0, *reduced)
+
+
+@pytest.mark.parametrize(("orientation", "shape"), [(1, (30, 40)), (3, (30, 40)), (6, (40, 30)), (8, (40, 30))])
+def test_turned_jpeg(orientation, shape):
+    exif, asked = Image.Exif(), []
+    exif[274] = orientation
+    assert decode_image(jpeg(40, 30, exif=exif), 3).shape == (*shape, 3)
+    half = decode_image(jpeg(40, 30, exif=exif), 3, lambda *size: asked.append(size) or 2)
+    assert asked == [shape], "the size that is asked about is the upright image's"
+    assert half.shape == (shape[0] // 2, shape[1] // 2, 3)
 
 
 @pytest.mark.parametrize(
-    ("size", "min_side", "shape"),
+    ("size", "reduction", "shape"),
     [
-        ((500, 375), 187, (188, 250)),
-        ((500, 375), 188, (375, 500)),
-        ((500, 375), None, (375, 500)),
+        ((500, 375), 2, (188, 250)),
+        ((500, 375), 1.99, (375, 500)),
+        ((500, 375), 0.5, (375, 500)),
+        ((500, 375), 7.5, (94, 125)),
         ((1000, 1601), 100, (201, 125)),
     ],
 )
-def test_jpeg_is_decoded_no_larger_than_it_must_be(size, min_side, shape):
-    found = decode_image(jpeg(*size), 3, min_side)
+def test_jpeg_is_decoded_no_larger_than_it_must_be(size, reduction, shape):
+    asked = []
+    found = decode_image(jpeg(*size), 3, lambda height, width: asked.append((width, height)) or reduction)
+    assert asked == [size]
     assert found.shape == (*shape, 3)
     whole = torch.from_numpy(decode_image(jpeg(*size), 3)).permute(2, 0, 1)
     resized = tvF.resize(whole, list(shape), InterpolationMode.BICUBIC, antialias=True).permute(1, 2, 0).numpy()
@@ -458,4 +484,4 @@ def test_jpeg_is_decoded_no_larger_than_it_must_be(size, min_side, shape):
 
 
 def test_other_formats_are_decoded_whole():
-    assert decode_image(encode(noise_image(64, 64)), 3, 8).shape == (64, 64, 3)
+    assert decode_image(encode(noise_image(64, 64)), 3, lambda *size: 8).shape == (64, 64, 3)

@@ -18,11 +18,13 @@ from transformers import (
     TrainerCallback,
     ViTMAEConfig,
     ViTMAEForPreTraining,
+    default_data_collator,
 )
 
 from clmae.training import CurriculumTrainer, PictureCallback, PretrainingArguments, curriculum_factor
 from clmae.training import trainer as trainer_module
 from clmae.training.data import ImageDataset, StreamingImageDataset, make_image_processor
+from clmae.training.flops import step_flops
 from clmae.training.trainer import EpochSampler
 
 from .runs import (
@@ -672,10 +674,62 @@ def test_torch_compile(tmp_path, family):
     assert set(trainer.model.state_dict()) == set(plain.model.state_dict())
 
 
-def streaming_dataset(count, train=True):
+def streaming_dataset(count, train=True, **more):
     settings = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3)
     stream = pil_dataset(count).to_iterable_dataset(num_shards=2)
-    return StreamingImageDataset(stream, "image", train=train, std=[0.25] * 3, **settings)
+    return StreamingImageDataset(stream, "image", train=train, std=[0.25] * 3, **settings, **more)
+
+
+@pytest.mark.parametrize("data", ["map", "stream"])
+@pytest.mark.parametrize("family", ["cl_mae", "cmae"])
+def test_batches_are_normalised_on_the_device_as_samples_would_be(tmp_path, family, data):
+    views = 2 if family == "cmae" else 1
+    found = {}
+    for collator in (None, default_data_collator):
+        model = tiny_model(family)
+        recorder, bytes_seen = Recorder(model), set()
+        dataset = streaming_dataset(16, num_views=views) if data == "stream" else image_dataset(num_views=views)
+        trainer = tiny_trainer(tmp_path, model, train_dataset=dataset, data_collator=collator, max_steps=5)
+        prepare = trainer._prepare_inputs
+        trainer._prepare_inputs = lambda inputs, prepare=prepare, seen=bytes_seen: (
+            seen.update((name, values.dtype) for name, values in inputs.items()) or prepare(inputs)
+        )
+        trainer.train()
+        assert trainer.train_dataset is dataset
+        found[collator] = [inputs["pixel_values"] for inputs in recorder.inputs], weights(model)
+        name, dtype = ("pixels", torch.uint8) if collator is None else ("pixel_values", torch.float32)
+        assert {(name, dtype), ("noise", torch.float32)} <= bytes_seen
+    (ours, our_weights), (plain, plain_weights) = found.values()
+    assert ours[0].shape == ((4, 2, 3, 16, 16) if views == 2 else (4, 3, 16, 16))
+    for pixel_values, expected in zip(ours, plain, strict=True):
+        assert torch.equal(pixel_values, expected)
+    assert_equal_weights(our_weights, plain_weights)
+
+
+def test_a_subclass_keeps_its_own_samples(tmp_path):
+    class Inverted(ImageDataset):
+        def __getitem__(self, key):
+            sample = super().__getitem__(key)
+            return {**sample, "pixel_values": -sample["pixel_values"]}
+
+    dataset = image_dataset(4)
+    expected = -torch.stack([dataset[key]["pixel_values"] for key in range(4)])
+    dataset.__class__ = Inverted
+    model = tiny_model()
+    recorder = Recorder(model)
+    tiny_trainer(tmp_path, model, train_dataset=dataset, max_steps=1).train()
+    seen = recorder.inputs[0]["pixel_values"]
+    assert {image.sum().item() for image in seen} == {image.sum().item() for image in expected}
+
+
+def test_the_count_of_flops_is_that_of_the_steps(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=6, gradient_accumulation_steps=2, masker_update_interval=2)
+    expected = 6 * step_flops(trainer.model.config, 2 * 4, 2)
+    trainer.train()
+    assert trainer.state.total_flos == pytest.approx(expected, rel=1e-6)
+    trainer = tiny_trainer(tmp_path, vit_mae(), max_steps=1)
+    trainer.train()
+    assert trainer.state.total_flos > 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,0 +1,156 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""What data-parallel training costs: a step in several processes beside the same step in one.
+
+    python benchmarks/scaling.py --processes 2
+
+Each process trains on a batch of its own, by `CurriculumTrainer`, on one CPU core or one GPU. Three ways, in turn:
+one process **alone**; as many as asked, each for itself, **apart**, which shows what they cost each other without a
+word (memory, caches, the machine's other users); and **together**, by `torchrun`. The efficiency is a step's time
+alone over that together. Writes `scaling.json` and `scaling.md`: medians over the steps of all rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from step import SHAPES, Case, describe
+from transformers import TrainerCallback
+
+from clmae import FAMILIES
+from clmae.model_cards.files import write_whole
+from clmae.training import CurriculumTrainer, PretrainingArguments
+
+HERE = Path(__file__).resolve().parent
+WAYS = ("alone", "apart", "together")
+WARM_UP = 4  # steps that are not counted
+
+
+class StepTimes(TrainerCallback):
+    """The clock at the end of each step, with nothing left to do."""
+
+    def __init__(self) -> None:
+        self.clock: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reads it."""
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        self.clock.append(time.perf_counter())
+
+
+def work(case: Case, steps: int, place: int, output: Path) -> None:
+    """Trains for `steps` steps after the warm-up, and writes their times to `output`; `place`: which core."""
+    use_cpu = not torch.cuda.is_available()
+    if use_cpu:
+        torch.set_num_threads(1)
+        if hasattr(os, "sched_setaffinity"):
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[place % len(cores)]})
+    config = case.config
+    model = FAMILIES[case.family][2]._from_config(config, attn_implementation=case.attention)
+    views = getattr(config, "num_views", 1)
+    shape = ((views,) if views > 1 else ()) + (config.num_channels, config.image_size, config.image_size)
+    images = [{"pixel_values": torch.randn(shape)} for _ in range(2 * case.batch)] * 64
+    times = StepTimes()
+    args = PretrainingArguments(
+        str(output.with_suffix("")),
+        **dict(per_device_train_batch_size=case.batch, max_steps=WARM_UP + steps, use_cpu=use_cpu, bf16=True),
+        **dict(save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10_000),
+    )
+    CurriculumTrainer(model, args, train_dataset=images, callbacks=[times]).train()
+    if args.process_index == 0:
+        clock = times.clock[WARM_UP - 1 :]
+        output.write_text(json.dumps([after - before for before, after in itertools.pairwise(clock)]))
+
+
+def measure(case: Case, way: str, processes: int, steps: int, folder: Path) -> list[float]:
+    """Times of a step, one way; of processes apart: all of theirs."""
+    worker = [str(HERE / "scaling.py"), "--families", case.family, "--shape", case.shape, "--batch", str(case.batch)]
+    worker += ["--steps", str(steps), "--worker"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    if way == "together":
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        commands, outputs = [[*launch, *worker, str(folder / "together.json")]], [folder / "together.json"]
+    else:
+        count = processes if way == "apart" else 1
+        outputs = [folder / f"{way}-{i}.json" for i in range(count)]
+        commands = [[sys.executable, *worker, str(path), "--place", str(i)] for i, path in enumerate(outputs)]
+    running = []
+    for i, command in enumerate(commands):
+        mine = environment if way == "together" else {**environment, "CUDA_VISIBLE_DEVICES": str(i)}
+        running.append(subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    printed = [process.communicate()[0] for process in running]
+    if any(process.returncode for process in running):
+        raise SystemExit("\n".join(printed)[-4000:])
+    return [seconds for path in outputs for seconds in json.loads(path.read_text())]
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    """A row a family."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        f"`{results['command']}`, {results['date']}, {results['processes']} processes, one "
+        f"{'core' if results['device'].startswith('CPU') else 'GPU'} each, of {results['cpu'] or results['device']}, "
+        f"{versions}; {results['shape']}, batch {results['batch']} a process, bf16; medians over {results['rounds']} "
+        f"interleaved rounds of {results['steps']} steps; load average at the start {results['load_average']:.1f}.",
+        "",
+        f"| a step, ms | {' | '.join(WAYS)} | efficiency: alone ÷ together | apart ÷ together |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in results["rows"]:
+        alone, apart, together = (row["medians"][way] for way in WAYS)
+        cells = [f"{1e3 * seconds:.0f}" for seconds in (alone, apart, together)]
+        lines.append(f"| {row['family']} | {' | '.join(cells)} | {alone / together:.2f} | {apart / together:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--families", choices=list(FAMILIES), nargs="+", default=["mae", "cl_mae", "cmae"])
+    parser.add_argument("--shape", choices=SHAPES, default="192x6-64px")
+    parser.add_argument("--batch", type=int, default=64, help="Images a process and step.")
+    parser.add_argument("--steps", type=int, default=12, help="Steps that are timed, a round and way.")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--place", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    on_gpus = torch.cuda.is_available()
+    cases = [Case(family, args.shape, args.batch, "sdpa" if on_gpus else "eager", "bf16") for family in args.families]
+    if args.worker:
+        work(cases[0], args.steps, args.place, args.worker)
+        return
+    places = torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0))
+    if args.processes > places:
+        raise SystemExit(f"`--processes` is {args.processes}, but there are {places} {'GPUs' if on_gpus else 'cores'}.")
+    results: dict[str, Any] = describe(torch.device("cuda" if on_gpus else "cpu"), "scaling.py")
+    results |= {name: getattr(args, name) for name in ("processes", "shape", "batch", "steps", "rounds")}
+    results["rows"] = []
+    for case in cases:
+        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(args.rounds):
+                for way in WAYS:
+                    seconds[way] += measure(case, way, args.processes, args.steps, Path(folder))
+        medians = {way: statistics.median(found) for way, found in seconds.items()}
+        results["rows"].append({"family": case.family, "seconds": seconds, "medians": medians})
+        write_whole(args.output / "scaling.json", json.dumps(results, indent=1) + "\n")
+        write_whole(args.output / "scaling.md", to_markdown(results))
+    print(to_markdown(results))
+
+
+if __name__ == "__main__":
+    main()
