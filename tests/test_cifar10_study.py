@@ -229,7 +229,7 @@ def test_every_cell_once(module):
     assert [row for row, budget in rows if budget == "compute"] == ["mae"]
     found = module.table_cells(settings, rows)
     ablations = len(module.ablations(settings))
-    assert ablations == 3
+    assert ablations == 4
     assert len(set(found)) == len(found) == 3 * (6 * (3 + 3) + 3 * ablations + 3 + 3) + 3
 
 

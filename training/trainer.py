@@ -162,6 +162,8 @@ class CurriculumTrainer(Trainer):
             # AdamW's momentum and weight decay move it.
             args.ddp_find_unused_parameters = args.masker_update_interval > 1
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        if self.accelerator.ddp_handler is not None:  # no second copy of the gradients
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self._record = RunRecord(None if data_arguments is None else describe_data(data_arguments))
         self._check_model()
         self._check_contrast()
