@@ -29,7 +29,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
 from clmae.model_cards.files import write_whole
-from clmae.training.data import ImageDataset, ImageSource, load_image_dataset
+from clmae.training.data import ImageDataset, ImageSource, load_image_dataset, unnormalized
 from clmae.training.images import random_resized_crop_box, sample_generator
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +51,7 @@ def our_samples(source: ImageSource, size: int, **settings: Any) -> ImageDataset
         crop_scale=SCALE,
         **settings,
     )
-    return dataset.unnormalized()
+    return unnormalized(dataset)
 
 
 def mae_recipe(source: ImageSource, size: int) -> Callable[[int], torch.Tensor]:

@@ -4,9 +4,10 @@
     python benchmarks/scaling.py --processes 2
 
 Each process trains on a batch of its own, by `CurriculumTrainer`, on one CPU core or one GPU. Three ways, in turn:
-one process **alone**; as many as asked, each for itself, **apart**, which shows what they cost each other without a
-word (memory, caches, the machine's other users); and **together**, by `torchrun`. The efficiency is a step's time
-alone over that together. Writes `scaling.json` and `scaling.md`: medians over the steps of all rounds.
+one process **alone**; as many as asked, each for itself, **apart**, where the slowest one's time of each step is taken:
+what sharing a machine and waiting for each other costs without a word; and **together**, by `torchrun`. The efficiency
+is a step's time alone over that together; apart over together is the share that communication leaves. Writes
+`scaling.json` and `scaling.md`: medians over the steps of all rounds.
 """
 
 from __future__ import annotations
@@ -36,33 +37,46 @@ WAYS = ("alone", "apart", "together")
 WARM_UP = 4  # steps that are not counted
 
 
-class StepTimes(TrainerCallback):
-    """The clock at the end of each step, with nothing left to do."""
+def usable_cores() -> int:
+    """Of this process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-    def __init__(self) -> None:
+
+class StepTimes(TrainerCallback):
+    """The clock at the end of each step, with nothing left to do.
+
+    After the warm-up it waits until `count` processes have put a file into `folder`: those that are timed at the same
+    time start together.
+    """
+
+    def __init__(self, folder: Path, place: int, count: int) -> None:
         self.clock: list[float] = []
+        self.folder, self.place, self.count = folder, place, count
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Reads it."""
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
+        if state.global_step == WARM_UP:
+            (self.folder / f"{self.place}.ready").touch()
+            while len(list(self.folder.glob("*.ready"))) < self.count:
+                time.sleep(0.01)
         self.clock.append(time.perf_counter())
 
 
-def work(case: Case, steps: int, place: int, output: Path) -> None:
-    """Trains for `steps` steps after the warm-up, and writes their times to `output`; `place`: which core."""
+def work(case: Case, steps: int, place: int, count: int, output: Path) -> None:
+    """Trains for `steps` steps after the warm-up, and writes their times to `output`; `place`: which of `count`."""
     use_cpu = not torch.cuda.is_available()
     if use_cpu:
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
-            cores = sorted(os.sched_getaffinity(0))
-            os.sched_setaffinity(0, {cores[place % len(cores)]})
+            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[place]})
     config = case.config
     model = FAMILIES[case.family][2]._from_config(config, attn_implementation=case.attention)
     views = getattr(config, "num_views", 1)
     shape = ((views,) if views > 1 else ()) + (config.num_channels, config.image_size, config.image_size)
     images = [{"pixel_values": torch.randn(shape)} for _ in range(2 * case.batch)] * 64
-    times = StepTimes()
+    times = StepTimes(output.parent, place, count)
     args = PretrainingArguments(
         str(output.with_suffix("")),
         **dict(per_device_train_batch_size=case.batch, max_steps=WARM_UP + steps, use_cpu=use_cpu, bf16=True),
@@ -75,25 +89,33 @@ def work(case: Case, steps: int, place: int, output: Path) -> None:
 
 
 def measure(case: Case, way: str, processes: int, steps: int, folder: Path) -> list[float]:
-    """Times of a step, one way; of processes apart: all of theirs."""
+    """Times of the steps, one way; of processes apart: the slowest one's of each step."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    count = 1 if way == "alone" else processes
     worker = [str(HERE / "scaling.py"), "--families", case.family, "--shape", case.shape, "--batch", str(case.batch)]
-    worker += ["--steps", str(steps), "--worker"]
+    worker += ["--steps", str(steps), "--processes", str(count), "--worker"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    outputs = [folder / f"{i}.json" for i in range(count)]
     if way == "together":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        commands, outputs = [[*launch, *worker, str(folder / "together.json")]], [folder / "together.json"]
+        running = [_start([*launch, *worker, str(outputs[0])], environment)]
+        outputs = outputs[:1]
     else:
-        count = processes if way == "apart" else 1
-        outputs = [folder / f"{way}-{i}.json" for i in range(count)]
-        commands = [[sys.executable, *worker, str(path), "--place", str(i)] for i, path in enumerate(outputs)]
-    running = []
-    for i, command in enumerate(commands):
-        mine = environment if way == "together" else {**environment, "CUDA_VISIBLE_DEVICES": str(i)}
-        running.append(subprocess.Popen(command, env=mine, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        running = [
+            _start(
+                [sys.executable, *worker, str(path), "--place", str(i)], {**environment, "CUDA_VISIBLE_DEVICES": gpu}
+            )
+            for i, (path, gpu) in enumerate(zip(outputs, gpus, strict=False))
+        ]
     printed = [process.communicate()[0] for process in running]
     if any(process.returncode for process in running):
         raise SystemExit("\n".join(printed)[-4000:])
-    return [seconds for path in outputs for seconds in json.loads(path.read_text())]
+    return [max(step) for step in zip(*(json.loads(path.read_text()) for path in outputs), strict=True)]
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def to_markdown(results: dict[str, Any]) -> str:
@@ -131,9 +153,9 @@ def main() -> None:
     on_gpus = torch.cuda.is_available()
     cases = [Case(family, args.shape, args.batch, "sdpa" if on_gpus else "eager", "bf16") for family in args.families]
     if args.worker:
-        work(cases[0], args.steps, args.place, args.worker)
+        work(cases[0], args.steps, args.place, args.processes, args.worker)
         return
-    places = torch.cuda.device_count() if on_gpus else len(os.sched_getaffinity(0))
+    places = torch.cuda.device_count() if on_gpus else usable_cores()
     if args.processes > places:
         raise SystemExit(f"`--processes` is {args.processes}, but there are {places} {'GPUs' if on_gpus else 'cores'}.")
     results: dict[str, Any] = describe(torch.device("cuda" if on_gpus else "cpu"), "scaling.py")

@@ -41,6 +41,8 @@ from clmae.modeling.modeling_mae import (
 )
 
 MASKINGS = ("learned", "random")
+# Of a part of pass B: enough to keep a GPU busy.
+_MIN_TOKENS = 8192
 
 
 @dataclass
@@ -64,6 +66,12 @@ class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
     kl_loss: torch.FloatTensor | None = None
     diversity_loss: torch.FloatTensor | None = None
     keep_probabilities: torch.FloatTensor | None = None
+
+
+def check_masking(masking: str) -> None:
+    """ValueError where `masking` is none of those there are."""
+    if masking not in MASKINGS:
+        raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
 
 
 class MaskingModule(nn.Module):
@@ -195,8 +203,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         compute_masker_loss: bool | None,
     ) -> tuple[Masking, torch.Tensor | None, dict[str, torch.Tensor]]:
         """Which patches stay visible; m `(B, N)`, if it was needed; and pass B's terms, if it was wanted."""
-        if masking not in MASKINGS:
-            raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
+        check_masking(masking)
         learned = masking == "learned"
         if compute_masker_loss is None:
             compute_masker_loss = self.training and learned
@@ -266,21 +273,37 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         1.95 s and 3.2 GB with weight gradients computed and thrown away. (Calling the backbone with detached weights
         through `torch.func.functional_call` takes 1.66 to 1.79 s and 2.9 GB, and breaks under checkpointing;
         switching `requires_grad` off and on inside `forward` does too, and splits compiled graphs.)
+
+        Images have nothing to do with each other here, so that a large batch goes through in parts, each gone before
+        the next begins: as many as make this pass's memory no more than pass A's, which encodes visible patches alone.
         """
         differentiate = torch.is_grad_enabled() and keep.requires_grad
-        leaf = keep.detach().requires_grad_(differentiate)
-        errors = patch_errors(self.soft_logits(embeddings.detach(), leaf, grid_size), targets)
-        numerator = ((1 - leaf) * errors).sum()
-        totals = torch.stack([numerator.detach(), (1 - leaf.detach()).sum()])
+        keep_values, numerators, gradients = keep.detach(), [], []
+        count = self.soft_parts(*embeddings.shape[:2])
+        for part, leaf, part_targets in zip(
+            *(tensor.chunk(count) for tensor in (embeddings.detach(), keep_values, targets)), strict=True
+        ):
+            leaf = leaf.detach().requires_grad_(differentiate)
+            errors = patch_errors(self.soft_logits(part, leaf, grid_size), part_targets)
+            numerator = ((1 - leaf) * errors).sum()
+            numerators.append(numerator.detach())
+            if differentiate:
+                gradients += torch.autograd.grad(numerator, leaf)
+        totals = torch.stack([torch.stack(numerators).sum(), (1 - keep_values).sum()])
         total, weight = sum_across_processes(totals) if self.training else totals
         weight = weight.clamp_min(torch.finfo(weight.dtype).eps)  # nothing masked at all
         value = total / weight
         if not differentiate:
             return value
-        (gradient,) = torch.autograd.grad(numerator, leaf)
+        gradient = torch.cat(gradients)
         # d(A / S) = dA / S + A / S² · dm, since S = Σ (1 − m).
         gradient = gradient / weight + total / weight**2
         return value + scale_gradient(((keep - keep.detach()) * gradient).sum(), world_size() if self.training else 1)
+
+    def soft_parts(self, batch_size: int, num_tokens: int) -> int:
+        """In how many equal parts pass B takes a batch: up to `1 / (1 − mask_ratio)`, with enough tokens in each."""
+        most = min(batch_size * num_tokens // _MIN_TOKENS, round(1 / (1 - self.config.mask_ratio)))
+        return max(count for count in range(1, max(1, most) + 1) if batch_size % count == 0)
 
     def soft_logits(self, embeddings: torch.Tensor, keep: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Predicted patches `(B, N, p_h * p_w * C)` from all tokens `(B, 1 + N, D)`, patch i visible to the degree m_i.

@@ -24,6 +24,7 @@ from clmae.modeling.modeling_cl_mae import (
     CLMAEForPreTrainingOutput,
     CLMAEPreTrainedModel,
     MaskingModule,
+    check_masking,
 )
 from clmae.modeling.modeling_mae import (
     MAEBackbone,
@@ -166,6 +167,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
                 "num_channels, height, width), or set `contrastive_loss_weight` to 0."
             )
         masking = masking or ("learned" if self.config.learned_masks else "random")
+        check_masking(masking)
         if (masking == "learned" or compute_masker_loss) and not self.config.learned_masks:
             asked = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
             raise ValueError(f"{asked}, but `learned_masks` is false: this model has no masking module.")

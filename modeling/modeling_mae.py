@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from clmae.configuration.configuration_mae import MAEConfig, pair
-from clmae.modeling.losses import masked_mean, patch_errors, patch_targets, patchify
+from clmae.modeling.losses import masked_mean, patch_errors, patch_targets, patchify, unpatchify
 from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -234,13 +234,12 @@ class MAEPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
         """With `ids_keep` `(B, K)` the tokens of these patches only, `(B, K, hidden_size)`."""
-        weight = self.projection.weight
-        pixel_values = pixel_values.to(weight.dtype)
-        if ids_keep is None:
-            return self.projection(pixel_values).flatten(2).transpose(1, 2)
-        # The same product, of the few rows that are wanted.
-        patches = gather_tokens(patchify(pixel_values, self.projection.kernel_size), ids_keep)
-        return nn.functional.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.projection.bias)
+        if ids_keep is not None:
+            # Side by side they are an image, of one row of patches: the same product, of no more than is wanted.
+            patch_size = self.projection.kernel_size
+            patches = gather_tokens(patchify(pixel_values, patch_size), ids_keep)
+            pixel_values = unpatchify(patches, patch_size, (1, ids_keep.shape[1]))
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class MAEEmbeddings(nn.Module):

@@ -387,6 +387,8 @@ def _check_count(name: str, value: Any, minimum: int = 1) -> None:
 class _ImageViews:
     """What the map-style and the streaming data set share: an image of either becomes a sample here."""
 
+    _is_normalized = True
+
     def __init__(
         self,
         dataset: AnyDataset,
@@ -424,17 +426,6 @@ class _ImageViews:
         self.num_views = num_views if train else 1
         self.crop_boxes: torch.Tensor | None = None
         self.on_bad_image = on_bad_image
-        self._is_normalized = True
-
-    def unnormalized(self) -> "_ImageViews":
-        """The same samples with `pixels` instead of `pixel_values`, for who normalises whole batches on the device.
-
-        `pixels` is `(C, H, W)`, in 0..255, uint8 where that is what the images have; [`normalize`] makes of it what
-        `pixel_values` would be. A quarter of the bytes to move, and less to do for a worker.
-        """
-        found = copy.copy(self)
-        found._is_normalized = False
-        return found
 
     def _sample(self, views: list[torch.Tensor], epoch: int, key: int) -> dict[str, torch.Tensor]:
         epoch = epoch if self.train else 0  # the same masks at every evaluation
@@ -670,6 +661,30 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
     def num_bad_images(self) -> int:
         """How many bad images were left out so far, by any worker; one is counted again in each epoch."""
         return int(self.bad_images.sum())
+
+
+class _UnnormalizedImageDataset(ImageDataset):
+    _is_normalized = False
+
+
+class _UnnormalizedStream(StreamingImageDataset):
+    _is_normalized = False
+
+
+def unnormalized(dataset: Any) -> Any:
+    """The same samples with `pixels` instead of `pixel_values`, for who normalises whole batches on the device.
+
+    `pixels` is `(C, H, W)` (with several views one axis more) in 0..255: uint8, or float32 where the images have more
+    than 8 bits. A quarter of the bytes to move, and less to do for a worker. The result shares all attributes with
+    `dataset`, which stays as it is. What is no [`ImageDataset`] or [`StreamingImageDataset`], or a subclass of one, is
+    returned itself.
+    """
+    other = {ImageDataset: _UnnormalizedImageDataset, StreamingImageDataset: _UnnormalizedStream}.get(type(dataset))
+    if other is None:
+        return dataset
+    found = object.__new__(other)
+    found.__dict__ = dataset.__dict__
+    return found
 
 
 def undecoded(value: Any, dtype: np.dtype | None) -> Any:

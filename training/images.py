@@ -6,11 +6,12 @@ Arrays are `(H, W, C)`, tensors `(C, H, W)`; both hold uint8 in 0..255 or float3
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -102,19 +103,35 @@ def _decode_pil(
             f"`num_channels` is {num_channels}, but the data set holds encoded images, which have 1, 3 or 4 channels; "
             "set `num_channels` to one of these, or store the images as arrays."
         )
-    try:
-        if isinstance(source, Image.Image):
-            image = source
-        else:
-            image = _open(source)
-            if image.format == "JPEG":
-                pixels = _decode_jpeg(source, image, num_channels, reduction)
-                if pixels is not None:
-                    return pixels
+    with _decoding():
+        image = source if isinstance(source, Image.Image) else _open(source)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    is_jpeg = not isinstance(source, Image.Image) and image.format in ("JPEG", "MPO")
+    factor = 1
+    if is_jpeg and reduction is not None:
+        size = image.size if orientation in range(5, 9) else image.size[::-1]  # upright
+        most = max(1, reduction(*size))
+        factor = next(power for power in (8, 4, 2, 1) if power <= most)
+    with _decoding():
+        if (
+            is_jpeg
+            and orientation in (0, 1)
+            and (pixels := _decode_jpeg(source, image, num_channels, factor)) is not None
+        ):
+            return pixels
+        if factor > 1:
+            image.draft(image.mode, (image.width // factor, image.height // factor))
         image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
             return _spread(_scale_values(_deep_pixels(image)), num_channels)
         return _to_array(_flatten(image, num_channels).convert(_PIL_MODES[num_channels]))
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Says of whatever fails that the image cannot be decoded."""
+    try:
+        yield
     except (ImageDecodeError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -135,22 +152,13 @@ def _open(data: bytes | bytearray | memoryview) -> Image.Image:
 
 
 def _decode_jpeg(
-    data: bytes | bytearray | memoryview,
-    image: Image.Image,
-    num_channels: int,
-    reduction: Callable[[int, int], float] | None,
+    data: bytes | bytearray | memoryview, image: Image.Image, num_channels: int, factor: int
 ) -> np.ndarray | None:
-    """What PIL would decode, without its copies of it. `None`: this one is PIL's to decode, at the right size."""
-    (width, height), orientation, factor = image.size, image.getexif().get(ExifTags.Base.Orientation, 1), 1
-    if reduction is not None:
-        size = (width, height) if orientation in range(5, 9) else (height, width)  # upright
-        most = max(1, reduction(*size))
-        factor = next(power for power in (8, 4, 2, 1) if power <= most)
+    """What PIL would decode, reduced by `factor`, without its copies of it. `None`: this one is PIL's to decode."""
     colors = {("RGB", 3): "RGB", ("L", 1): "GRAY"}.get((image.mode, num_channels))
-    if colors is None or orientation not in (0, 1):
-        image.draft(image.mode, (width // factor, height // factor))
+    if colors is None:
         return None
-    smallest = {"min_height": -(-height // factor), "min_width": -(-width // factor)}
+    smallest = {"min_height": -(-image.height // factor), "min_width": -(-image.width // factor)}
     try:
         return simplejpeg.decode_jpeg(data, colors, min_factor=factor, **smallest)
     except ValueError:  # PIL says more clearly what is wrong, or decodes it (`ImageFile.LOAD_TRUNCATED_IMAGES`)

@@ -42,7 +42,7 @@ from clmae.training.curriculum import (
     keep_probability_sums,
     mask_warnings,
 )
-from clmae.training.data import DataArguments, ImageDataset, StreamingImageDataset
+from clmae.training.data import DataArguments, ImageDataset, StreamingImageDataset, unnormalized
 from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
 from clmae.training.flops import step_flops
 from clmae.training.images import normalize, sample_generator
@@ -153,9 +153,10 @@ class CurriculumTrainer(Trainer):
         if getattr(train_dataset, "device_resident", False):
             train_dataset = ResidentImageDataset(train_dataset, args.device)
             data_collator = data_collator or collate
-        # Uint8 to the device, and normalised there. What others wrote gets, and gives, samples as they know them.
-        known = type(train_dataset) in (ImageDataset, StreamingImageDataset)
-        self._normalizes = known and data_collator is None and not args.remove_unused_columns
+        # Uint8 to the device, and normalised there; but an own collator, and what looks for `pixel_values` in a batch
+        # as it is loaded, get the samples that they know.
+        looked_at = args.remove_unused_columns or args.include_num_input_tokens_seen not in (False, "no")
+        self._normalizes = data_collator is None and not looked_at
         if args.ddp_find_unused_parameters is None and isinstance(model, MAEPreTrainedModel):
             # A step uses all parameters, so that there is nothing to look for; but with an interval the masking module
             # has no gradient on the steps between, and must then stay as it is: a gradient of zero would still let
@@ -171,7 +172,8 @@ class CurriculumTrainer(Trainer):
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._keep_sums: dict[int, torch.Tensor] = {}  # by optimiser step
         self._held_out: dict[str, torch.Tensor] | None = None
-        self._moments: torch.Tensor | None = None  # mean and standard deviation of the channels, on the device
+        # Mean and standard deviation of the channels: as they are, and on the device.
+        self._moments: tuple[Any, tuple[torch.Tensor, ...]] = (None, ())
         self._substep = (-1, 0)  # optimiser step, and how many batches of it have been seen
         self._eval_sums = torch.zeros(2, device=self.args.device)  # L_rec of images under learned and random masks
         self._warned: set[str] = set()
@@ -353,13 +355,17 @@ class CurriculumTrainer(Trainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's loader, whose workers leave a SIGTERM to the run; none where the images are on the device."""
+        """The Trainer's loader, whose workers leave a SIGTERM to the run; none where the images are on the device.
+
+        Of an [`ImageDataset`] or a [`StreamingImageDataset`], and without an own collator, batches hold uint8 `pixels`
+        (see [`~clmae.training.data.unnormalized`]), of which `_prepare_inputs` makes `pixel_values`.
+        """
         if isinstance(self.train_dataset, ResidentImageDataset):
             with self._replaced(**_NO_WORKERS):
                 return super().get_train_dataloader()
         train_dataset = self.train_dataset
         if self._normalizes:
-            self.train_dataset = train_dataset.unnormalized()
+            self.train_dataset = unnormalized(train_dataset)
         try:
             return shield_workers(self._train_dataloader())
         finally:
@@ -389,16 +395,15 @@ class CurriculumTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        inputs = super()._prepare_inputs(inputs)
-        if "pixels" not in inputs:
-            return inputs
-        inputs = dict(inputs)
-        pixels = inputs.pop("pixels")
-        if self._moments is None:
-            dataset = self.train_dataset
-            self._moments = torch.tensor([dataset.mean, dataset.std], device=pixels.device)
-        peak = 1 if pixels.dtype == torch.uint8 else 255
-        return {"pixel_values": normalize(pixels, *(peak * self._moments)), **inputs}
+        if "pixels" in inputs:
+            inputs = dict(inputs)
+            pixels = inputs.pop("pixels").to(self.args.device)
+            moments = ([*self.train_dataset.mean], [*self.train_dataset.std])
+            if self._moments[0] != moments:  # the device would be waited for
+                self._moments = moments, tuple(torch.tensor(values, device=pixels.device) for values in moments)
+            peak = 1 if pixels.dtype == torch.uint8 else 255
+            inputs["pixel_values"] = normalize(pixels, *(peak * values for values in self._moments[1]))
+        return super()._prepare_inputs(inputs)
 
     @contextlib.contextmanager
     def _replaced(self, **values: Any) -> Iterator[None]:
@@ -443,10 +448,11 @@ class CurriculumTrainer(Trainer):
 
         The Trainer's own estimate multiplies all parameters by all pixels.
         """
+        if "pixels" in inputs:
+            inputs = {"pixel_values": inputs["pixels"]}
         if not isinstance(self.model, MAEPreTrainedModel):
-            return super().floating_point_ops({"pixel_values": inputs["pixels"]} if "pixels" in inputs else inputs)
-        batch_size = len(next(iter(inputs.values())))
-        return round(step_flops(self.model.config, batch_size, self.args.masker_update_interval))
+            return super().floating_point_ops(inputs)
+        return round(step_flops(self.model.config, len(inputs["pixel_values"]), self.args.masker_update_interval))
 
     def compute_loss(
         self,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from clmae import CLMAEForPreTraining, MAEForPreTraining
+from clmae.modeling import modeling_cl_mae
 from clmae.modeling.losses import patch_targets
 
 from . import reference
@@ -169,6 +170,33 @@ def test_pass_b_leaves_no_gradient_on_the_backbone(build, make_images, setting, 
     assert all(gradient is None for gradient in backbone.values())
     assert all(gradient.isfinite().all() for gradient in masker.values())
     assert any(gradient.any() for gradient in masker.values())
+
+
+def test_how_many_parts_pass_b_has(build):
+    model = build(mask_ratio=0.75)
+    # Batch and tokens of an image: small batches stay whole, parts are equal, and no more than keep the memory down.
+    cases = {(4, 17): 1, (64, 197): 1, (128, 197): 2, (129, 197): 3, (127, 197): 1, (256, 197): 4, (1024, 197): 4}
+    assert {case: model.soft_parts(*case) for case in cases} == cases
+    assert build(mask_ratio=0.5).soft_parts(1024, 197) == 2
+
+
+@every_setting
+def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting):
+    model = prepare(build(), setting)
+    pixel_values = make_images(model.config, 16)
+    whole, outputs = step(model, setting, pixel_values, curriculum_factor=-0.7)
+    seen, soft_logits = [], type(model).soft_logits
+    monkeypatch.setattr(
+        type(model), "soft_logits", lambda self, part, *rest: seen.append(len(part)) or soft_logits(self, part, *rest)
+    )
+    monkeypatch.setattr(modeling_cl_mae, "_MIN_TOKENS", 17)
+    parts, part_outputs = step(model, setting, pixel_values, curriculum_factor=-0.7)
+    assert len(seen) == 4 * len(outputs)
+    assert len(set(seen)) == 1
+    for output, expected in zip(part_outputs, outputs, strict=True):
+        torch.testing.assert_close(output.soft_reconstruction_loss, expected.soft_reconstruction_loss)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 @every_setting

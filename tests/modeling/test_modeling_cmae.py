@@ -294,6 +294,8 @@ def test_one_image_cannot_be_contrasted(build, views):
 
 def test_no_masking_module_no_learned_masks(build, views):
     model = build()
+    with pytest.raises(ValueError, match=r"`masking` is 'rand'; choose one of learned, random"):
+        model(*views(model.config, dtype=torch.float32), masking="rand")
     with pytest.raises(ValueError, match=r"`learned_masks` is false"):
         model(*views(model.config, dtype=torch.float32), masking="learned")
     with pytest.raises(ValueError, match=r"`compute_masker_loss` is true, but `learned_masks` is false"):

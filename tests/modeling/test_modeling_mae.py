@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 from transformers import (
     AutoBackbone,
@@ -540,6 +541,17 @@ def test_encoder_positions_are_interpolated_as_transformers_does(build, size):
     expected = patches + theirs.interpolate_pos_encoding(patches, *size)[:, 1:]
     actual = model.embeddings(pixel_values, interpolate_pos_encoding=True)
     torch.testing.assert_close(actual[:, 1:], expected, atol=1e-6, rtol=0)
+
+
+def test_masked_encoding_goes_through_the_projection(build, make_images):
+    # Where hooks sit that bring its weights: of sharding, of offloading.
+    model, seen = build(), []
+    model.vit.embeddings.patch_embeddings.projection.register_forward_hook(lambda *_: seen.append(1))
+    offloaded = cpu_offload(build(), torch.device("cpu"))
+    pixel_values, noise = make_images(model.config), torch.rand(2, 16)
+    assert offloaded(pixel_values, noise=noise).loss.isfinite()
+    model(pixel_values, noise=noise)
+    assert len(seen) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

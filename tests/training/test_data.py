@@ -28,6 +28,7 @@ from clmae.training.data import (
     load_image_dataset,
     make_image_processor,
     take_samples,
+    unnormalized,
 )
 from clmae.training.images import decode_image, normalize, sample_generator
 
@@ -408,7 +409,7 @@ def test_unnormalized_samples_become_the_same(kind, views):
         data, column = array_dataset(datasets.Array3D((20, 24, 3), "uint16"), values), "bands"
     for train in (True, False):
         dataset = ImageDataset(data, column, **SETTINGS, num_views=views, train=train)
-        raw, shape = dataset.unnormalized(), (2, 3, 16, 16) if train and views == 2 else (3, 16, 16)
+        raw, shape = unnormalized(dataset), (2, 3, 16, 16) if train and views == 2 else (3, 16, 16)
         for key in range(2 * len(dataset)):
             sample, expected = raw[key], dataset[key]
             assert sample.keys() == {"pixels", "noise"}

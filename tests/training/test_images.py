@@ -483,5 +483,22 @@ def test_jpeg_is_decoded_no_larger_than_it_must_be(size, reduction, shape):
     assert np.abs(found.astype(int) - resized).mean() < 2
 
 
+def test_photographs_of_several_frames_are_reduced_too():
+    frames = [Image.open(io.BytesIO(jpeg(400, 300))), Image.open(io.BytesIO(jpeg(400, 300)))]
+    frames[0].save(buffer := io.BytesIO(), "MPO", save_all=True, append_images=frames[1:])
+    assert decode_image(buffer.getvalue(), 3, lambda *size: 4).shape == (75, 100, 3)
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGB", 1), ("RGB", 4), ("L", 3), ("CMYK", 3)])
+def test_conversions_are_of_the_reduced_image(mode, channels):
+    Image.open(io.BytesIO(jpeg(400, 300))).convert(mode).save(buffer := io.BytesIO(), "JPEG")
+    assert decode_image(buffer.getvalue(), channels, lambda *size: 4).shape == (75, 100, channels)
+
+
+def test_errors_of_the_caller_are_not_the_images():
+    with pytest.raises(ZeroDivisionError):
+        decode_image(jpeg(40, 30), 3, lambda *size: 1 / 0)
+
+
 def test_other_formats_are_decoded_whole():
     assert decode_image(encode(noise_image(64, 64)), 3, lambda *size: 8).shape == (64, 64, 3)

@@ -722,6 +722,56 @@ def test_a_subclass_keeps_its_own_samples(tmp_path):
     assert {image.sum().item() for image in seen} == {image.sum().item() for image in expected}
 
 
+def test_a_data_set_that_is_replaced_or_changed_is_seen_as_it_is(tmp_path):
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=2)
+    trainer.train()
+    assert min(inputs["pixel_values"].min() for inputs in recorder.inputs) < -0.5
+    recorder.inputs.clear()
+    trainer.train_dataset = image_dataset(mean=[0.0] * 3, std=[1.0] * 3)
+    trainer.train()
+    assert min(inputs["pixel_values"].min() for inputs in recorder.inputs) >= 0
+    recorder.inputs.clear()
+    trainer.train_dataset = torch.utils.data.Subset(image_dataset(), range(8))
+    trainer.train()
+    assert len(recorder.inputs) == 2
+
+
+def test_changes_to_the_data_set_reach_a_running_training(tmp_path):
+    model = tiny_model()
+    recorder = Recorder(model)
+    trainer = tiny_trainer(tmp_path, model, max_steps=6)
+
+    def change(step, **kwargs):
+        if step == 4:
+            trainer.train_dataset.mean, trainer.train_dataset.std = [0.0] * 3, [1.0] * 3
+
+    trainer.add_callback(EachStep(change))
+    trainer.train()
+    lowest = [inputs["pixel_values"].min().item() for inputs in recorder.inputs]
+    assert max(lowest[:4]) < -0.5
+    assert min(lowest[4:]) >= 0
+
+
+@pytest.mark.parametrize("fields", [{"remove_unused_columns": True}, {"include_num_input_tokens_seen": "all"}], ids=str)
+def test_what_looks_at_batches_as_they_are_loaded(tmp_path, fields):
+    trainer = tiny_trainer(tmp_path, max_steps=1, **fields)
+    assert next(iter(trainer.get_train_dataloader())).keys() >= {"pixel_values"}
+    trainer.train()
+    if "include_num_input_tokens_seen" in fields:
+        assert trainer.state.num_input_tokens_seen == 4 * 3 * 16 * 16
+
+
+def test_an_own_collator_may_add_what_it_wants(tmp_path):
+    def collate(samples):
+        return {"interpolate_pos_encoding": None, **default_data_collator(samples)}
+
+    trainer = tiny_trainer(tmp_path, max_steps=2, data_collator=collate)
+    trainer.train()
+    assert trainer.state.total_flos == pytest.approx(2 * step_flops(trainer.model.config, 4), rel=1e-6)
+
+
 def test_the_count_of_flops_is_that_of_the_steps(tmp_path):
     trainer = tiny_trainer(tmp_path, max_steps=6, gradient_accumulation_steps=2, masker_update_interval=2)
     expected = 6 * step_flops(trainer.model.config, 2 * 4, 2)
