@@ -35,6 +35,7 @@ from clmae.training import CurriculumTrainer, PretrainingArguments
 HERE = Path(__file__).resolve().parent
 WAYS = ("alone", "apart", "together")
 WARM_UP = 4  # steps that are not counted
+PATIENCE = 300  # seconds that one process waits for another, which may have failed
 
 
 def usable_cores() -> int:
@@ -59,7 +60,10 @@ class StepTimes(TrainerCallback):
             torch.cuda.synchronize(args.device)
         if state.global_step == WARM_UP:
             (self.folder / f"{self.place}.ready").touch()
+            deadline = time.perf_counter() + PATIENCE
             while len(list(self.folder.glob("*.ready"))) < self.count:
+                if time.perf_counter() > deadline:
+                    raise TimeoutError(f"not all {self.count} processes came to step {WARM_UP} within {PATIENCE} s.")
                 time.sleep(0.01)
         self.clock.append(time.perf_counter())
 
