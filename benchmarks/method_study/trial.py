@@ -23,7 +23,7 @@ from torch import nn
 
 from clmae import CLMAEConfig, CLMAEForPreTraining, MAEConfig, MAEForPreTraining
 from clmae.modeling.losses import contrastive_loss, masked_mean, patch_errors, patch_targets, patchify
-from clmae.modeling.masking import Masking, gather_tokens, keep_lowest
+from clmae.modeling.masking import Masking, keep_lowest
 from clmae.modeling.modeling_mae import MAELayer, select_visible
 from clmae.training.flops import FlopCounter
 from clmae.training.resident import crop_and_resize_batch, random_resized_crop_boxes
@@ -233,7 +233,9 @@ def load_cifar(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     if not cache.exists():
         table = parquet.read_table(folder / "train-00000-of-00001.parquet")
         images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()])
-        torch.save((torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())), cache)
+        torch.save(
+            (torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())), cache
+        )
     return torch.load(cache, weights_only=True)
 
 
@@ -258,8 +260,10 @@ def step_flops(options: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def evaluate(trial: Trial, images: torch.Tensor, labels: torch.Tensor, bank_size: int, linear: bool = False) -> dict[str, float]:
-    """k-NN (cosine, k = 20, T = 0.07) and logistic regression: fitted on the first `bank_size` images, evaluated on the rest."""
+def evaluate(
+    trial: Trial, images: torch.Tensor, labels: torch.Tensor, bank_size: int, linear: bool = False
+) -> dict[str, float]:
+    """k-NN (cosine, k = 20, T = 0.07) and logistic regression, of all images after the first `bank_size`, by these."""
     trial.eval()
     features = torch.cat([trial.model.vit((batch.float() - MEAN) / STD).pooler_output for batch in images.split(500)])
     trial.train()
@@ -324,7 +328,9 @@ def main() -> None:
     warm_up = max(1, int(0.05 * steps))
     held_out = (images[40000:40256].float() - MEAN) / STD
     held_out_noise = torch.rand(256, 64, generator=torch.Generator().manual_seed(7))
-    record: dict[str, Any] = dict(variant=arguments.variant, seed=arguments.seed, options=options, cost=cost, steps=steps)
+    record: dict[str, Any] = dict(
+        variant=arguments.variant, seed=arguments.seed, options=options, cost=cost, steps=steps
+    )
     record["log"], record["curve"] = [], {}
     order, position, spent = torch.randperm(40000, generator=generator), 0, 0.0
     began = time.time()
@@ -367,7 +373,9 @@ def main() -> None:
             print(arguments.variant, arguments.seed, json.dumps(entry), flush=True)
         if (step + 1) % max(1, steps // 4) == 0 and step + 1 < steps - 4:
             spent -= time.time()
-            record["curve"][(step + 1) * BATCH] = evaluate(trial, images[30000:45000], labels[30000:45000], 10000)["knn"]
+            record["curve"][(step + 1) * BATCH] = evaluate(trial, images[30000:45000], labels[30000:45000], 10000)[
+                "knn"
+            ]
             spent += time.time()
     record["seconds"] = round(time.time() - began - spent, 1)
     record |= evaluate(trial, images, labels, 40000, linear=True)

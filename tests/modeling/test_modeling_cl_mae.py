@@ -41,6 +41,9 @@ def build(tiny_config, request):
     return make
 
 
+BF16_EPS = torch.finfo(torch.bfloat16).eps
+
+
 def prepare(model, setting: str):
     if setting == "checkpointing":
         model.gradient_checkpointing_enable()
@@ -195,8 +198,12 @@ def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting):
     assert len(set(seen)) == 1
     for output, expected in zip(part_outputs, outputs, strict=True):
         torch.testing.assert_close(output.soft_reconstruction_loss, expected.soft_reconstruction_loss)
+    # In bf16 every product is rounded, and how it is summed up depends on the batch and on the processor.
+    half = setting in ("bfloat16", "autocast")
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+        size = gradient.abs().max().item()
+        tolerance = {"rtol": 0, "atol": 2 * BF16_EPS * size} if half else {"rtol": 1e-4, "atol": 1e-7}
+        torch.testing.assert_close(parts[name], gradient, msg=name, **tolerance)
 
 
 @every_setting
