@@ -37,6 +37,8 @@ RUNS = {
     "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
     "everything": dict(SHORT, everything=True, contrastive_crop_interval=0.5),
     "resident": dict(SHORT, resident=True, save_strategy="steps", save_steps=2),
+    # The processes share a batch; what follows from its size is the same.
+    "split": dict(max_steps=4, learning_rate=None, base_learning_rate=0.32, accelerator_config={"split_batches": True}),
 }
 STREAM = dict(SHORT, stream=True)
 PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
