@@ -217,8 +217,8 @@ def seal_model(folder: str | os.PathLike) -> None:
 
 @functools.cache
 def _let_torch_load_numbered_cpus() -> None:
-    # Each of several processes on CPUs loads its checkpoint to its own device, of which accelerate calls the second
-    # one's cpu:1; torch refuses that name.
+    # The oldest supported transformers has each of several processes on CPUs load the optimiser to its own device, of
+    # which accelerate calls the second one's cpu:1, a name that torch refuses.
     torch.serialization.register_package(
         15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
     )
