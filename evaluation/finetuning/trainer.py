@@ -113,10 +113,8 @@ class ClassificationTrainer(BaseTrainer):
                 "labels, ...)` of it (in `clmae.evaluation.finetuning`)."
             )
         for name, sample in first_samples(None, eval_dataset):
-            pixel_values = sample[0] if isinstance(sample, tuple) else None
-            if not isinstance(pixel_values, Tensor):
-                check_pixel_values(name, sample, None, _REMEDY)
-            check_pixel_values(name, sample, pixel_values, _REMEDY)
+            has_tensor = isinstance(sample, (tuple, list)) and isinstance(sample[0], Tensor)
+            check_pixel_values(name, sample, sample[0] if has_tensor else None, _REMEDY)
         collator = MixingCollator(
             num_classes,
             mixup_alpha=getattr(args, "mixup_alpha", 0.0),
@@ -149,8 +147,8 @@ class ClassificationTrainer(BaseTrainer):
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super()._save(output_dir, *args, **kwargs)
-        if self._ema is not None and self._in_checkpoint and output_dir is not None and self.args.should_save:
-            self._ema.save(output_dir)
+        if self._ema is not None and self._in_checkpoint and self.args.should_save:
+            self._ema.save(str(output_dir))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """LARS for the linear probe, otherwise the Trainer's choice with layer-wise learning rates."""
