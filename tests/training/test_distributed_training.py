@@ -64,7 +64,9 @@ def two_processes(tmp_path_factory) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     script = Path(__file__).with_name("distributed_run.py")
-    runs = json.dumps([{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)])
+    runs = json.dumps(
+        [{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)]
+    )
     done = subprocess.run(
         [*launcher, str(script), str(folder), runs],
         env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
