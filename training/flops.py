@@ -123,7 +123,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
-    """FLOPs of an optimiser step in all processes: forward and backward pass, counted from the shapes of the real model.
+    """FLOPs of an optimiser step in all processes: forward and backward pass, counted from the real shapes.
 
     Matrix products and convolutions, 2 FLOPs a multiplication with addition, as torch counts them. With a
     `masker_update_interval` the mean over its steps. What gradient checkpointing computes again does not count.
