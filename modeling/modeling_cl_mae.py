@@ -299,8 +299,9 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         ):
             leaf = leaf.detach().requires_grad_(differentiate)
             # A view, because hooks that follow gradients (of `FlopCounterMode`, say) fail at a leaf in `autograd.grad`.
-            errors = patch_errors(self.soft_logits(part, leaf.view_as(leaf), grid_size), part_targets)
-            numerator = ((1 - leaf) * errors).sum()
+            part_keep = leaf.view_as(leaf)
+            errors = patch_errors(self.soft_logits(part, part_keep, grid_size), part_targets)
+            numerator = ((1 - part_keep) * errors).sum()
             numerators.append(numerator.detach())
             if differentiate:
                 gradients += torch.autograd.grad(numerator, leaf, torch.full_like(numerator, scale))
