@@ -193,6 +193,17 @@ def test_family_typo_in_a_recipe(capsys, recipe):
     assert "`family` is 'mea'; did you mean 'mae'?" in error(capsys, "pretrain", "--config", recipe("mea"))
 
 
+@pytest.mark.parametrize("name", ["family", "model_size", "mask_ratio", "dataset", "eval_split"])
+def test_an_empty_entry_of_a_recipe(capsys, tmp_path, name):
+    entries = {"family": "mae", "model_size": "tiny", "dataset": "nowhere/at/all", "output_dir": "out"} | {name: ""}
+    (tmp_path / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in entries.items()))
+    optional = name in ("mask_ratio", "eval_split")  # without a value of their own: as not given
+    expected = "nowhere/at/all" if optional else f"recipe.yaml: `{name}` is empty; give a value, or leave it out."
+    assert expected in error(capsys, "pretrain", "--config", "recipe.yaml")
+    if not optional:
+        assert expected in error(capsys, "compare", "--recipes", "recipe.yaml", "--output_dir", "out")
+
+
 def test_empty_folder(capsys, recipe):
     Path("empty").mkdir()
     message = error(capsys, "pretrain", "--config", recipe(), "--dataset", "empty", "--output_dir", "out")
