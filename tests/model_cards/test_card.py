@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -14,7 +15,7 @@ import torch
 import yaml
 from huggingface_hub import parse_eval_result_entries
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, ViTConfig
+from transformers import BitImageProcessor, Trainer, ViTConfig
 
 from clmae import CMAEForPreTraining, MAEConfig, MAEForPreTraining
 from clmae.model_cards import EditedCardError, check_folder, describe_data, hub_files, read_run, write_card
@@ -106,6 +107,19 @@ def test_every_section_is_there_and_every_picture(finished_run):
     assert pictures == ["pictures/curves.png", *(f"pictures/step-{step:06}.png" for step in (0, 2, 4))]
     assert all((finished_run / picture).stat().st_size > 1000 for picture in pictures)
     check_card(finished_run)
+
+
+def test_the_trainer_takes_the_arguments_of_transformers_by_position_and_by_name(tmp_path):
+    ours, theirs = (inspect.signature(owner.create_model_card).bind for owner in (CurriculumTrainer, Trainer))
+    everything = [None, "en", "mit", "tag", "name", "base", "task", "dataset tag", "dataset", "dataset arguments"]
+    assert ours(*everything).arguments["license"] == theirs(*everything).arguments["license"] == "mit"
+    assert list(ours(*everything).arguments)[:3] == list(theirs(*everything).arguments)[:3]
+    trainer = tiny_trainer(tmp_path)
+    trainer.save_model()
+    trainer.create_model_card("en", "mit")
+    assert yaml.safe_load(card(tmp_path).split("---")[1])["license"] == "mit"
+    trainer.create_model_card(license="cc0-1.0", model_name="digits")
+    assert yaml.safe_load(card(tmp_path).split("---")[1])["license"] == "cc0-1.0"
 
 
 def test_front_matter(finished_run, folder):
