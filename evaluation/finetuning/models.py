@@ -4,10 +4,12 @@
 import inspect
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -52,6 +54,18 @@ class LinearProbe(nn.Module):
         else:  # a lone image at the end of an epoch has no variance of its own
             features = F.batch_norm(features, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
         return ImageClassifierOutput(logits=self.classifier(features))
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the encoder as its own class does, and beside it `linear_probe.safetensors`.
+
+        That holds `weight` `(num_classes, D)` and `bias` `(num_classes,)`, with BatchNorm's running mean and variance
+        in them, so that logits are `features @ weight.T + bias`; its metadata name the feature.
+        """
+        self.encoder.save_pretrained(folder)
+        weight = self.classifier.weight.double() * (self.norm.running_var.double() + self.norm.eps).rsqrt()
+        bias = self.classifier.bias.double() - weight @ self.norm.running_mean.double()
+        layer = {"weight": weight.float().contiguous(), "bias": bias.float()}
+        save_file(layer, Path(folder, "linear_probe.safetensors"), metadata={"feature": self.feature})
 
 
 def load_classifier(
