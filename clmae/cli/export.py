@@ -15,13 +15,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
 from clmae import FAMILIES
 from clmae.cli.convert import read_source
 from clmae.cli.folders import PathsParser, new_folder
 from clmae.cli.options import UsageError
 from clmae.configuration.configuration_mae import pair
+from clmae.model_cards.run import read_model_config
 from clmae.modeling.conversion import (
     Export,
     read_weights,
@@ -96,25 +97,28 @@ def run(argv: Sequence[str]) -> int:
 
 def load_source(name: str) -> Source:
     """The model as it was saved (encoder, autoencoder, classifier), in float32, and its image processor if any."""
+    config = read_model_config(name, "SRC", trust_remote_code=False)  # ours are local; no other's code runs
+    if config.model_type not in FAMILIES:
+        raise UsageError(
+            f"SRC {name!r} cannot be exported: it is a {config.model_type!r}, and no model of ours; `clmae convert` "
+            "makes one of a MAE."
+        )
+    _, *classes, _ = FAMILIES[config.model_type]
+    saved_as = (config.architectures or [""])[0]
+    model_class = next((known for known in classes if known.__name__ == saved_as), classes[0])
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # ours are local; no other's code runs
-        if config.model_type not in FAMILIES:
-            raise UsageError(
-                f"it is a {config.model_type!r}, and no model of ours; `clmae convert` makes one of a MAE."
-            )
-        _, *classes, _ = FAMILIES[config.model_type]
-        saved_as = (config.architectures or [""])[0]
-        model_class = next((known for known in classes if known.__name__ == saved_as), classes[0])
-        model = model_class.from_pretrained(name, dtype=torch.float32).eval()
+        model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"SRC {name!r} cannot be exported: {error}") from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise UsageError(f"SRC {name!r} is no whole model: its weights lack {min(report['missing_keys'])}.")
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
         processor = None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, *pair(config.image_size), generator=generator)
-    return Source(model, processor, images, torch.rand(2, config.num_patches, generator=generator))
+    return Source(model.eval(), processor, images, torch.rand(2, config.num_patches, generator=generator))
 
 
 # -- the check ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
@@ -19,6 +19,7 @@ from clmae.configuration import MAEConfig
 from clmae.evaluation.features import random_encoder
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, FinetuningArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.parameters import freeze_all_but_last, layer_ids
+from clmae.model_cards.run import read_model_config
 from clmae.modeling import MAEForImageClassification, MAEModel
 from clmae.training.build import fastest_attention
 
@@ -83,10 +84,9 @@ def load_classifier(
         num_classes, class_names: Of the head.
 
     Raises:
-        ValueError: The checkpoint is of another kind, or lacks weights of the encoder.
-        OSError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, it is of another kind, or lacks weights of the encoder.
     """
-    config = AutoConfig.from_pretrained(model_path)
+    config = read_model_config(model_path)
     probe = isinstance(args, LinearLarsArguments)
     released_mae = config.model_type == "vit_mae"  # transformers' own, which has no classifier and always masks
     if released_mae:

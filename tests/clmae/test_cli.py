@@ -26,6 +26,7 @@ from clmae import FAMILIES, model_cards
 from clmae.cli import main
 from clmae.model_cards import hub_files
 from clmae.modeling.conversion import to_mae
+from clmae.training.data import make_image_processor
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
@@ -508,6 +509,55 @@ def test_visualize_mistakes(capsys, trained):
     assert "missing: --model" in error(capsys, "visualize", "--images", good)
     assert "did you mean 'output'?" in error(capsys, *arguments, "--outptu", "x.png")
     assert not list(Path().glob("masks*"))
+
+
+# What a command calls its model, and the command up to it.
+MODEL_COMMANDS = {
+    "evaluate knn": ("`model`", ["evaluate", "knn", "--dataset", "nowhere/at/all", "--model"]),
+    "evaluate finetune": ("`model`", ["evaluate", "finetune", "--dataset", "nowhere/at/all", "--model"]),
+    "evaluate linear-lars": ("`model`", ["evaluate", "linear-lars", "--dataset", "nowhere/at/all", "--model"]),
+    "visualize": ("`model`", ["visualize", "--images", "none.png", "--model"]),
+    "export": ("SRC", ["export", "--to", "vit", "out/exported"]),
+}
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("out/missing", "there is no such folder, and as a Hub id:"),
+        ("missing", "there is no such folder, and as a Hub id:"),
+        ("./missing", "there is no such folder."),
+        ("../a/b/missing", "there is no such folder."),
+        ("empty", "there is no config.json in this folder."),
+        ("weights.pth", "it is a file; give the folder of a model (`clmae convert` makes one of a checkpoint)."),
+        ("broken", "config.json"),
+    ],
+)
+def test_a_model_that_is_not_there(capsys, command, path, reason):
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{")
+    Path("weights.pth").write_bytes(b"")
+    name, argv = MODEL_COMMANDS[command]
+    argv = [*argv[:-1], path, argv[-1]] if command == "export" else [*argv, path]
+    message = error(capsys, *argv)  # before anything is said of the images
+    assert message.startswith(f"{name} {path!r} cannot be loaded: ")
+    assert reason in message
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+@pytest.mark.parametrize("family", [*FAMILIES, "cmae, learned masks"])
+def test_visualize_needs_a_decoder(capsys, tiny_config, family, kind):
+    family, *masks = family.split(", ")
+    config = tiny_config(family, **({"learned_masks": True} if masks else {}))
+    FAMILIES[family][{"encoder": 1, "classifier": 3}[kind]](config).save_pretrained("model")
+    make_image_processor(16, 3, [0.5] * 3, [0.5] * 3).save_pretrained("model")
+    argv = ["visualize", "--model", "model", "--images", save_image("a.png"), "--output", "masks.png"]
+    message = error(capsys, *argv)
+    assert message.startswith("`model` 'model' is no whole masked autoencoder: its weights lack decoder.")
+    assert not Path("masks.png").exists()
 
 
 def test_visualize_help(capsys):

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, ViTConfig
 
 import clmae.cli.export
@@ -255,7 +256,7 @@ def test_bad_use_is_explained(sources, stock, tmp_path, capsys):
         (["--to", "vit", mean, "out"], "`--to vit` has no classifier with `pooling` 'mean'; take `--to beit`"),
         (["--to", "vit_mae", encoder, "out"], "needs an autoencoder"),
         (["--to", "beit", encoder, "out"], "is for classifiers"),
-        (["--to", "vit", tmp_path / "empty", "out"], "cannot be exported"),
+        (["--to", "vit", tmp_path / "empty", "out"], "cannot be loaded: there is no config.json in this folder"),
         (["--to", "vit", stock[0] / "vit-encoder", "out"], "it is a 'vit', and no model of ours"),
         (["--to", "tensorflow", encoder, "out"], "invalid choice: 'tensorflow'"),
         ([encoder, "out"], "missing: --to"),
@@ -265,6 +266,18 @@ def test_bad_use_is_explained(sources, stock, tmp_path, capsys):
         export(*(tmp_path / arg if arg == "out" else arg for arg in argv), code=2)
         assert message in capsys.readouterr().err, argv
         assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_source_that_lacks_weights_is_refused(family, sources, tmp_path, capsys):
+    sources("autoencoder", family)[1].save_pretrained(tmp_path / "ours")
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    del weights["vit.layers.1.mlp.fc2.weight"]
+    save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    for target in ("vit", "mae"):
+        export("--to", target, tmp_path / "ours", tmp_path / "exported", code=2)
+        assert "is no whole model: its weights lack vit.layers.1.mlp.fc2.weight" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_source_without_an_image_processor(sources, tmp_path, capsys):
