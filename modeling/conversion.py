@@ -100,6 +100,8 @@ _ENCODER = ("embeddings.", "encoder.", "layers.", "layernorm.")
 # Heads leave no trace in the shapes. These widths have had these heads in every published ViT and MAE.
 STANDARD_HEADS = {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
 STANDARD_DECODER_HEADS = {512: 16}
+# How CL-MAE's authors train the masking module, where our defaults depart from them (recipes/cl_mae_authors.yaml).
+CL_MAE_AUTHORS = dict(soft_masking="tokens", gauss_loss_weight=1.0, diversity_loss_weight=2.0)
 
 
 @dataclass
@@ -260,6 +262,7 @@ def _infer_sizes(
     if has("masking_module.head.weight"):
         sizes["masker_num_hidden_layers"], sizes["masker_intermediate_size"] = stack("masking_module.layers")
         assumed["masker_num_attention_heads"] = CLMAEConfig.masker_num_attention_heads
+        assumed |= CL_MAE_AUTHORS
     for name, width, standard in heads:
         if width in standard:
             assumed[name] = standard[width]
@@ -507,6 +510,7 @@ def _transformers_export(model: MAEPreTrainedModel, config: PreTrainedConfig, pr
 
 
 __all__ = [
+    "CL_MAE_AUTHORS",
     "STANDARD_DECODER_HEADS",
     "STANDARD_HEADS",
     "TIMM",

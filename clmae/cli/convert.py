@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import pickle
 import re
 import zipfile
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ViTMAEConfig
@@ -20,7 +22,7 @@ from transformers.hf_argparser import string_to_bool
 from clmae import FAMILIES
 from clmae.cli.folders import PathsParser, new_folder
 from clmae.cli.options import UsageError
-from clmae.modeling.conversion import TIMM, Import, read_weights
+from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
 from clmae.training.data import make_image_processor
 
 EXAMPLES = """\
@@ -37,7 +39,16 @@ FIELDS = (
     ("layer_norm_eps", float, None, "Epsilon of encoder's and decoder's LayerNorms."),
     ("norm_pix_loss", string_to_bool, None, "Whether it was trained on normalised patches."),
     ("mask_ratio", float, None, "Share of the patches that is masked."),
+    ("soft_masking", str, None, "How CL-MAE's pass B hides a patch: attention or tokens."),
+    ("gauss_loss_weight", float, None, "CL-MAE: weight of the term that pushes keep probabilities away from 1/2."),
+    ("diversity_loss_weight", float, None, "CL-MAE: weight of the term that keeps masks apart."),
 )
+# Fields of the configuration that weights in a .pth do not tell, and our own export writes beside them.
+NOT_IN_WEIGHTS = (
+    *("num_attention_heads", "decoder_num_attention_heads", "layer_norm_eps", "hidden_act"),
+    *("image_size", "norm_pix_loss", "mask_ratio", "pooling"),
+)
+NOT_IN_MASKING_NET = ("masker_num_attention_heads", "masker_layer_norm_eps", *CL_MAE_AUTHORS)
 # What transformers' ViTMAE configuration tells beyond the weights.
 VIT_MAE_FIELDS = (
     "num_attention_heads",
@@ -159,17 +170,41 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights = payload
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UsageError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
-    told = {}
+    told: dict[str, Any] = {}
     if isinstance(payload.get("args"), argparse.Namespace):
-        run = vars(payload["args"])
         kinds = {"norm_pix_loss": bool, "mask_ratio": float}
-        told = {name: run[name] for name, kind in kinds.items() if isinstance(run.get(name), kind)}
+        run = {name: getattr(payload["args"], name, None) for name in kinds}
+        run = {name: value.item() if isinstance(value, np.generic) else value for name, value in run.items()}
+        told = {name: value for name, value in run.items() if isinstance(value, kinds[name])}
+    if isinstance(payload.get("config"), dict):
+        told |= {name: payload["config"][name] for name in not_in_weights(weights) if name in payload["config"]}
     return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, told
 
 
+# What the arguments of a run are made of, beside plain values, by the names that Python and numpy give or gave them.
+# Paths become those that touch no file, and are of any system; numpy's scalars are those that hold no objects.
+_ARGUMENTS: list[Any] = [
+    argparse.Namespace,
+    *(
+        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{pure}{system}Path")
+        for module in ("pathlib", "pathlib._local")
+        for system in ("Posix", "Windows")
+        for pure in ("", "Pure")
+    ),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgU"},
+]
+
+
+def not_in_weights(weights: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    """Fields of the configuration that these weights, of facebookresearch/mae or CL-MAE's authors, do not tell."""
+    return NOT_IN_WEIGHTS + (NOT_IN_MASKING_NET if "masking_net.cls_token" in weights else ())
+
+
 def load_safely(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors, plain containers and `argparse.Namespace`, and refused otherwise."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    """What `torch.save` wrote, if it is tensors, plain containers and `_ARGUMENTS`, and refused otherwise."""
+    with torch.serialization.safe_globals(_ARGUMENTS):
         try:
             # Mapped into memory, which files from before PyTorch 1.6 cannot be.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -181,7 +216,7 @@ def load_safely(path: Path) -> Any:
                 "tensors could run code. If you trust the file, load it yourself and save the weights alone with "
                 "`safetensors.torch.save_file`."
             ) from error
-        except (RuntimeError, EOFError, OSError) as error:
+        except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
             raise UsageError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from clmae import FAMILIES
-from clmae.cli.convert import read_source
+from clmae.cli.convert import not_in_weights, read_source
 from clmae.cli.folders import PathsParser, new_folder
 from clmae.cli.options import UsageError
 from clmae.configuration.configuration_mae import pair
@@ -44,19 +44,6 @@ TOLERANCE = 1e-4
 Outputs = dict[str, torch.Tensor]
 # What an exporter gives: the exported model's outputs for the source's images and noise, and how to load it.
 Exported = tuple[Outputs, str]
-# Fields of the configuration that the .pth does not tell.
-NOT_IN_WEIGHTS = (
-    "num_attention_heads",
-    "decoder_num_attention_heads",
-    "masker_num_attention_heads",
-    "masker_layer_norm_eps",
-    "layer_norm_eps",
-    "hidden_act",
-    "image_size",
-    "norm_pix_loss",
-    "mask_ratio",
-    "pooling",
-)
 
 
 class Source(NamedTuple):
@@ -246,9 +233,11 @@ def export_onnx(source: Source, folder: Path) -> Exported:
 def export_mae(source: Source, folder: Path) -> Exported:
     """A `.pth` in the layout of facebookresearch/mae and CL-MAE's authors, read back as `clmae convert` reads it."""
     path = folder / "mae.pth"
-    torch.save({"model": to_mae(source.model)}, path)
-    fields = {name: getattr(source.model.config, name) for name in NOT_IN_WEIGHTS if hasattr(source.model.config, name)}
-    read_back = read_weights(read_source(path)[0], **fields).load()
+    weights = to_mae(source.model)
+    fields = {name: getattr(source.model.config, name) for name in not_in_weights(weights)}
+    torch.save({"model": weights, "config": fields}, path)
+    weights, told = read_source(path)
+    read_back = read_weights(weights, **told).load()
     loading = (
         f"load {{}}/mae.pth with torch.load: its `model` is a state_dict (num_heads {fields['num_attention_heads']})"
     )

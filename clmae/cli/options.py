@@ -41,7 +41,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
-    """A recipe as the options that would say the same; an empty value is that of an option which has none by default."""
+    """A recipe as the options that would say the same; an empty value is one that has no default."""
     argv: list[str] = []
     for name, value in recipe.items():
         if value is None:

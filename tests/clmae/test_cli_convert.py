@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
+import pathlib
 import pickle
+import zipfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -25,6 +31,7 @@ from clmae import FAMILIES
 from clmae.cli import main
 from clmae.modeling.conversion import to_mae, to_vit_mae
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 HEADS = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2"]
 
 
@@ -144,6 +151,66 @@ def test_an_encoder_loads_with_automodel(tiny_config):
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
 
 
+class WindowsPath(PureWindowsPath):
+    """What a path in a file from Windows is called, whatever this machine is."""
+
+    __module__, __qualname__ = "pathlib", "WindowsPath"
+
+
+def with_other_names(path):
+    """The file as numpy 1 and Python 3.13 write it."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for name, there, others in (
+        ("scalar", (b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"), b"cnumpy._core"),
+        ("PosixPath", (b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath"), b"cpathlib\nPosixPath"),
+    ):
+        key = next(key for key in parts if key.endswith("data.pkl"))
+        assert name.encode() in parts[key]
+        parts[key] = parts[key].replace(*there)
+        assert others not in parts[key]
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in parts.items():
+            archive.writestr(*part)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "numpy 1, Python 3.13"])
+def test_arguments_that_hold_paths_and_numpy_scalars(model, form, monkeypatch):
+    monkeypatch.setattr(pathlib, "WindowsPath", WindowsPath)
+    run = argparse.Namespace(
+        **dict(output_dir=Path("out/mae"), data=PurePosixPath("/data"), log_dir=WindowsPath("C:/logs")),
+        **dict(lr=np.float64(1e-3), epochs=np.int64(800), seed=np.uint8(0), eps=np.float32(1e-6), name=np.str_("run")),
+        **dict(norm_pix_loss=np.bool_(False), mask_ratio=np.float64(0.5)),
+    )
+    torch.save({"model": to_mae(model), "args": run}, "mae.pth", _use_new_zipfile_serialization=form != "old")
+    if form == "numpy 1, Python 3.13":
+        with_other_names("mae.pth")
+    convert("mae.pth", "ours", *HEADS)
+    config = AutoConfig.from_pretrained("ours")
+    assert (config.norm_pix_loss, config.mask_ratio) == (False, 0.5)
+
+
+def test_a_checkpoint_of_cl_maes_authors_has_their_form(tiny_config, capsys):
+    model = FAMILIES["cl_mae"][2](tiny_config("cl_mae"))
+    torch.save({"model": to_mae(model)}, "cl_mae.pth")
+    heads = [*HEADS, "--masker_num_attention_heads", "2"]
+    convert("cl_mae.pth", "ours", *heads)
+    config = AutoConfig.from_pretrained("ours")
+    with open(RECIPES / "cl_mae_authors.yaml") as file:
+        recipe = yaml.safe_load(file)
+    theirs = {name: value for name, value in recipe.items() if hasattr(config, name) and "_num_" not in name}
+    assert {"soft_masking", "gauss_loss_weight", "diversity_loss_weight", "kl_loss_weight"} <= theirs.keys()
+    sizes = ("image_size", "patch_size", "norm_pix_loss", "mask_ratio")
+    assert {name: getattr(config, name) for name in theirs if name not in sizes} == {
+        name: value for name, value in theirs.items() if name not in sizes
+    }
+    printed = capsys.readouterr().out
+    assert "soft_masking = tokens, gauss_loss_weight = 1.0, diversity_loss_weight = 2.0" in printed
+    convert("cl_mae.pth", "other", *heads, "--soft_masking", "attention", "--gauss_loss_weight", "0.1")
+    config = AutoConfig.from_pretrained("other")
+    assert (config.soft_masking, config.gauss_loss_weight, config.diversity_loss_weight) == ("attention", 0.1, 2.0)
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -154,9 +221,11 @@ class Malicious:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "among weights"])
+@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "among weights", "among arguments"])
 def test_a_file_that_would_run_code_is_refused_and_nothing_runs(model, form, capsys):
-    payload = {"model": to_mae(model), "args": Malicious()} if form == "among weights" else Malicious()
+    run = argparse.Namespace(output_dir=Path("out"), lr=np.float64(1), hook=Malicious())
+    among = {"among weights": Malicious(), "among arguments": run}
+    payload = {"model": to_mae(model), "args": among[form]} if form in among else Malicious()
     if form == "pickle":
         with open("mae.pth", "wb") as file:
             pickle.dump(payload, file, protocol=2)
@@ -173,10 +242,23 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_runs(model, form, cap
     assert os.path.isdir("ran")
 
 
-def test_only_namespaces_are_let_through(model, capsys):
-    torch.save({"model": to_mae(model), "args": argparse.ArgumentParser}, "mae.pth")
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (argparse.ArgumentParser, "argparse.ArgumentParser"),
+        (np.load, "numpy.load"),
+        (functools.partial(print), "functools.partial"),
+        (os.path.join, "posixpath.join"),
+        (np.dtype(object), "something else than tensors"),
+        (np.dtype([("a", "O")]), "something else than tensors"),
+    ],
+)
+def test_only_what_arguments_are_made_of_is_let_through(model, held, name, capsys):
+    torch.save({"model": to_mae(model), "args": held}, "mae.pth")
     convert("mae.pth", "ours", *HEADS, code=2)
-    assert "holds `argparse.ArgumentParser`" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "is refused, and nothing in it was run" in message
+    assert name in message
     torch.save(argparse.Namespace(), "namespace.pth")
     with pytest.raises(pickle.UnpicklingError):  # and not beyond this command
         torch.load("namespace.pth", weights_only=True)

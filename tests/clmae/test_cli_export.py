@@ -207,10 +207,18 @@ def test_mae_comes_back_exactly(kind, family, sources, tmp_path, capsys):
     folder, model = sources(kind, family)
     export("--to", "mae", folder, tmp_path / "mae")
     assert set(differences(capsys.readouterr().out).values()) == {0.0}
-    heads = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2", "--masker_num_attention_heads", "2"]
-    assert main(["convert", str(tmp_path / "mae" / "mae.pth"), str(tmp_path / "back"), *heads]) == 0
-    back_class = FAMILIES["cl_mae" if family == "cl_mae" else "mae"][KINDS[kind]]
-    back = back_class.from_pretrained(tmp_path / "back").state_dict()
+    assert set(torch.load(tmp_path / "mae" / "mae.pth")) == {"model", "config"}  # which are data alone
+    assert main(["convert", str(tmp_path / "mae" / "mae.pth"), str(tmp_path / "back")]) == 0
+    back_class = FAMILIES["cl_mae" if family == "cl_mae" and kind == "autoencoder" else "mae"][KINDS[kind]]
+    loaded = back_class.from_pretrained(tmp_path / "back")
+    names = ("num_attention_heads", "image_size", "mask_ratio", "norm_pix_loss", "hidden_act", "layer_norm_eps")
+    names += (
+        ("soft_masking", "gauss_loss_weight", "masker_num_attention_heads") if back_class.__name__[0] == "C" else ()
+    )
+    assert {name: getattr(loaded.config, name) for name in names} == {
+        name: getattr(model.config, name) for name in names
+    }
+    back = loaded.state_dict()
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith(("projector.", "position_head."))}
     assert set(back) == set(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in back.items())
