@@ -58,11 +58,11 @@ def unsealed_problems(folder: Path) -> list[str]:
     """What is wrong with a model that has no manifest: files that are missing, cannot be read or contradict others."""
     try:
         config, index = read_json(folder / "config.json"), read_json(folder / INDEX)
+        if not isinstance(config, dict):
+            return ["config.json is missing." if config is None else "config.json holds no configuration."]
+        problems = [f"{name} is missing." for name in code_files(folder) if not (folder / name).is_file()]
     except ValueError as error:
         return [str(error)]
-    if not isinstance(config, dict):
-        return ["config.json is missing." if config is None else "config.json holds no configuration."]
-    problems = [f"{name} is missing." for name in code_files(folder) if not (folder / name).is_file()]
     names: dict[str, set[str]] = {"model.safetensors": set()}  # of the weights that each file is to hold
     if not (folder / "model.safetensors").is_file() and index is not None:
         try:

@@ -24,7 +24,7 @@ from clmae.model_cards.hub import check_card
 from clmae.model_cards.record import changed_arguments
 from clmae.model_cards.sections import changed_config
 from clmae.training import CurriculumTrainer, PretrainingArguments
-from clmae.training.data import DataArguments
+from clmae.training.data import DataArguments, make_image_processor
 
 from ..training.runs import QUIET, SHORT, SILENT, image_dataset, tiny_model, tiny_trainer
 
@@ -138,8 +138,7 @@ def test_front_matter(finished_run, folder):
 @pytest.mark.parametrize(("num_channels", "with_code"), [(1, True), (3, True), (5, True), (3, False)])
 def test_the_snippet_runs_as_pasted(tmp_path, monkeypatch, tiny_config, num_channels, with_code):
     MAEForPreTraining(tiny_config("mae", num_channels=num_channels)).save_pretrained(tmp_path)
-    channels = dict(image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels, do_convert_rgb=num_channels == 3)
-    BitImageProcessor(**PROCESSOR, **channels).save_pretrained(tmp_path)
+    make_image_processor(16, num_channels, [0.5] * num_channels, [0.5] * num_channels).save_pretrained(tmp_path)
     if not with_code:  # as in this repository, which has it already
         config = json.loads((tmp_path / "config.json").read_text())
         del config["auto_map"]
