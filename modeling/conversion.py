@@ -179,8 +179,8 @@ def read_weights(weights: Mapping[str, torch.Tensor], **fields: Any) -> Import:
         position = weights.pop("masking_net.pos_embed")
         weights["masking_net.cls_token"] = weights["masking_net.cls_token"] + position
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    model_class = _model_class(layout, shapes)
-    sizes, assumed = _infer_sizes(layout, shapes, fields)
+    model_class = _model_class(layout, shapes, fields)
+    sizes, assumed = _infer_sizes(layout, model_class, shapes, fields)
     config_class = CLMAEConfig if issubclass(model_class, CLMAEForPreTraining) else MAEConfig
     config = config_class(**{**sizes, **assumed, **fields})
     with torch.device("meta"):
@@ -215,18 +215,21 @@ def _full_name(model_class: type, ours: str) -> str:
     return f"vit.{ours}" if issubclass(model_class, MAEModel) else ours
 
 
-def _model_class(layout: Layout, shapes: Mapping[str, torch.Size]) -> type[MAEPreTrainedModel]:
+def _model_class(
+    layout: Layout, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
+) -> type[MAEPreTrainedModel]:
     if layout.rename("masking_module.head.weight") in shapes:
         return CLMAEForPreTraining
     if layout.rename("decoder.decoder_pred.weight") in shapes:
         return MAEForPreTraining
-    if layout.rename("classifier.weight") in shapes:
-        return MAEForImageClassification
-    return MAEModel
+    # timm's mean of tokens after the last LayerNorm is our encoder's feature, but no classifier of ours looks at it.
+    mean_of_normed = fields.get("pooling") == "mean" and "fc_norm.weight" not in shapes
+    classifier = layout.rename("classifier.weight") in shapes and not mean_of_normed
+    return MAEForImageClassification if classifier else MAEModel
 
 
 def _infer_sizes(
-    layout: Layout, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
+    layout: Layout, model_class: type, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(what the shapes tell, what had to be assumed)`, as fields of the configuration."""
 
@@ -252,7 +255,7 @@ def _infer_sizes(
         sizes["image_size"] = _infer_image_size(shape("vit.embeddings.position_embeddings"), patch_size)
     assumed = {}
     heads = [("num_attention_heads", hidden_size, STANDARD_HEADS)]
-    if has("classifier.weight"):
+    if model_class is MAEForImageClassification:
         sizes.update(num_labels=shape("classifier.weight")[0], pooling="mean" if has("fc_norm.weight") else "cls")
     if has("decoder.decoder_pred.weight"):
         sizes["decoder_hidden_size"] = shape("decoder.decoder_embed.weight")[0]
@@ -434,6 +437,7 @@ def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
         qkv_bias=config.qkv_bias,
         global_pool=pool,
         fc_norm=classifier and pool == "avg",  # else timm would pool before its final LayerNorm
+        drop_path_rate=config.drop_path_rate,
     )
     details = dict(
         architecture="vit_base_patch16_224",  # any of the family: `model_args` replaces all that differs

@@ -7,15 +7,17 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from clmae import FAMILIES
 from clmae.cli.convert import not_in_weights, read_source
@@ -75,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         outputs, loading = EXPORTERS[args.to](source, folder)
         check(outputs, run_source(source))
         if source.processor is not None:
-            source.processor.save_pretrained(folder)
+            stock_processor(source.processor).save_pretrained(folder)
     if source.processor is None:
         print(f"SRC {args.source!r} has no image processor, and so there is none in DST.")
     print(f"wrote {args.destination}\n{loading.format(args.destination)}")
@@ -106,6 +108,14 @@ def load_source(name: str) -> Source:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, *pair(config.image_size), generator=generator)
     return Source(model.eval(), processor, images, torch.rand(2, config.num_patches, generator=generator))
+
+
+def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """Itself, or in place of ours, which makes images grey, one of transformers' that takes grey images."""
+    if not getattr(processor, "do_grayscale", False):
+        return processor
+    fields = BitImageProcessor.valid_kwargs.__annotations__
+    return BitImageProcessor(**{name: value for name, value in processor.to_dict().items() if name in fields})
 
 
 # -- the check ----------------------------------------------------------------------------------------------------
@@ -179,12 +189,7 @@ def export_timm(source: Source, folder: Path) -> Exported:
 
     details, weights = to_timm(source.model)
     if source.processor is not None:
-        shown = source.processor
-        details["pretrained_cfg"] |= dict(mean=shown.image_mean, std=shown.image_std, interpolation="bicubic")
-        if "shortest_edge" in shown.size:
-            details["pretrained_cfg"]["crop_pct"] = (
-                pair(source.model.config.image_size)[0] / shown.size["shortest_edge"]
-            )
+        details["pretrained_cfg"] |= timm_view(source.processor, pair(source.model.config.image_size))
     (folder / "config.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     exported = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -193,6 +198,31 @@ def export_timm(source: Source, folder: Path) -> Exported:
         return {"logits": exported(source.images)}, loading
     features = exported.forward_features(source.images)
     return {"last_hidden_state": features, "pooler_output": exported.forward_head(features)}, loading
+
+
+def timm_view(processor: BaseImageProcessor, image_size: tuple[int, int]) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of how images are shown, for the view of this processor.
+
+    timm resizes to `floor(side / crop_pct)`: the shorter side (`crop_mode` "center") or both ("squash").
+    """
+    channels = len(processor.image_mean)
+    normalized = processor.do_normalize
+    view: dict[str, Any] = dict(
+        mean=list(processor.image_mean) if normalized else [0.0] * channels,
+        std=list(processor.image_std) if normalized else [1.0] * channels,
+        interpolation=PILImageResampling(processor.resample).name.lower(),
+    )
+    size = dict(processor.size)
+    if "shortest_edge" in size:
+        sides, view["crop_mode"] = [(min(image_size), size["shortest_edge"])], "center"
+    elif "height" in size:
+        sides, view["crop_mode"] = list(zip(image_size, (size["height"], size["width"]), strict=True)), "squash"
+    else:
+        return view
+    crop_pct = min(shown / resized for shown, resized in sides)
+    while any(math.floor(shown / crop_pct) < resized for shown, resized in sides):  # by a rounding of the quotient
+        crop_pct = math.nextafter(crop_pct, 0)
+    return view | {"crop_pct": crop_pct}
 
 
 class _Tensors(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -16,20 +17,23 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForPreTraining,
     ViTImageProcessor,
     ViTMAEConfig,
     ViTMAEForPreTraining,
 )
 
-from clmae import FAMILIES
+from clmae import FAMILIES, MAEConfig
 from clmae.cli import main
 from clmae.modeling.conversion import to_mae, to_vit_mae
+from clmae.training.data import make_image_processor
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 HEADS = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2"]
@@ -209,6 +213,154 @@ def test_a_checkpoint_of_cl_maes_authors_has_their_form(tiny_config, capsys):
     convert("cl_mae.pth", "other", *heads, "--soft_masking", "attention", "--gauss_loss_weight", "0.1")
     config = AutoConfig.from_pretrained("other")
     assert (config.soft_masking, config.gauss_loss_weight, config.diversity_loss_weight) == ("attention", 0.1, 2.0)
+
+
+# -- timm ---------------------------------------------------------------------------------------------------------
+
+
+VIT = dict(img_size=16, patch_size=4, embed_dim=192, depth=2, num_heads=4, mlp_ratio=1.5)
+
+
+def save_timm(folder, architecture="vit_base_patch16_224", pretrained_cfg=None, **args):
+    """What timm itself writes for a model with random weights; the model."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(architecture, pretrained=False, **args)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.pretrained_cfg.update(pretrained_cfg or {})
+    timm.models.save_for_hf(model.eval(), folder, model_args=args, safe_serialization=True)
+    return model
+
+
+def picture(size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size)
+
+
+def assert_shown_as_by_timm(folder, num_channels=3, atol=2e-2):
+    timm = pytest.importorskip("timm")
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    read = timm.create_model("local-dir:theirs", pretrained=False)
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
+    image = picture()
+    expected = view(image.convert("L") if num_channels == 1 else image)
+    torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values[0], expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(num_classes=0),
+        dict(num_classes=0, global_pool="avg", fc_norm=False),
+        dict(num_classes=5),
+        dict(num_classes=5, global_pool="avg"),
+        dict(num_classes=0, act_layer="quick_gelu", drop_path_rate=0.2, qkv_bias=False),
+        dict(num_classes=0, act_layer="gelu_tanh", img_size=(8, 24), patch_size=(4, 2)),
+        dict(num_classes=0, in_chans=1),
+        dict(num_classes=0, architecture="vit_base_patch16_clip_224", pre_norm=False),  # its epsilon is another
+    ],
+)
+@pytest.mark.parametrize(
+    "shown", [dict(crop_pct=0.8), dict(crop_pct=1.0, crop_mode="squash", interpolation="bilinear")]
+)
+def test_a_folder_of_timm_is_read_by_its_config(args, shown, capsys):
+    args = {**VIT, **args}
+    channels = args.get("in_chans", 3)
+    shown = {**shown, "mean": (0.4,) * channels, "std": (0.3,) * channels}
+    theirs = save_timm("theirs", pretrained_cfg=shown, **args)
+    convert("theirs", "ours")
+    assert "assumed" not in capsys.readouterr().out
+    config = AutoConfig.from_pretrained("ours")
+    assert config.drop_path_rate == args.get("drop_path_rate", 0)
+    classifier = args["num_classes"] > 0
+    ours = (AutoModelForImageClassification if classifier else AutoModel).from_pretrained("ours").eval()
+    images = torch.randn(2, channels, *theirs.patch_embed.img_size)
+    with torch.no_grad():
+        found = ours(images).logits if classifier else ours(images).pooler_output
+        torch.testing.assert_close(found, theirs(images), atol=1e-5, rtol=1e-5)
+    if theirs.patch_embed.img_size[0] == theirs.patch_embed.img_size[1] or "crop_mode" in shown:
+        assert_shown_as_by_timm("ours", channels)
+
+
+def test_a_folder_of_timm_by_an_architectures_name_alone():
+    theirs = save_timm("theirs", "test_vit", num_classes=0)
+    config = json.loads(Path("theirs/config.json").read_text())
+    assert "num_heads" not in config["model_args"]
+    convert("theirs", "ours")
+    assert AutoConfig.from_pretrained("ours").num_attention_heads == theirs.blocks[0].attn.num_heads == 2
+    images = torch.randn(1, 3, *theirs.patch_embed.img_size)
+    with torch.no_grad():
+        found = AutoModel.from_pretrained("ours").eval()(images).pooler_output
+        torch.testing.assert_close(found, theirs(images), atol=1e-4, rtol=1e-4)
+
+
+def test_timms_mean_after_its_layernorm_is_no_classifier_here_but_a_feature(capsys):
+    theirs = save_timm("theirs", **VIT, num_classes=5, global_pool="avg", fc_norm=False)
+    convert("theirs", "ours", code=2)
+    captured = capsys.readouterr()
+    assert "unexpected: 2: head.bias, head.weight" in captured.out
+    assert "--ignore_unexpected" in captured.err
+    convert("theirs", "ours", "--ignore_unexpected")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found = AutoModel.from_pretrained("ours").eval()(images).pooler_output
+        expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args", "message"),
+    [
+        ("vit_base_patch16_224", {**VIT, "global_pool": "max"}, "global_pool 'max' has no counterpart here"),
+        ("vit_base_patch16_224", {**VIT, "act_layer": "mish"}, "activation 'Mish' has no counterpart here"),
+        ("resnet10t", {}, "is a ResNet of timm, and no VisionTransformer"),
+    ],
+)
+def test_models_of_timm_that_are_none_of_ours(architecture, args, message, capsys):
+    save_timm("theirs", architecture, **args)
+    convert("theirs", "ours", code=2)
+    assert message in capsys.readouterr().err
+    config = json.loads(Path("theirs/config.json").read_text())
+    Path("theirs/config.json").write_text(json.dumps({**config, "architecture": "no_such_model"}))
+    convert("theirs", "ours", code=2)
+    assert "timm cannot make a model of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("kind", ["encoder, mean", "encoder, cls", "classifier, mean", "classifier, cls"])
+def test_export_to_timm_and_back_is_the_identity(kind, num_channels, family, tiny_config):
+    pytest.importorskip("timm")
+    kind, pooling = kind.split(", ")
+    sizes = dict(image_size=(8, 24), patch_size=(4, 2)) if pooling == "cls" else {}
+    labels = dict(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2})
+    fields = dict(num_channels=num_channels, drop_path_rate=0.1, hidden_size=36, intermediate_size=44, pooling=pooling)
+    model = FAMILIES[family][1 if kind == "encoder" else 3](tiny_config(family, **fields, **sizes, **labels)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained("source")
+    size = model.config.image_size
+    processor = make_image_processor(size, num_channels, [0.4] * num_channels, [0.3] * num_channels, 0.875)
+    processor.save_pretrained("source")
+    assert main(["export", "--to", "timm", "source", "theirs"]) == 0
+    convert("theirs", "ours")
+    back = (AutoModel if kind == "encoder" else AutoModelForImageClassification).from_pretrained("ours")
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
+    others = ("decoder_", "masker_", "mask_ratio", "initializer_range")  # of pretraining
+    for name in inspect.get_annotations(MAEConfig):
+        if not name.startswith(("_", *others)):
+            found, expected = getattr(back.config, name), getattr(model.config, name)
+            assert pair_or_value(found) == pair_or_value(expected), name
+    assert kind == "encoder" or back.config.id2label == labels["id2label"]
+    assert AutoImageProcessor.from_pretrained("ours").to_dict() == processor.to_dict()
+    if pooling == "mean":  # timm's own file says it all, too
+        Path("theirs/preprocessor_config.json").unlink()
+        convert("theirs", "again")
+        assert AutoImageProcessor.from_pretrained("again").to_dict() == processor.to_dict()
+
+
+def pair_or_value(value):
+    return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

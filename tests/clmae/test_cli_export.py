@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, ViTConfig
+from transformers import AutoImageProcessor, BitImageProcessor, ViTConfig, ViTImageProcessor
 
 import clmae.cli.export
-from clmae import FAMILIES
+from clmae import FAMILIES, MAEConfig, MAEModel
 from clmae.cli import main
+from clmae.training.data import make_image_processor
 
+TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, decoder_hidden_size=16)
+TINY |= dict(decoder_num_attention_heads=2)
 KINDS = {"encoder": 1, "autoencoder": 2, "mean": 3, "cls": 3}
 # Every kind of model that transformers' own classes can hold.
 STOCK = [
@@ -82,6 +88,10 @@ def sources(tmp_path_factory, tiny_config):
         return made[key]
 
     return make
+
+
+def sides(size):
+    return {"height": size[0], "width": size[1]}
 
 
 def differences(printed):
@@ -179,6 +189,40 @@ def test_timm(kind, sources, tmp_path, capsys):
     shown = timm.data.resolve_model_data_config(theirs)
     assert (shown["input_size"], shown["crop_pct"], shown["interpolation"]) == ((3, 16, 16), 0.8, "bicubic")
     assert list(shown["mean"]) == list(BitImageProcessor.from_pretrained(tmp_path / "timm").image_mean)
+
+
+@pytest.mark.parametrize("image_size", [(16, 16), (8, 24), (42, 42), (224, 224)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: make_image_processor(size, 3, [0.4] * 3, [0.3] * 3),
+        lambda size: make_image_processor(size, 3, [0.4] * 3, [0.3] * 3, 0.875),
+        lambda size: ViTImageProcessor(size=sides(size), resample=2),
+        lambda size: ViTImageProcessor(size=sides(size), do_normalize=False),
+        lambda size: BitImageProcessor(size={"height": 50, "width": 50}, crop_size=sides(size), resample=0),
+    ],
+)
+def test_timm_shows_images_as_the_processor_does(make, image_size, sources, tmp_path):
+    timm = pytest.importorskip("timm")
+    MAEModel(MAEConfig(**{**TINY, "image_size": image_size, "patch_size": (2, 2)})).save_pretrained(tmp_path / "ours")
+    processor = make(image_size)
+    processor.save_pretrained(tmp_path / "ours")
+    export("--to", "timm", tmp_path / "ours", tmp_path / "timm")
+    details = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    square = image_size[0] == image_size[1]
+    assert details["crop_mode"] == ("center" if "shortest_edge" in processor.size else "squash")
+    resized = [math.floor(side / details["crop_pct"]) for side in image_size]
+    wanted = dict(processor.size)
+    expected = [wanted["shortest_edge"]] * 2 if "shortest_edge" in wanted else [wanted["height"], wanted["width"]]
+    if not square and resized != expected:  # one share of both sides does not give what was rounded for each
+        assert max(abs(a - b) for a, b in zip(resized, expected, strict=True)) <= 2 or 50 in wanted.values()
+        return
+    assert resized == expected
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8))  # no half pixels
+    exact = AutoImageProcessor.from_pretrained(tmp_path / "ours", backend="pil")
+    torch.testing.assert_close(view(image), exact(image, return_tensors="pt").pixel_values[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "mean"])
