@@ -191,6 +191,22 @@ def test_timm(kind, sources, tmp_path, capsys):
     assert list(shown["mean"]) == list(BitImageProcessor.from_pretrained(tmp_path / "timm").image_mean)
 
 
+@pytest.mark.parametrize("target", ["vit", "timm"])
+def test_no_code_of_ours_goes_along_where_one_channel_needs_it(target, tiny_config, tmp_path):
+    pytest.importorskip("timm")
+    MAEModel(tiny_config(num_channels=1)).save_pretrained(tmp_path / "ours")
+    make_image_processor(16, 1, [0.4], [0.3]).save_pretrained(tmp_path / "ours")
+    export("--to", target, tmp_path / "ours", tmp_path / "out")
+    file = tmp_path / "out" / "preprocessor_config.json"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", file.name}
+    shown = AutoImageProcessor.from_pretrained(file)
+    assert type(shown) is BitImageProcessor
+    assert "auto_map" not in json.loads(file.read_text())
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    ours = AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert torch.equal(*(each(grey, return_tensors="pt").pixel_values for each in (shown, ours)))
+
+
 @pytest.mark.parametrize("image_size", [(16, 16), (8, 24), (42, 42), (224, 224)])
 @pytest.mark.parametrize(
     "make",
