@@ -8,8 +8,6 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
-    BitImageProcessor,
-    BitImageProcessorPil,
 )
 
 from clmae.configuration import CLMAEConfig, CMAEConfig, MAEConfig
@@ -25,6 +23,8 @@ from clmae.modeling import (
     MAEBackbone,
     MAEForImageClassification,
     MAEForPreTraining,
+    MAEImageProcessor,
+    MAEImageProcessorPil,
     MAEModel,
 )
 
@@ -45,7 +45,7 @@ for _config, *_models in FAMILIES.values():
         _auto.register(_config, _model, exist_ok=True)
     AutoImageProcessor.register(
         _config,
-        image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil},
+        image_processor_classes={"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil},
         exist_ok=True,
     )
 
@@ -65,5 +65,7 @@ __all__ = [
     "MAEConfig",
     "MAEForImageClassification",
     "MAEForPreTraining",
+    "MAEImageProcessor",
+    "MAEImageProcessorPil",
     "MAEModel",
 ]

@@ -40,6 +40,7 @@ from clmae.evaluation.linear import L2_GRID, MAX_ITER, VALIDATION_SHARE, linear_
 from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.metrics.scores import accuracy, class_counts, macro_f1, mean_per_class_accuracy
 from clmae.model_cards.files import write_whole
+from clmae.model_cards.run import read_model_config
 from clmae.training.data import AnyDataset, load_image_dataset, take_samples
 
 TEST_SHARE = 0.2  # of a data set without a test split
@@ -428,9 +429,11 @@ def evaluate_model(
         options: The other arguments of [`evaluate_protocols`].
 
     Raises:
-        ValueError: The data set has no such split or column, and whatever [`evaluate_protocols`] refuses.
+        ValueError: There is no such model, the data set has no such split or column, and whatever
+            [`evaluate_protocols`] refuses.
     """
-    _choose_protocols(protocols)  # a wrong name is reported before anything is loaded
+    _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
+    read_model_config(model_path)
     *splits, tested_on = load_splits(dataset_source, train_split, test_split, config_name, image_column, label_column)
     model = AutoModel.from_pretrained(model_path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -25,9 +25,12 @@ _OURS = ("pictures/step-*.png", "pictures/curves.png", EVAL_RESULTS_NAME, "model
 
 
 def code_files(folder: Path) -> list[str]:
-    """The modules that `auto_map` points at, and all that these import; sorted, whether they exist or not."""
-    auto_map = (read_json(folder / "config.json") or {}).get("auto_map") or {}
-    waiting, found = {target.split("--")[-1].split(".")[0] for target in auto_map.values()}, set()
+    """The modules that an `auto_map` points at, and all that these import; sorted, whether they exist or not."""
+    targets: list[str] = []
+    for name in ("config.json", "preprocessor_config.json"):
+        for target in ((read_json(folder / name) or {}).get("auto_map") or {}).values():
+            targets += target.values() if isinstance(target, dict) else [target]  # an image processor has backends
+    waiting, found = {target.split("--")[-1].split(".")[0] for target in targets}, set()
     while waiting:
         name = waiting.pop()
         found.add(name)

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, PreTrainedConfig
+
 from clmae.model_cards.families import FAMILIES
 from clmae.model_cards.record import RECORD_NAME, read_json
 
@@ -74,6 +78,37 @@ def read_run(folder: str | os.PathLike) -> Run:
     )
 
 
+def read_model_config(model_path: str | os.PathLike, name: str = "`model`", **kwargs: Any) -> PreTrainedConfig:
+    """The configuration of a saved model; read first, it says at once and clearly that there is none.
+
+    Args:
+        model_path: Folder or Hub id of anything that `AutoConfig` loads.
+        name: What messages call it.
+        kwargs: Of `AutoConfig.from_pretrained`.
+
+    Raises:
+        ValueError: There is no such model, or its configuration cannot be read.
+    """
+    path = os.fspath(model_path)
+    problem = None
+    if Path(path).is_dir():
+        if not Path(path, "config.json").is_file():
+            problem = "there is no config.json in this folder."
+    elif Path(path).exists():
+        problem = "it is a file; give the folder of a model (`clmae convert` makes one of a checkpoint)."
+    else:
+        try:
+            validate_repo_id(path)
+        except HFValidationError:
+            problem = "there is no such folder."
+    if problem is None:
+        try:
+            return AutoConfig.from_pretrained(path, **kwargs)
+        except (OSError, ValueError) as error:
+            problem = str(error) if Path(path).is_dir() else f"there is no such folder, and as a Hub id: {error}"
+    raise ValueError(f"{name} {path!r} cannot be loaded: {problem}")
+
+
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that hold the weights: one, or the shards of an index; none if there are none."""
     if (folder / "model.safetensors").is_file():
@@ -94,4 +129,4 @@ def count_parameters(folder: Path) -> tuple[int, int]:
     return total, encoder or total
 
 
-__all__ = ["Run", "count_parameters", "read_run", "weight_files"]
+__all__ = ["Run", "count_parameters", "read_model_config", "read_run", "weight_files"]

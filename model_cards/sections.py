@@ -107,18 +107,18 @@ def usage(run: Run, repo_id: str | None) -> str:
     config, source = run.config, f'"{repo_id or "."}"'
     height, width = pair(config["image_size"])
     mode = _MODES.get(config["num_channels"])
+    consent = ", trust_remote_code=True" if config.get("auto_map") else ""
     if mode:
         imports = ["from PIL import Image", "from transformers import AutoImageProcessor, AutoModel"]
         inputs = [
             f'image = Image.new("{mode}", ({width}, {height}))  # or Image.open("photo.jpg").convert("{mode}")',
-            f"processor = AutoImageProcessor.from_pretrained({source})",
+            f"processor = AutoImageProcessor.from_pretrained({source}{consent if mode == 'L' else ''})",
             'pixel_values = processor(image, return_tensors="pt")["pixel_values"]',
         ]
     else:
         imports = ["from transformers import AutoModel"]
         shape = f"1, {config['num_channels']}, {height}, {width}"
         inputs = [f"pixel_values = torch.zeros({shape})  # or your images, normalised as preprocessor_config.json says"]
-    consent = ", trust_remote_code=True" if config.get("auto_map") else ""
     ours = config["model_type"] != "vit_mae"
     if ours and not consent:
         imports = ["import clmae  # registers the family", *imports]

@@ -1,6 +1,7 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Networks, masks and losses: one `modeling_<family>.py` a family."""
 
+from clmae.modeling.image_processing_mae import MAEImageProcessor, MAEImageProcessorPil
 from clmae.modeling.modeling_cl_mae import (
     CLMAEBackbone,
     CLMAEForImageClassification,
@@ -44,6 +45,8 @@ __all__ = [
     "MAEForImageClassification",
     "MAEForPreTraining",
     "MAEForPreTrainingOutput",
+    "MAEImageProcessor",
+    "MAEImageProcessorPil",
     "MAEModel",
     "MAEModelOutput",
     "MAEPreTrainedModel",

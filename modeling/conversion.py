@@ -100,6 +100,8 @@ _ENCODER = ("embeddings.", "encoder.", "layers.", "layernorm.")
 # Heads leave no trace in the shapes. These widths have had these heads in every published ViT and MAE.
 STANDARD_HEADS = {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
 STANDARD_DECODER_HEADS = {512: 16}
+# How CL-MAE's authors train the masking module, where our defaults depart from them (recipes/cl_mae_authors.yaml).
+CL_MAE_AUTHORS = dict(soft_masking="tokens", gauss_loss_weight=1.0, diversity_loss_weight=2.0)
 
 
 @dataclass
@@ -177,8 +179,8 @@ def read_weights(weights: Mapping[str, torch.Tensor], **fields: Any) -> Import:
         position = weights.pop("masking_net.pos_embed")
         weights["masking_net.cls_token"] = weights["masking_net.cls_token"] + position
     shapes = {name: tensor.shape for name, tensor in weights.items()}
-    model_class = _model_class(layout, shapes)
-    sizes, assumed = _infer_sizes(layout, shapes, fields)
+    model_class = _model_class(layout, shapes, fields)
+    sizes, assumed = _infer_sizes(layout, model_class, shapes, fields)
     config_class = CLMAEConfig if issubclass(model_class, CLMAEForPreTraining) else MAEConfig
     config = config_class(**{**sizes, **assumed, **fields})
     with torch.device("meta"):
@@ -213,18 +215,21 @@ def _full_name(model_class: type, ours: str) -> str:
     return f"vit.{ours}" if issubclass(model_class, MAEModel) else ours
 
 
-def _model_class(layout: Layout, shapes: Mapping[str, torch.Size]) -> type[MAEPreTrainedModel]:
+def _model_class(
+    layout: Layout, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
+) -> type[MAEPreTrainedModel]:
     if layout.rename("masking_module.head.weight") in shapes:
         return CLMAEForPreTraining
     if layout.rename("decoder.decoder_pred.weight") in shapes:
         return MAEForPreTraining
-    if layout.rename("classifier.weight") in shapes:
-        return MAEForImageClassification
-    return MAEModel
+    # timm's mean of tokens after the last LayerNorm is our encoder's feature, but no classifier of ours looks at it.
+    mean_of_normed = fields.get("pooling") == "mean" and "fc_norm.weight" not in shapes
+    classifier = layout.rename("classifier.weight") in shapes and not mean_of_normed
+    return MAEForImageClassification if classifier else MAEModel
 
 
 def _infer_sizes(
-    layout: Layout, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
+    layout: Layout, model_class: type, shapes: Mapping[str, torch.Size], fields: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(what the shapes tell, what had to be assumed)`, as fields of the configuration."""
 
@@ -250,7 +255,7 @@ def _infer_sizes(
         sizes["image_size"] = _infer_image_size(shape("vit.embeddings.position_embeddings"), patch_size)
     assumed = {}
     heads = [("num_attention_heads", hidden_size, STANDARD_HEADS)]
-    if has("classifier.weight"):
+    if model_class is MAEForImageClassification:
         sizes.update(num_labels=shape("classifier.weight")[0], pooling="mean" if has("fc_norm.weight") else "cls")
     if has("decoder.decoder_pred.weight"):
         sizes["decoder_hidden_size"] = shape("decoder.decoder_embed.weight")[0]
@@ -260,6 +265,7 @@ def _infer_sizes(
     if has("masking_module.head.weight"):
         sizes["masker_num_hidden_layers"], sizes["masker_intermediate_size"] = stack("masking_module.layers")
         assumed["masker_num_attention_heads"] = CLMAEConfig.masker_num_attention_heads
+        assumed |= CL_MAE_AUTHORS
     for name, width, standard in heads:
         if width in standard:
             assumed[name] = standard[width]
@@ -431,6 +437,7 @@ def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
         qkv_bias=config.qkv_bias,
         global_pool=pool,
         fc_norm=classifier and pool == "avg",  # else timm would pool before its final LayerNorm
+        drop_path_rate=config.drop_path_rate,
     )
     details = dict(
         architecture="vit_base_patch16_224",  # any of the family: `model_args` replaces all that differs
@@ -507,6 +514,7 @@ def _transformers_export(model: MAEPreTrainedModel, config: PreTrainedConfig, pr
 
 
 __all__ = [
+    "CL_MAE_AUTHORS",
     "STANDARD_DECODER_HEADS",
     "STANDARD_HEADS",
     "TIMM",

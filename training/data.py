@@ -21,6 +21,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.modeling.image_processing_mae import MAEImageProcessor
 from clmae.training.contrastive_crop import contrastive_crop_box
 from clmae.training.images import (
     Box,
@@ -729,18 +730,20 @@ def make_image_processor(
 
     Square sizes: the same to the pixel. Other sizes: resize to both sides, crop the centre, which is the same view for
     images of the target's proportions and a squeezed one for others (no stock processor takes the largest box of
-    another shape). It is a stock class, so that a saved model needs no code of ours: 16-bit and
-    float images go through [`decode_image`] first, and with one channel it takes grey images only.
+    another shape). It is a stock class, so that a saved model needs no code of ours, but with one channel, where none
+    makes images grey. 16-bit and float images go through [`decode_image`] first.
 
     Args:
         image_size (`int` or two): Height and width of `pixel_values`.
-        num_channels (`int`): 3 converts everything to RGB; other numbers leave the channels as they are.
+        num_channels (`int`): 3 converts everything to RGB, 1 to grey; other numbers leave the channels as they are.
         mean, std (`list[float]`): One value a channel, in units of [0, 1].
         crop_ratio (`float`): Share of the sides that is shown, in (0, 1].
     """
     height, width = pair(image_size)
     resized = {"height": resized_side(height, crop_ratio), "width": resized_side(width, crop_ratio)}
-    return BitImageProcessor(
+    kind, options = (MAEImageProcessor, {"do_grayscale": True}) if num_channels == 1 else (BitImageProcessor, {})
+    return kind(
+        **options,
         do_convert_rgb=num_channels == 3,
         size={"shortest_edge": resized["height"]} if height == width else resized,
         crop_size={"height": height, "width": width},

@@ -110,7 +110,7 @@ def _pass_b(config: MAEConfig) -> int:
 class FlopCounter(TorchDispatchMode):
     """Adds up in `flops` what runs within its context; with tensors of a `FakeTensorMode` nothing is computed."""
 
-    # torch's FlopCounterMode also tracks modules, by hooks that forbid `autograd.grad` inside a forward pass (pass B).
+    # torch's FlopCounterMode gives the same, and more slowly: it also tracks modules, by hooks.
     flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -602,12 +602,14 @@ class CurriculumTrainer(BaseTrainer):
         if self._crops is not None and folder != self.args.output_dir:  # a checkpoint, not the finished model
             self._crops.save(folder)
 
-    def create_model_card(self, license: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(
+        self, language: str | None = None, license: str | None = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Makes `README.md` from what the run recorded; one that was edited by hand stays as it is, with a warning.
 
         Args:
             license: Of the weights, by the Hub's identifier; the earlier card's, or Apache-2.0, if not given.
-            kwargs: The Trainer's other arguments; the record knows better.
+            language, args, kwargs: The Trainer's other arguments, not used: the record knows better.
         """
         if not self.is_world_process_zero():
             return

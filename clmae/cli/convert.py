@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import pathlib
 import pickle
 import re
 import zipfile
@@ -12,15 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, ViTMAEConfig
+from torch import nn
+from transformers import AutoImageProcessor, BitImageProcessor, ViTMAEConfig
 from transformers.hf_argparser import string_to_bool
+from transformers.image_utils import PILImageResampling, SizeDict
 
 from clmae import FAMILIES
 from clmae.cli.folders import PathsParser, new_folder
 from clmae.cli.options import UsageError
-from clmae.modeling.conversion import TIMM, Import, read_weights
+from clmae.configuration import MAEConfig
+from clmae.modeling import MAEImageProcessor
+from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
 from clmae.training.data import make_image_processor
 
 EXAMPLES = """\
@@ -37,7 +44,16 @@ FIELDS = (
     ("layer_norm_eps", float, None, "Epsilon of encoder's and decoder's LayerNorms."),
     ("norm_pix_loss", string_to_bool, None, "Whether it was trained on normalised patches."),
     ("mask_ratio", float, None, "Share of the patches that is masked."),
+    ("soft_masking", str, None, "How CL-MAE's pass B hides a patch: attention or tokens."),
+    ("gauss_loss_weight", float, None, "CL-MAE: weight of the term that pushes keep probabilities away from 1/2."),
+    ("diversity_loss_weight", float, None, "CL-MAE: weight of the term that keeps masks apart."),
 )
+# Fields of the configuration that weights in a .pth do not tell, and our own export writes beside them.
+NOT_IN_WEIGHTS = (
+    *("num_attention_heads", "decoder_num_attention_heads", "layer_norm_eps", "hidden_act"),
+    *("image_size", "norm_pix_loss", "mask_ratio", "pooling"),
+)
+NOT_IN_MASKING_NET = ("masker_num_attention_heads", "masker_layer_norm_eps", *CL_MAE_AUTHORS)
 # What transformers' ViTMAE configuration tells beyond the weights.
 VIT_MAE_FIELDS = (
     "num_attention_heads",
@@ -106,11 +122,19 @@ def report(found: Import) -> str:
 
 def save_image_processor(source: Path, found: Import, folder: Path) -> None:
     """The source's image processor if it has one, and ImageNet's for the layouts that come without."""
-    if (source / "preprocessor_config.json").is_file():
-        AutoImageProcessor.from_pretrained(source).save_pretrained(folder)
+    file, theirs = source / "preprocessor_config.json", timm_model(source)
+    if file.is_file():  # transformers would read a folder of timm by timm
+        processor = AutoImageProcessor.from_pretrained(source if theirs is None else file)
+    elif theirs is not None:
+        processor = timm_processor(theirs)
     elif found.layout is TIMM and found.config.num_channels == 3:
-        make_image_processor(found.config.image_size, 3, **IMAGENET).save_pretrained(folder)
+        processor = make_image_processor(found.config.image_size, 3, **IMAGENET)
         print("image processor: ImageNet's mean and standard deviation, resized to 8/7 and cropped, as in MAE's code")
+    else:
+        return
+    if found.config.num_channels == 1 and type(processor) is BitImageProcessor:
+        processor = MAEImageProcessor(**{**processor.to_dict(), "do_grayscale": True})
+    processor.save_pretrained(folder)
 
 
 # -- reading ------------------------------------------------------------------------------------------------------
@@ -137,6 +161,8 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if config.get("model_type") == "vit_mae":
         vit_mae = ViTMAEConfig.from_dict(config)  # its defaults stand in for what the file leaves out
         told = {name: getattr(vit_mae, name) for name in VIT_MAE_FIELDS}
+    elif (theirs := timm_model(folder)) is not None:
+        told = timm_fields(theirs)
     for name in WEIGHT_FILES:
         index = folder / f"{name}.index.json"
         if index.is_file():
@@ -146,6 +172,80 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         if (folder / name).is_file():
             return read_source(folder / name)[0], told
     raise UsageError(f"SRC {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}; name the weights' file itself.")
+
+
+def timm_model(folder: Path) -> nn.Module | None:
+    """The model that timm would make of a folder, without weights; `None` for a folder that is not timm's.
+
+    Raises:
+        UsageError: timm is missing, does not know it, or it is no plain vision transformer.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if "architecture" not in config:
+        return None
+    try:
+        import timm
+    except ImportError as error:
+        raise UsageError(
+            f"SRC {str(folder)!r} is timm's, and only timm knows what its names stand for: pip install 'clmae[export]'."
+        ) from error
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+        raise UsageError(f"SRC {str(folder)!r} is timm's, but timm cannot make a model of it: {error}") from error
+    if type(model) is not timm.models.VisionTransformer:
+        raise UsageError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
+    model.drop_path_rate = config.get("model_args", {}).get("drop_path_rate", 0.0)
+    model.label_names = config.get("label_names")
+    return model
+
+
+def timm_fields(model: nn.Module) -> dict[str, Any]:
+    """Fields of the configuration that timm's weights do not tell.
+
+    Raises:
+        UsageError: No field of ours says what the model does.
+    """
+    act, norm = model.blocks[0].mlp.act, model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
+    height, width = model.patch_embed.img_size
+    acts = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
+    pools = {"token": "cls", "avg": "mean", "": MAEConfig.pooling}  # without pooling there is nothing to be equal to
+    name = "GELUTanh" if getattr(act, "approximate", "none") == "tanh" else type(act).__name__
+    for value, known, what in ((name, acts, "activation"), (model.global_pool, pools, "global_pool")):
+        if value not in known:
+            raise UsageError(
+                f"timm's {what} {value!r} has no counterpart here; these have one: {', '.join(filter(None, known))}."
+            )
+    fields = dict(
+        num_attention_heads=model.blocks[0].attn.num_heads,
+        image_size=height if height == width else [height, width],
+        hidden_act=acts[name],
+        layer_norm_eps=getattr(norm, "eps", MAEConfig.layer_norm_eps),
+        pooling=pools[model.global_pool],
+        drop_path_rate=float(model.drop_path_rate),
+    )
+    names = model.label_names
+    if isinstance(names, list) and len(names) == model.num_classes and model.num_classes:
+        fields |= dict(id2label=dict(enumerate(names)), label2id={label: i for i, label in enumerate(names)})
+    return fields
+
+
+def timm_processor(model: nn.Module) -> BitImageProcessor:
+    """The image processor that shows images as timm does for this model; where none can, the nearest, with a note."""
+    import timm
+
+    view = timm.data.resolve_model_data_config(model)
+    channels, *size = view["input_size"]
+    processor = make_image_processor(tuple(size), channels, list(view["mean"]), list(view["std"]))
+    height, width = (math.floor(side / view["crop_pct"]) for side in size)
+    shorter = view["crop_mode"] == "center" and height == width
+    processor.size = SizeDict(shortest_edge=height) if shorter else SizeDict(height=height, width=width)
+    processor.resample = PILImageResampling[view["interpolation"].upper()]
+    if not shorter and view["crop_mode"] != "squash":
+        print(f"image processor: timm's crop mode {view['crop_mode']!r} is not to be had; both sides are resized")
+    return processor
 
 
 def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -159,17 +259,41 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights = payload
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
         raise UsageError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
-    told = {}
+    told: dict[str, Any] = {}
     if isinstance(payload.get("args"), argparse.Namespace):
-        run = vars(payload["args"])
         kinds = {"norm_pix_loss": bool, "mask_ratio": float}
-        told = {name: run[name] for name, kind in kinds.items() if isinstance(run.get(name), kind)}
+        run = {name: getattr(payload["args"], name, None) for name in kinds}
+        run = {name: value.item() if isinstance(value, np.generic) else value for name, value in run.items()}
+        told = {name: value for name, value in run.items() if isinstance(value, kinds[name])}
+    if isinstance(payload.get("config"), dict):
+        told |= {name: payload["config"][name] for name in not_in_weights(weights) if name in payload["config"]}
     return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, told
 
 
+# What the arguments of a run are made of, beside plain values, by the names that Python and numpy give or gave them.
+# Paths become those that touch no file, and are of any system; numpy's scalars are those that hold no objects.
+_ARGUMENTS: list[Any] = [
+    argparse.Namespace,
+    *(
+        (getattr(pathlib, f"Pure{system}Path"), f"{module}.{pure}{system}Path")
+        for module in ("pathlib", "pathlib._local")
+        for system in ("Posix", "Windows")
+        for pure in ("", "Pure")
+    ),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdgU"},
+]
+
+
+def not_in_weights(weights: dict[str, torch.Tensor]) -> tuple[str, ...]:
+    """Fields of the configuration that these weights, of facebookresearch/mae or CL-MAE's authors, do not tell."""
+    return NOT_IN_WEIGHTS + (NOT_IN_MASKING_NET if "masking_net.cls_token" in weights else ())
+
+
 def load_safely(path: Path) -> Any:
-    """What `torch.save` wrote, if it is tensors, plain containers and `argparse.Namespace`, and refused otherwise."""
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    """What `torch.save` wrote, if it is tensors, plain containers and `_ARGUMENTS`, and refused otherwise."""
+    with torch.serialization.safe_globals(_ARGUMENTS):
         try:
             # Mapped into memory, which files from before PyTorch 1.6 cannot be.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -181,7 +305,7 @@ def load_safely(path: Path) -> Any:
                 "tensors could run code. If you trust the file, load it yourself and save the weights alone with "
                 "`safetensors.torch.save_file`."
             ) from error
-        except (RuntimeError, EOFError, OSError) as error:
+        except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
             raise UsageError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
 
 

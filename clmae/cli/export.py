@@ -7,21 +7,24 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
+from transformers.image_utils import PILImageResampling
 
 from clmae import FAMILIES
-from clmae.cli.convert import read_source
+from clmae.cli.convert import not_in_weights, read_source
 from clmae.cli.folders import PathsParser, new_folder
 from clmae.cli.options import UsageError
 from clmae.configuration.configuration_mae import pair
+from clmae.model_cards.run import read_model_config
 from clmae.modeling.conversion import (
     Export,
     read_weights,
@@ -43,19 +46,6 @@ TOLERANCE = 1e-4
 Outputs = dict[str, torch.Tensor]
 # What an exporter gives: the exported model's outputs for the source's images and noise, and how to load it.
 Exported = tuple[Outputs, str]
-# Fields of the configuration that the .pth does not tell.
-NOT_IN_WEIGHTS = (
-    "num_attention_heads",
-    "decoder_num_attention_heads",
-    "masker_num_attention_heads",
-    "masker_layer_norm_eps",
-    "layer_norm_eps",
-    "hidden_act",
-    "image_size",
-    "norm_pix_loss",
-    "mask_ratio",
-    "pooling",
-)
 
 
 class Source(NamedTuple):
@@ -87,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
         outputs, loading = EXPORTERS[args.to](source, folder)
         check(outputs, run_source(source))
         if source.processor is not None:
-            source.processor.save_pretrained(folder)
+            stock_processor(source.processor).save_pretrained(folder)
     if source.processor is None:
         print(f"SRC {args.source!r} has no image processor, and so there is none in DST.")
     print(f"wrote {args.destination}\n{loading.format(args.destination)}")
@@ -96,25 +86,36 @@ def run(argv: Sequence[str]) -> int:
 
 def load_source(name: str) -> Source:
     """The model as it was saved (encoder, autoencoder, classifier), in float32, and its image processor if any."""
+    config = read_model_config(name, "SRC", trust_remote_code=False)  # ours are local; no other's code runs
+    if config.model_type not in FAMILIES:
+        raise UsageError(
+            f"SRC {name!r} cannot be exported: it is a {config.model_type!r}, and no model of ours; `clmae convert` "
+            "makes one of a MAE."
+        )
+    _, *classes, _ = FAMILIES[config.model_type]
+    saved_as = (config.architectures or [""])[0]
+    model_class = next((known for known in classes if known.__name__ == saved_as), classes[0])
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # ours are local; no other's code runs
-        if config.model_type not in FAMILIES:
-            raise UsageError(
-                f"it is a {config.model_type!r}, and no model of ours; `clmae convert` makes one of a MAE."
-            )
-        _, *classes, _ = FAMILIES[config.model_type]
-        saved_as = (config.architectures or [""])[0]
-        model_class = next((known for known in classes if known.__name__ == saved_as), classes[0])
-        model = model_class.from_pretrained(name, dtype=torch.float32).eval()
+        model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise UsageError(f"SRC {name!r} cannot be exported: {error}") from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise UsageError(f"SRC {name!r} is no whole model: its weights lack {min(report['missing_keys'])}.")
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
         processor = None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, *pair(config.image_size), generator=generator)
-    return Source(model, processor, images, torch.rand(2, config.num_patches, generator=generator))
+    return Source(model.eval(), processor, images, torch.rand(2, config.num_patches, generator=generator))
+
+
+def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
+    """Itself, or in place of ours, which makes images grey, one of transformers' that takes grey images."""
+    if not getattr(processor, "do_grayscale", False):
+        return processor
+    fields = BitImageProcessor.valid_kwargs.__annotations__
+    return BitImageProcessor(**{name: value for name, value in processor.to_dict().items() if name in fields})
 
 
 # -- the check ----------------------------------------------------------------------------------------------------
@@ -188,12 +189,7 @@ def export_timm(source: Source, folder: Path) -> Exported:
 
     details, weights = to_timm(source.model)
     if source.processor is not None:
-        shown = source.processor
-        details["pretrained_cfg"] |= dict(mean=shown.image_mean, std=shown.image_std, interpolation="bicubic")
-        if "shortest_edge" in shown.size:
-            details["pretrained_cfg"]["crop_pct"] = (
-                pair(source.model.config.image_size)[0] / shown.size["shortest_edge"]
-            )
+        details["pretrained_cfg"] |= timm_view(source.processor, pair(source.model.config.image_size))
     (folder / "config.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     exported = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -202,6 +198,31 @@ def export_timm(source: Source, folder: Path) -> Exported:
         return {"logits": exported(source.images)}, loading
     features = exported.forward_features(source.images)
     return {"last_hidden_state": features, "pooler_output": exported.forward_head(features)}, loading
+
+
+def timm_view(processor: BaseImageProcessor, image_size: tuple[int, int]) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of how images are shown, for the view of this processor.
+
+    timm resizes to `floor(side / crop_pct)`: the shorter side (`crop_mode` "center") or both ("squash").
+    """
+    channels = len(processor.image_mean)
+    normalized = processor.do_normalize
+    view: dict[str, Any] = dict(
+        mean=list(processor.image_mean) if normalized else [0.0] * channels,
+        std=list(processor.image_std) if normalized else [1.0] * channels,
+        interpolation=PILImageResampling(processor.resample).name.lower(),
+    )
+    size = dict(processor.size)
+    if "shortest_edge" in size:
+        sides, view["crop_mode"] = [(min(image_size), size["shortest_edge"])], "center"
+    elif "height" in size:
+        sides, view["crop_mode"] = list(zip(image_size, (size["height"], size["width"]), strict=True)), "squash"
+    else:
+        return view
+    crop_pct = min(shown / resized for shown, resized in sides)
+    while any(math.floor(shown / crop_pct) < resized for shown, resized in sides):  # by a rounding of the quotient
+        crop_pct = math.nextafter(crop_pct, 0)
+    return view | {"crop_pct": crop_pct}
 
 
 class _Tensors(nn.Module):
@@ -242,9 +263,11 @@ def export_onnx(source: Source, folder: Path) -> Exported:
 def export_mae(source: Source, folder: Path) -> Exported:
     """A `.pth` in the layout of facebookresearch/mae and CL-MAE's authors, read back as `clmae convert` reads it."""
     path = folder / "mae.pth"
-    torch.save({"model": to_mae(source.model)}, path)
-    fields = {name: getattr(source.model.config, name) for name in NOT_IN_WEIGHTS if hasattr(source.model.config, name)}
-    read_back = read_weights(read_source(path)[0], **fields).load()
+    weights = to_mae(source.model)
+    fields = {name: getattr(source.model.config, name) for name in not_in_weights(weights)}
+    torch.save({"model": weights, "config": fields}, path)
+    weights, told = read_source(path)
+    read_back = read_weights(weights, **told).load()
     loading = (
         f"load {{}}/mae.pth with torch.load: its `model` is a state_dict (num_heads {fields['num_attention_heads']})"
     )

@@ -41,7 +41,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
-    """A recipe as the options that would say the same; an empty value leaves the option at its default."""
+    """A recipe as the options that would say the same; an empty value is one that has no default."""
     argv: list[str] = []
     for name, value in recipe.items():
         if value is None:
@@ -123,7 +123,8 @@ def parse(
         allow_abbrev=False,
         add_help=False,
     )
-    names = [field.name for dataclass in groups.values() for field in dataclasses.fields(dataclass) if field.init]
+    defaults = {f.name: f.default for dataclass in groups.values() for f in dataclasses.fields(dataclass) if f.init}
+    names = list(defaults)
     help_all = "--help_all" in rest or "--help-all" in rest
     if help_all or "-h" in rest or "--help" in rest:
         _print_help(parser, {} if help_all else shown or {})
@@ -131,6 +132,8 @@ def parse(
     for name in recipe:
         if name not in names:
             raise UsageError(f"recipe {recipe_path}: unknown entry {name!r}{nearest(name, names)}")
+        if recipe[name] is None and defaults[name] is not None:  # a forgotten value, which no default may replace
+            raise UsageError(f"recipe {recipe_path}: `{name}` is empty; give a value, or leave it out.")
     for argument in rest:  # before argparse complains of what is missing because it was misspelt
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name.removeprefix("no_") not in names and name not in names:

@@ -120,7 +120,7 @@ def read_arguments(
 def _family(argv: Sequence[str]) -> str:
     """The family named on the command line or in the recipe: it decides which model options there are."""
     recipe, _, rest = split_recipe(argv)
-    name = str(recipe.get("family", FamilyArguments.family))
+    name = str(recipe.get("family") or FamilyArguments.family)  # `parse` refuses an empty entry
     for i, argument in enumerate(rest):
         option, equals, value = argument.partition("=")
         if option == "--family":

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining
 
 from clmae.cli.options import UsageError, parse
 from clmae.configuration.configuration_mae import pair
+from clmae.model_cards.run import read_model_config
 from clmae.training.images import center_view, decode_image, normalize, sample_generator
 from clmae.training.pictures import reconstruction_figure, save_figure
 
@@ -57,7 +58,15 @@ def run(argv: Sequence[str]) -> int:
 
 def load_autoencoder(name: str) -> tuple[torch.nn.Module, object]:
     """A pretrained autoencoder and its image processor, from a folder or the Hub."""
+    read_model_config(name)
     try:
-        return AutoModelForPreTraining.from_pretrained(name).eval(), AutoImageProcessor.from_pretrained(name)
+        model, report = AutoModelForPreTraining.from_pretrained(name, output_loading_info=True)
+        processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(f"`model` {name!r} cannot be loaded: {error}") from error
+    if report["missing_keys"]:  # transformers would draw them at random
+        raise UsageError(
+            f"`model` {name!r} is no whole masked autoencoder: its weights lack {min(report['missing_keys'])}; give "
+            "what pretraining left, not an encoder or a classifier."
+        )
+    return model.eval(), processor

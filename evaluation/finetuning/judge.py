@@ -32,6 +32,7 @@ from clmae.evaluation.report import (
     make_row,
 )
 from clmae.model_cards.files import write_whole
+from clmae.model_cards.run import read_model_config
 from clmae.training.callbacks import InterruptCallback
 from clmae.training.data import AnyDataset, take_samples
 from clmae.training.sealing import checkpoints, is_sealed
@@ -81,11 +82,12 @@ def finetune(
         Rows `"pretrained"` and its baseline, in percent; the settings hold all that is needed to repeat them.
 
     Raises:
-        ValueError: Something that was given cannot be worked with; `output_dir` holds another run.
-        OSError: There is no such checkpoint.
+        ValueError: There is no such model; something else that was given cannot be worked with; `output_dir` holds
+            another run.
 
     >>> finetune("out/mae", "./labelled", FinetuningArguments(output_dir="out/ft", num_train_epochs=20)).to_markdown()
     """
+    read_model_config(model_path)  # what is wrong is reported before anything is loaded
     *splits, tested_on = load_splits(dataset_source, train_split, test_split, config_name, image_column, label_column)
     splits = [take_samples(*pair) for pair in zip(splits, (max_train_samples, max_test_samples), strict=True)]
     data = _prepare_data(model_path, splits, args, image_column, label_column, labels_per_class, label_fraction)
@@ -219,6 +221,8 @@ def _run(
     scores.details["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     row = make_row(name, trainer.model.classifier.in_features, scores)
     trainer.save_model()
+    if isinstance(trainer.model, LinearProbe) and args.should_save:
+        trainer.model.save_pretrained(args.output_dir)  # the Trainer knows of no configuration, and writes none
     _write(record, {**content, "row": asdict(row), "predictions": scores.predictions.tolist()}, args)
     return row, scores.predictions
 

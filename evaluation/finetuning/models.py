@@ -4,12 +4,14 @@
 import inspect
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
@@ -17,6 +19,7 @@ from clmae.configuration import MAEConfig
 from clmae.evaluation.features import random_encoder
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, FinetuningArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.parameters import freeze_all_but_last, layer_ids
+from clmae.model_cards.run import read_model_config
 from clmae.modeling import MAEForImageClassification, MAEModel
 from clmae.training.build import fastest_attention
 
@@ -53,6 +56,18 @@ class LinearProbe(nn.Module):
             features = F.batch_norm(features, self.norm.running_mean, self.norm.running_var, eps=self.norm.eps)
         return ImageClassifierOutput(logits=self.classifier(features))
 
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes the encoder as its own class does, and beside it `linear_probe.safetensors`.
+
+        That holds `weight` `(num_classes, D)` and `bias` `(num_classes,)`, with BatchNorm's running mean and variance
+        in them, so that logits are `features @ weight.T + bias`; its metadata name the feature.
+        """
+        self.encoder.save_pretrained(folder)
+        weight = self.classifier.weight.double() * (self.norm.running_var.double() + self.norm.eps).rsqrt()
+        bias = self.classifier.bias.double() - weight @ self.norm.running_mean.double()
+        layer = {"weight": weight.float().contiguous(), "bias": bias.float()}
+        save_file(layer, Path(folder, "linear_probe.safetensors"), metadata={"feature": self.feature})
+
 
 def load_classifier(
     model_path: str | os.PathLike, args: ClassificationArguments, num_classes: int, class_names: list[str] | None = None
@@ -69,10 +84,9 @@ def load_classifier(
         num_classes, class_names: Of the head.
 
     Raises:
-        ValueError: The checkpoint is of another kind, or lacks weights of the encoder.
-        OSError: There is no such checkpoint.
+        ValueError: There is no such checkpoint, it is of another kind, or lacks weights of the encoder.
     """
-    config = AutoConfig.from_pretrained(model_path)
+    config = read_model_config(model_path)
     probe = isinstance(args, LinearLarsArguments)
     released_mae = config.model_type == "vit_mae"  # transformers' own, which has no classifier and always masks
     if released_mae:

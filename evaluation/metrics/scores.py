@@ -50,12 +50,12 @@ def accuracy(counts: ClassCounts) -> Tensor:
 
 
 def mean_per_class_accuracy(counts: ClassCounts) -> Tensor:
-    """Mean over the classes that have samples of the share predicted right (their recall), `(...)` in [0, 1].
+    """Mean over the classes that have samples of the share predicted right (their recall), `(...)` float64 in [0, 1].
 
     Every class weighs the same, however few samples it has: the score for imbalanced data.
     """
     present = counts.support > 0
-    return (counts.hits / counts.support.clamp(min=1)).double().sum(-1) / present.sum(-1)
+    return (counts.hits.double() / counts.support.clamp(min=1)).sum(-1) / present.sum(-1)
 
 
 def f1(counts: ClassCounts) -> Tensor:

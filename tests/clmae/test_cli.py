@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,12 +17,16 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 
 import clmae.cli.pretrain
-from clmae import FAMILIES
+from clmae import FAMILIES, model_cards
 from clmae.cli import main
+from clmae.model_cards import hub_files
+from clmae.modeling.conversion import to_mae
+from clmae.training.data import make_image_processor
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
@@ -191,6 +196,17 @@ def test_mistakes_in_recipes(capsys, recipe, text, message):
 
 def test_family_typo_in_a_recipe(capsys, recipe):
     assert "`family` is 'mea'; did you mean 'mae'?" in error(capsys, "pretrain", "--config", recipe("mea"))
+
+
+@pytest.mark.parametrize("name", ["family", "model_size", "mask_ratio", "dataset", "eval_split"])
+def test_an_empty_entry_of_a_recipe(capsys, tmp_path, name):
+    entries = {"family": "mae", "model_size": "tiny", "dataset": "nowhere/at/all", "output_dir": "out"} | {name: ""}
+    (tmp_path / "recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in entries.items()))
+    optional = name in ("mask_ratio", "eval_split")  # without a value of their own: as not given
+    expected = "nowhere/at/all" if optional else f"recipe.yaml: `{name}` is empty; give a value, or leave it out."
+    assert expected in error(capsys, "pretrain", "--config", "recipe.yaml")
+    if not optional:
+        assert expected in error(capsys, "compare", "--recipes", "recipe.yaml", "--output_dir", "out")
 
 
 def test_empty_folder(capsys, recipe):
@@ -376,6 +392,74 @@ def test_verify_mistakes(capsys, tmp_path):
     assert "neither a checkpoint nor a model" in error(capsys, "verify", "empty")
 
 
+def without_manifest(kind, folder, family, tiny_config, trained):
+    """A whole model that no `sealed.json` speaks of."""
+    if kind == "shipped":
+        return shutil.copytree(Path(model_cards.__file__).parent / "cl_mae_digits", folder)
+    if kind == "downloaded":  # what is pushed is what comes back
+        source = trained(family)
+        for name in hub_files(source):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, folder / name)
+        return folder
+    model = FAMILIES[family][2](tiny_config(family))
+    if kind == "converted":
+        torch.save(to_mae(model), "mae.pth")
+        heads = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2"]
+        heads += ["--masker_num_attention_heads", "2"]
+        assert main(["convert", "mae.pth", str(folder), *heads]) == 0
+    else:
+        model.save_pretrained(folder, max_shard_size="20KB" if kind == "sharded" else "1GB")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [*itertools.product(["saved", "sharded", "converted", "downloaded"], FAMILIES), ("shipped", "cl_mae")],
+)
+def test_verify_a_model_without_a_manifest(capsys, tmp_path, kind, family, tiny_config, trained):
+    folder = without_manifest(kind, tmp_path / "model", family, tiny_config, trained)
+    weights = sorted(folder.glob("*.safetensors"))
+    assert (len(weights) > 1) == (kind == "sharded")
+    capsys.readouterr()
+    assert main(["verify", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{folder}: whole, but without a manifest: the values of its weights were not compared\n"
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    weight = files[weights[-1].name]
+    index = {"weight_map": {"vit.no_such_weight": weights[0].name}}
+    damages = [
+        (weights[-1].name, weight[:-1], f"{weights[-1].name} cannot be read"),
+        (weights[-1].name, weight + b"0", f"{weights[-1].name} cannot be read"),
+        (weights[-1].name, weight[:6], f"{weights[-1].name} cannot be read"),
+        (weights[-1].name, None, f"{weights[-1].name} is missing" if kind == "sharded" else "there are no weights"),
+        ("config.json", files["config.json"][:-9], "config.json is no JSON file"),
+        ("config.json", b"[]", "config.json holds no configuration"),
+        ("config.json", None, "config.json is missing"),
+    ]
+    if kind == "sharded":
+        name = "model.safetensors.index.json"
+        damages += [(name, json.dumps(index).encode(), f"{weights[0].name} lacks vit.no_such_weight")]
+        damages += [(name, b"{}", f"{name} names no weights"), (name, files[name][:-5], f"{name} is no JSON file")]
+    if kind != "shipped":  # whose code is in the package
+        damages += [(f"modeling_{json.loads(files['config.json'])['model_type']}.py", None, ".py is missing")]
+    for name, content, message in damages:
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        assert main(["verify", str(folder)]) == 1, message
+        printed = capsys.readouterr().out
+        assert printed.startswith(f"{folder}: damaged\n  ")
+        assert message in printed
+        (folder / name).write_bytes(files[name])
+
+
+def test_a_checkpoint_without_a_manifest_was_cut_off(capsys, trained, tmp_path):
+    shutil.copytree(trained("mae"), tmp_path / "out")
+    Path("out/checkpoint-4/sealed.json").unlink()
+    for argument in ("out", "out/checkpoint-4", "out/checkpoint-4/"):
+        assert main(["verify", argument]) == 1
+        assert "out/checkpoint-4: damaged or unfinished\n  it is not sealed" in capsys.readouterr().out
+
+
 def test_resume_passes_over_a_damaged_checkpoint_or_says_that_none_is_left(capsys, trained, tmp_path, recipe, photos):
     shutil.copytree(trained("mae"), tmp_path / "out")
     os.truncate("out/checkpoint-4/optimizer.pt", 10)
@@ -425,6 +509,55 @@ def test_visualize_mistakes(capsys, trained):
     assert "missing: --model" in error(capsys, "visualize", "--images", good)
     assert "did you mean 'output'?" in error(capsys, *arguments, "--outptu", "x.png")
     assert not list(Path().glob("masks*"))
+
+
+# What a command calls its model, and the command up to it.
+MODEL_COMMANDS = {
+    "evaluate knn": ("`model`", ["evaluate", "knn", "--dataset", "nowhere/at/all", "--model"]),
+    "evaluate finetune": ("`model`", ["evaluate", "finetune", "--dataset", "nowhere/at/all", "--model"]),
+    "evaluate linear-lars": ("`model`", ["evaluate", "linear-lars", "--dataset", "nowhere/at/all", "--model"]),
+    "visualize": ("`model`", ["visualize", "--images", "none.png", "--model"]),
+    "export": ("SRC", ["export", "--to", "vit", "out/exported"]),
+}
+
+
+@pytest.mark.parametrize("command", MODEL_COMMANDS)
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("out/missing", "there is no such folder, and as a Hub id:"),
+        ("missing", "there is no such folder, and as a Hub id:"),
+        ("./missing", "there is no such folder."),
+        ("../a/b/missing", "there is no such folder."),
+        ("empty", "there is no config.json in this folder."),
+        ("weights.pth", "it is a file; give the folder of a model (`clmae convert` makes one of a checkpoint)."),
+        ("broken", "config.json"),
+    ],
+)
+def test_a_model_that_is_not_there(capsys, command, path, reason):
+    Path("empty").mkdir()
+    Path("broken").mkdir()
+    Path("broken/config.json").write_text("{")
+    Path("weights.pth").write_bytes(b"")
+    name, argv = MODEL_COMMANDS[command]
+    argv = [*argv[:-1], path, argv[-1]] if command == "export" else [*argv, path]
+    message = error(capsys, *argv)  # before anything is said of the images
+    assert message.startswith(f"{name} {path!r} cannot be loaded: ")
+    assert reason in message
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+@pytest.mark.parametrize("family", [*FAMILIES, "cmae, learned masks"])
+def test_visualize_needs_a_decoder(capsys, tiny_config, family, kind):
+    family, *masks = family.split(", ")
+    config = tiny_config(family, **({"learned_masks": True} if masks else {}))
+    FAMILIES[family][{"encoder": 1, "classifier": 3}[kind]](config).save_pretrained("model")
+    make_image_processor(16, 3, [0.5] * 3, [0.5] * 3).save_pretrained("model")
+    argv = ["visualize", "--model", "model", "--images", save_image("a.png"), "--output", "masks.png"]
+    message = error(capsys, *argv)
+    assert message.startswith("`model` 'model' is no whole masked autoencoder: its weights lack decoder.")
+    assert not Path("masks.png").exists()
 
 
 def test_visualize_help(capsys):

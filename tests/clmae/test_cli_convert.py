@@ -4,27 +4,38 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import json
 import os
+import pathlib
 import pickle
+import zipfile
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForPreTraining,
     ViTImageProcessor,
     ViTMAEConfig,
     ViTMAEForPreTraining,
 )
 
-from clmae import FAMILIES
+from clmae import FAMILIES, MAEConfig
 from clmae.cli import main
 from clmae.modeling.conversion import to_mae, to_vit_mae
+from clmae.training.data import make_image_processor
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 HEADS = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2"]
 
 
@@ -144,6 +155,214 @@ def test_an_encoder_loads_with_automodel(tiny_config):
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
 
 
+class WindowsPath(PureWindowsPath):
+    """What a path in a file from Windows is called, whatever this machine is."""
+
+    __module__, __qualname__ = "pathlib", "WindowsPath"
+
+
+def with_other_names(path):
+    """The file as numpy 1 and Python 3.13 write it."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for name, there, others in (
+        ("scalar", (b"cnumpy._core.multiarray", b"cnumpy.core.multiarray"), b"cnumpy._core"),
+        ("PosixPath", (b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath"), b"cpathlib\nPosixPath"),
+    ):
+        key = next(key for key in parts if key.endswith("data.pkl"))
+        assert name.encode() in parts[key]
+        parts[key] = parts[key].replace(*there)
+        assert others not in parts[key]
+    with zipfile.ZipFile(path, "w") as archive:
+        for part in parts.items():
+            archive.writestr(*part)
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "numpy 1, Python 3.13"])
+def test_arguments_that_hold_paths_and_numpy_scalars(model, form, monkeypatch):
+    monkeypatch.setattr(pathlib, "WindowsPath", WindowsPath)
+    run = argparse.Namespace(
+        **dict(output_dir=Path("out/mae"), data=PurePosixPath("/data"), log_dir=WindowsPath("C:/logs")),
+        **dict(lr=np.float64(1e-3), epochs=np.int64(800), seed=np.uint8(0), eps=np.float32(1e-6), name=np.str_("run")),
+        **dict(norm_pix_loss=np.bool_(False), mask_ratio=np.float64(0.5)),
+    )
+    torch.save({"model": to_mae(model), "args": run}, "mae.pth", _use_new_zipfile_serialization=form != "old")
+    if form == "numpy 1, Python 3.13":
+        with_other_names("mae.pth")
+    convert("mae.pth", "ours", *HEADS)
+    config = AutoConfig.from_pretrained("ours")
+    assert (config.norm_pix_loss, config.mask_ratio) == (False, 0.5)
+
+
+def test_a_checkpoint_of_cl_maes_authors_has_their_form(tiny_config, capsys):
+    model = FAMILIES["cl_mae"][2](tiny_config("cl_mae"))
+    torch.save({"model": to_mae(model)}, "cl_mae.pth")
+    heads = [*HEADS, "--masker_num_attention_heads", "2"]
+    convert("cl_mae.pth", "ours", *heads)
+    config = AutoConfig.from_pretrained("ours")
+    with open(RECIPES / "cl_mae_authors.yaml") as file:
+        recipe = yaml.safe_load(file)
+    theirs = {name: value for name, value in recipe.items() if hasattr(config, name) and "_num_" not in name}
+    assert {"soft_masking", "gauss_loss_weight", "diversity_loss_weight", "kl_loss_weight"} <= theirs.keys()
+    sizes = ("image_size", "patch_size", "norm_pix_loss", "mask_ratio")
+    assert {name: getattr(config, name) for name in theirs if name not in sizes} == {
+        name: value for name, value in theirs.items() if name not in sizes
+    }
+    printed = capsys.readouterr().out
+    assert "soft_masking = tokens, gauss_loss_weight = 1.0, diversity_loss_weight = 2.0" in printed
+    convert("cl_mae.pth", "other", *heads, "--soft_masking", "attention", "--gauss_loss_weight", "0.1")
+    config = AutoConfig.from_pretrained("other")
+    assert (config.soft_masking, config.gauss_loss_weight, config.diversity_loss_weight) == ("attention", 0.1, 2.0)
+
+
+# -- timm ---------------------------------------------------------------------------------------------------------
+
+
+VIT = dict(img_size=16, patch_size=4, embed_dim=192, depth=2, num_heads=4, mlp_ratio=1.5)
+
+
+def save_timm(folder, architecture="vit_base_patch16_224", pretrained_cfg=None, **args):
+    """What timm itself writes for a model with random weights; the model."""
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(architecture, pretrained=False, **args)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.pretrained_cfg.update(pretrained_cfg or {})
+    timm.models.save_for_hf(model.eval(), folder, model_args=args, safe_serialization=True)
+    return model
+
+
+def picture(size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size)
+
+
+def assert_shown_as_by_timm(folder, num_channels=3, atol=2e-2):
+    timm = pytest.importorskip("timm")
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    read = timm.create_model("local-dir:theirs", pretrained=False)
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(read))
+    image = picture()
+    expected = view(image.convert("L") if num_channels == 1 else image)
+    torch.testing.assert_close(processor(image, return_tensors="pt").pixel_values[0], expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        dict(num_classes=0),
+        dict(num_classes=0, global_pool="avg", fc_norm=False),
+        dict(num_classes=5),
+        dict(num_classes=5, global_pool="avg"),
+        dict(num_classes=0, act_layer="quick_gelu", drop_path_rate=0.2, qkv_bias=False),
+        dict(num_classes=0, act_layer="gelu_tanh", img_size=(8, 24), patch_size=(4, 2)),
+        dict(num_classes=0, in_chans=1),
+        dict(num_classes=0, architecture="vit_base_patch16_clip_224", pre_norm=False),  # its epsilon is another
+    ],
+)
+@pytest.mark.parametrize(
+    "shown", [dict(crop_pct=0.8), dict(crop_pct=1.0, crop_mode="squash", interpolation="bilinear")]
+)
+def test_a_folder_of_timm_is_read_by_its_config(args, shown, capsys):
+    args = {**VIT, **args}
+    channels = args.get("in_chans", 3)
+    shown = {**shown, "mean": (0.4,) * channels, "std": (0.3,) * channels}
+    theirs = save_timm("theirs", pretrained_cfg=shown, **args)
+    convert("theirs", "ours")
+    assert "assumed" not in capsys.readouterr().out
+    config = AutoConfig.from_pretrained("ours")
+    assert config.drop_path_rate == args.get("drop_path_rate", 0)
+    classifier = args["num_classes"] > 0
+    ours = (AutoModelForImageClassification if classifier else AutoModel).from_pretrained("ours").eval()
+    images = torch.randn(2, channels, *theirs.patch_embed.img_size)
+    with torch.no_grad():
+        found = ours(images).logits if classifier else ours(images).pooler_output
+        torch.testing.assert_close(found, theirs(images), atol=1e-5, rtol=1e-5)
+    if theirs.patch_embed.img_size[0] == theirs.patch_embed.img_size[1] or "crop_mode" in shown:
+        assert_shown_as_by_timm("ours", channels)
+
+
+def test_a_folder_of_timm_by_an_architectures_name_alone():
+    theirs = save_timm("theirs", "test_vit", num_classes=0)
+    config = json.loads(Path("theirs/config.json").read_text())
+    assert "num_heads" not in config["model_args"]
+    convert("theirs", "ours")
+    assert AutoConfig.from_pretrained("ours").num_attention_heads == theirs.blocks[0].attn.num_heads == 2
+    images = torch.randn(1, 3, *theirs.patch_embed.img_size)
+    with torch.no_grad():
+        found = AutoModel.from_pretrained("ours").eval()(images).pooler_output
+        torch.testing.assert_close(found, theirs(images), atol=1e-4, rtol=1e-4)
+
+
+def test_timms_mean_after_its_layernorm_is_no_classifier_here_but_a_feature(capsys):
+    theirs = save_timm("theirs", **VIT, num_classes=5, global_pool="avg", fc_norm=False)
+    convert("theirs", "ours", code=2)
+    captured = capsys.readouterr()
+    assert "unexpected: 2: head.bias, head.weight" in captured.out
+    assert "--ignore_unexpected" in captured.err
+    convert("theirs", "ours", "--ignore_unexpected")
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        found = AutoModel.from_pretrained("ours").eval()(images).pooler_output
+        expected = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "args", "message"),
+    [
+        ("vit_base_patch16_224", {**VIT, "global_pool": "max"}, "global_pool 'max' has no counterpart here"),
+        ("vit_base_patch16_224", {**VIT, "act_layer": "mish"}, "activation 'Mish' has no counterpart here"),
+        ("resnet10t", {}, "is a ResNet of timm, and no VisionTransformer"),
+    ],
+)
+def test_models_of_timm_that_are_none_of_ours(architecture, args, message, capsys):
+    save_timm("theirs", architecture, **args)
+    convert("theirs", "ours", code=2)
+    assert message in capsys.readouterr().err
+    config = json.loads(Path("theirs/config.json").read_text())
+    Path("theirs/config.json").write_text(json.dumps({**config, "architecture": "no_such_model"}))
+    convert("theirs", "ours", code=2)
+    assert "timm cannot make a model of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_channels", [1, 3])
+@pytest.mark.parametrize("kind", ["encoder, mean", "encoder, cls", "classifier, mean", "classifier, cls"])
+def test_export_to_timm_and_back_is_the_identity(kind, num_channels, family, tiny_config):
+    pytest.importorskip("timm")
+    kind, pooling = kind.split(", ")
+    sizes = dict(image_size=(8, 24), patch_size=(4, 2)) if pooling == "cls" else {}
+    labels = dict(id2label={0: "cat", 1: "dog", 2: "owl"}, label2id={"cat": 0, "dog": 1, "owl": 2})
+    fields = dict(num_channels=num_channels, drop_path_rate=0.1, hidden_size=36, intermediate_size=44, pooling=pooling)
+    model = FAMILIES[family][1 if kind == "encoder" else 3](tiny_config(family, **fields, **sizes, **labels)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained("source")
+    size = model.config.image_size
+    processor = make_image_processor(size, num_channels, [0.4] * num_channels, [0.3] * num_channels, 0.875)
+    processor.save_pretrained("source")
+    assert main(["export", "--to", "timm", "source", "theirs"]) == 0
+    convert("theirs", "ours")
+    back = (AutoModel if kind == "encoder" else AutoModelForImageClassification).from_pretrained("ours")
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
+    others = ("decoder_", "masker_", "mask_ratio", "initializer_range")  # of pretraining
+    for name in inspect.get_annotations(MAEConfig):
+        if not name.startswith(("_", *others)):
+            found, expected = getattr(back.config, name), getattr(model.config, name)
+            assert pair_or_value(found) == pair_or_value(expected), name
+    assert kind == "encoder" or back.config.id2label == labels["id2label"]
+    assert AutoImageProcessor.from_pretrained("ours").to_dict() == processor.to_dict()
+    if pooling == "mean":  # timm's own file says it all, too
+        Path("theirs/preprocessor_config.json").unlink()
+        convert("theirs", "again")
+        assert AutoImageProcessor.from_pretrained("again").to_dict() == processor.to_dict()
+
+
+def pair_or_value(value):
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
 # -- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -154,9 +373,11 @@ class Malicious:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "among weights"])
+@pytest.mark.parametrize("form", ["torch", "old torch", "pickle", "among weights", "among arguments"])
 def test_a_file_that_would_run_code_is_refused_and_nothing_runs(model, form, capsys):
-    payload = {"model": to_mae(model), "args": Malicious()} if form == "among weights" else Malicious()
+    run = argparse.Namespace(output_dir=Path("out"), lr=np.float64(1), hook=Malicious())
+    among = {"among weights": Malicious(), "among arguments": run}
+    payload = {"model": to_mae(model), "args": among[form]} if form in among else Malicious()
     if form == "pickle":
         with open("mae.pth", "wb") as file:
             pickle.dump(payload, file, protocol=2)
@@ -173,10 +394,23 @@ def test_a_file_that_would_run_code_is_refused_and_nothing_runs(model, form, cap
     assert os.path.isdir("ran")
 
 
-def test_only_namespaces_are_let_through(model, capsys):
-    torch.save({"model": to_mae(model), "args": argparse.ArgumentParser}, "mae.pth")
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (argparse.ArgumentParser, "argparse.ArgumentParser"),
+        (np.load, "numpy.load"),
+        (functools.partial(print), "functools.partial"),
+        (os.path.join, "posixpath.join"),
+        (np.dtype(object), "something else than tensors"),
+        (np.dtype([("a", "O")]), "something else than tensors"),
+    ],
+)
+def test_only_what_arguments_are_made_of_is_let_through(model, held, name, capsys):
+    torch.save({"model": to_mae(model), "args": held}, "mae.pth")
     convert("mae.pth", "ours", *HEADS, code=2)
-    assert "holds `argparse.ArgumentParser`" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "is refused, and nothing in it was run" in message
+    assert name in message
     torch.save(argparse.Namespace(), "namespace.pth")
     with pytest.raises(pickle.UnpicklingError):  # and not beyond this command
         torch.load("namespace.pth", weights_only=True)

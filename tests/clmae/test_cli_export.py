@@ -4,19 +4,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from transformers import BitImageProcessor, ViTConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, BitImageProcessor, ViTConfig, ViTImageProcessor
 
 import clmae.cli.export
-from clmae import FAMILIES
+from clmae import FAMILIES, MAEConfig, MAEModel
 from clmae.cli import main
+from clmae.training.data import make_image_processor
 
+TINY = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, decoder_hidden_size=16)
+TINY |= dict(decoder_num_attention_heads=2)
 KINDS = {"encoder": 1, "autoencoder": 2, "mean": 3, "cls": 3}
 # Every kind of model that transformers' own classes can hold.
 STOCK = [
@@ -81,6 +88,10 @@ def sources(tmp_path_factory, tiny_config):
         return made[key]
 
     return make
+
+
+def sides(size):
+    return {"height": size[0], "width": size[1]}
 
 
 def differences(printed):
@@ -180,6 +191,56 @@ def test_timm(kind, sources, tmp_path, capsys):
     assert list(shown["mean"]) == list(BitImageProcessor.from_pretrained(tmp_path / "timm").image_mean)
 
 
+@pytest.mark.parametrize("target", ["vit", "timm"])
+def test_no_code_of_ours_goes_along_where_one_channel_needs_it(target, tiny_config, tmp_path):
+    pytest.importorskip("timm")
+    MAEModel(tiny_config(num_channels=1)).save_pretrained(tmp_path / "ours")
+    make_image_processor(16, 1, [0.4], [0.3]).save_pretrained(tmp_path / "ours")
+    export("--to", target, tmp_path / "ours", tmp_path / "out")
+    file = tmp_path / "out" / "preprocessor_config.json"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", file.name}
+    shown = AutoImageProcessor.from_pretrained(file)
+    assert type(shown) is BitImageProcessor
+    assert "auto_map" not in json.loads(file.read_text())
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    ours = AutoImageProcessor.from_pretrained(tmp_path / "ours")
+    assert torch.equal(*(each(grey, return_tensors="pt").pixel_values for each in (shown, ours)))
+
+
+@pytest.mark.parametrize("image_size", [(16, 16), (8, 24), (42, 42), (224, 224)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda size: make_image_processor(size, 3, [0.4] * 3, [0.3] * 3),
+        lambda size: make_image_processor(size, 3, [0.4] * 3, [0.3] * 3, 0.875),
+        lambda size: ViTImageProcessor(size=sides(size), resample=2),
+        lambda size: ViTImageProcessor(size=sides(size), do_normalize=False),
+        lambda size: BitImageProcessor(size={"height": 50, "width": 50}, crop_size=sides(size), resample=0),
+    ],
+)
+def test_timm_shows_images_as_the_processor_does(make, image_size, sources, tmp_path):
+    timm = pytest.importorskip("timm")
+    MAEModel(MAEConfig(**{**TINY, "image_size": image_size, "patch_size": (2, 2)})).save_pretrained(tmp_path / "ours")
+    processor = make(image_size)
+    processor.save_pretrained(tmp_path / "ours")
+    export("--to", "timm", tmp_path / "ours", tmp_path / "timm")
+    details = json.loads((tmp_path / "timm" / "config.json").read_text())["pretrained_cfg"]
+    square = image_size[0] == image_size[1]
+    assert details["crop_mode"] == ("center" if "shortest_edge" in processor.size else "squash")
+    resized = [math.floor(side / details["crop_pct"]) for side in image_size]
+    wanted = dict(processor.size)
+    expected = [wanted["shortest_edge"]] * 2 if "shortest_edge" in wanted else [wanted["height"], wanted["width"]]
+    if not square and resized != expected:  # one share of both sides does not give what was rounded for each
+        assert max(abs(a - b) for a, b in zip(resized, expected, strict=True)) <= 2 or 50 in wanted.values()
+        return
+    assert resized == expected
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True)
+    view = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8))  # no half pixels
+    exact = AutoImageProcessor.from_pretrained(tmp_path / "ours", backend="pil")
+    torch.testing.assert_close(view(image), exact(image, return_tensors="pt").pixel_values[0], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["autoencoder", "mean"])
 def test_onnx_takes_any_batch_size(kind, sources, tmp_path, capsys):
     pytest.importorskip("onnx")
@@ -206,10 +267,18 @@ def test_mae_comes_back_exactly(kind, family, sources, tmp_path, capsys):
     folder, model = sources(kind, family)
     export("--to", "mae", folder, tmp_path / "mae")
     assert set(differences(capsys.readouterr().out).values()) == {0.0}
-    heads = ["--num_attention_heads", "4", "--decoder_num_attention_heads", "2", "--masker_num_attention_heads", "2"]
-    assert main(["convert", str(tmp_path / "mae" / "mae.pth"), str(tmp_path / "back"), *heads]) == 0
-    back_class = FAMILIES["cl_mae" if family == "cl_mae" else "mae"][KINDS[kind]]
-    back = back_class.from_pretrained(tmp_path / "back").state_dict()
+    assert set(torch.load(tmp_path / "mae" / "mae.pth")) == {"model", "config"}  # which are data alone
+    assert main(["convert", str(tmp_path / "mae" / "mae.pth"), str(tmp_path / "back")]) == 0
+    back_class = FAMILIES["cl_mae" if family == "cl_mae" and kind == "autoencoder" else "mae"][KINDS[kind]]
+    loaded = back_class.from_pretrained(tmp_path / "back")
+    names = ("num_attention_heads", "image_size", "mask_ratio", "norm_pix_loss", "hidden_act", "layer_norm_eps")
+    names += (
+        ("soft_masking", "gauss_loss_weight", "masker_num_attention_heads") if back_class.__name__[0] == "C" else ()
+    )
+    assert {name: getattr(loaded.config, name) for name in names} == {
+        name: getattr(model.config, name) for name in names
+    }
+    back = loaded.state_dict()
     expected = {k: v for k, v in model.state_dict().items() if not k.startswith(("projector.", "position_head."))}
     assert set(back) == set(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in back.items())
@@ -255,7 +324,7 @@ def test_bad_use_is_explained(sources, stock, tmp_path, capsys):
         (["--to", "vit", mean, "out"], "`--to vit` has no classifier with `pooling` 'mean'; take `--to beit`"),
         (["--to", "vit_mae", encoder, "out"], "needs an autoencoder"),
         (["--to", "beit", encoder, "out"], "is for classifiers"),
-        (["--to", "vit", tmp_path / "empty", "out"], "cannot be exported"),
+        (["--to", "vit", tmp_path / "empty", "out"], "cannot be loaded: there is no config.json in this folder"),
         (["--to", "vit", stock[0] / "vit-encoder", "out"], "it is a 'vit', and no model of ours"),
         (["--to", "tensorflow", encoder, "out"], "invalid choice: 'tensorflow'"),
         ([encoder, "out"], "missing: --to"),
@@ -265,6 +334,18 @@ def test_bad_use_is_explained(sources, stock, tmp_path, capsys):
         export(*(tmp_path / arg if arg == "out" else arg for arg in argv), code=2)
         assert message in capsys.readouterr().err, argv
         assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_source_that_lacks_weights_is_refused(family, sources, tmp_path, capsys):
+    sources("autoencoder", family)[1].save_pretrained(tmp_path / "ours")
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    del weights["vit.layers.1.mlp.fc2.weight"]
+    save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    for target in ("vit", "mae"):
+        export("--to", target, tmp_path / "ours", tmp_path / "exported", code=2)
+        assert "is no whole model: its weights lack vit.layers.1.mlp.fc2.weight" in capsys.readouterr().err
+    assert not (tmp_path / "exported").exists()
 
 
 def test_a_source_without_an_image_processor(sources, tmp_path, capsys):

@@ -131,8 +131,8 @@ def test_strings_in_recipes(recipe, text):
     assert parse_both("--config", recipe(f"name: '{text}'"))[0].name == text
 
 
-def test_empty_value_leaves_the_default(recipe):
-    animal, _ = parse_both("--config", recipe("name: Leo\nlegs:\nweight: null\n"))
+def test_an_empty_value_is_that_of_an_option_that_has_none_by_default(recipe):
+    animal, _ = parse_both("--config", recipe("name: Leo\nweight: null\nsizes:\n"))
     assert animal == Animal("Leo")
 
 
@@ -147,6 +147,8 @@ def test_empty_value_leaves_the_default(recipe):
         ("just words\n", "a recipe is a list of `option: value` lines"),
         ("", "a recipe is a list of `option: value` lines"),
         ("1: Leo\n", "a recipe is a list of `option: value` lines"),
+        ("name: Leo\nlegs:\n", r"recipe .*recipe.yaml: `legs` is empty; give a value, or leave it out"),
+        ("name: null\n", r"recipe .*recipe.yaml: `name` is empty; give a value"),
         ("name: Leo\nlegs: many\n", "--legs.*invalid int value: 'many'"),
     ],
 )

@@ -76,6 +76,14 @@ def test_classes_that_are_missing_somewhere():
     assert macro_f1(counts).item() == pytest.approx((2 / 3 + 0 + 0 + 1) / 4)
 
 
+@pytest.mark.parametrize("score", [accuracy, mean_per_class_accuracy, macro_f1])
+def test_scores_are_divided_in_float64(score):
+    counts = class_counts(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 0, 0, 1]))
+    exact = {accuracy: 1 / 2, mean_per_class_accuracy: (1 / 3 + 1) / 2, macro_f1: 1 / 2}[score]
+    assert score(counts).dtype == torch.float64
+    assert score(counts).item() == pytest.approx(exact, rel=1e-15)
+
+
 def test_equal_scores_are_no_way_to_be_right():
     ranks = true_class_ranks(torch.zeros(4, 3), torch.tensor([0, 1, 2, 9]))
     assert ranks.tolist() == [0, 1, 2, 3]  # and a class without a score comes last

@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import clmae
 from clmae.evaluation import FewShotProtocol, KNNProtocol, LinearProtocol, evaluate_model
+from clmae.evaluation.finetuning import FinetuningArguments, LinearLarsArguments, finetune, load_classifier
 from clmae.evaluation.report import EvaluationResult, EvaluationRow
 from clmae.training.data import make_image_processor
 
@@ -46,6 +47,23 @@ def image_folder(tmp_path_factory):
             for i in range(count):
                 coloured(name, 1000 * len(split) + 10 * i + len(name)).save(target / f"{i}.png")
     return folder
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty"])
+def test_a_model_that_is_not_there_is_reported_before_the_images(tmp_path, kind):
+    path = tmp_path / kind
+    if kind == "empty":
+        path.mkdir()
+    reason = {"missing": "there is no such folder", "empty": r"there is no config\.json in this folder"}[kind]
+    args = FinetuningArguments(output_dir=str(tmp_path / "out"), use_cpu=True)
+    for judge in (
+        lambda: evaluate_model(path, "nowhere/at/all", ["knn"]),
+        lambda: finetune(path, "nowhere/at/all", args),
+        lambda: load_classifier(path, args, 2),
+        lambda: load_classifier(path, LinearLarsArguments(output_dir=args.output_dir, use_cpu=True), 2),
+    ):
+        with pytest.raises(ValueError, match=f"`model` .*{kind}' cannot be loaded: {reason}"):
+            judge()
 
 
 def in_memory(n: int = 12) -> datasets.Dataset:

@@ -7,11 +7,15 @@ import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import BitImageProcessor
 
 from clmae import CLMAEForPreTraining
+from clmae.model_cards import hub_files
+from clmae.training.data import make_image_processor
 
 from ..local_hub import Fault, Repo
 
@@ -85,6 +89,42 @@ def test_without_clmae_the_models_own_code_runs_if_allowed(bare_client, publish)
     assert "trust_remote_code" in answer["error"]
     answer = features(bare_client, repo_id, options="trust_remote_code=True")
     assert_features(answer, expected, "transformers_modules")
+
+
+PIPELINE = """
+import numpy
+{first}
+from PIL import Image
+from transformers import AutoImageProcessor, pipeline
+picture = Image.fromarray(numpy.arange(768, dtype="uint8").reshape(16, 16, 3))
+run = pipeline("image-feature-extraction", model={repo_id!r}, trust_remote_code={trust})
+options = dict(trust_remote_code={trust})
+both = [AutoImageProcessor.from_pretrained({repo_id!r}, backend=name, **options) for name in ("torchvision", "pil")]
+result = [run(picture), *[type(each).__module__ + "." + type(each).__name__ for each in both]]
+"""
+
+
+@pytest.mark.parametrize("with_clmae", [True, False])
+def test_a_model_of_one_channel_brings_its_image_processor(hub, client, bare_client, tmp_path, tiny_config, with_clmae):
+    repo_id = f"org/grey-{next(NUMBERS)}"
+    model = CLMAEForPreTraining(tiny_config("cl_mae", num_channels=1)).eval()
+    model.save_pretrained(tmp_path)
+    processor = make_image_processor(16, 1, [0.5], [0.5])
+    processor.save_pretrained(tmp_path)
+    assert "image_processing_mae.py" in hub_files(tmp_path)
+    hub.repos[repo_id] = Repo()
+    hub.repos[repo_id].commit({name: (tmp_path / name).read_bytes() for name in hub_files(tmp_path)})
+    first, used = ("import clmae", client) if with_clmae else ("", bare_client)
+    answer = used.attempt(PIPELINE.format(repo_id=repo_id, first=first, trust=None if with_clmae else True))
+    assert not answer["error"], answer["output"]
+    found, *names = answer["result"]
+    place = "clmae.modeling.image_processing_mae." if with_clmae else "transformers_modules."
+    assert all(name.startswith(place) for name in names)
+    assert [name.rpartition(".")[2] for name in names] == ["MAEImageProcessor", "MAEImageProcessorPil"]
+    picture = Image.fromarray(np.arange(768, dtype="uint8").reshape(16, 16, 3))
+    with torch.no_grad():
+        expected = model.vit(**processor(picture, return_tensors="pt")).last_hidden_state
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_with_clmae_no_code_of_the_hub_runs(client, publish):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import re
@@ -14,7 +15,7 @@ import torch
 import yaml
 from huggingface_hub import parse_eval_result_entries
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, ViTConfig
+from transformers import BitImageProcessor, Trainer, ViTConfig
 
 from clmae import CMAEForPreTraining, MAEConfig, MAEForPreTraining
 from clmae.model_cards import EditedCardError, check_folder, describe_data, hub_files, read_run, write_card
@@ -23,7 +24,7 @@ from clmae.model_cards.hub import check_card
 from clmae.model_cards.record import changed_arguments
 from clmae.model_cards.sections import changed_config
 from clmae.training import CurriculumTrainer, PretrainingArguments
-from clmae.training.data import DataArguments
+from clmae.training.data import DataArguments, make_image_processor
 
 from ..training.runs import QUIET, SHORT, SILENT, image_dataset, tiny_model, tiny_trainer
 
@@ -108,6 +109,19 @@ def test_every_section_is_there_and_every_picture(finished_run):
     check_card(finished_run)
 
 
+def test_the_trainer_takes_the_arguments_of_transformers_by_position_and_by_name(tmp_path):
+    ours, theirs = (inspect.signature(owner.create_model_card).bind for owner in (CurriculumTrainer, Trainer))
+    everything = [None, "en", "mit", "tag", "name", "base", "task", "dataset tag", "dataset", "dataset arguments"]
+    assert ours(*everything).arguments["license"] == theirs(*everything).arguments["license"] == "mit"
+    assert list(ours(*everything).arguments)[:3] == list(theirs(*everything).arguments)[:3]
+    trainer = tiny_trainer(tmp_path)
+    trainer.save_model()
+    trainer.create_model_card("en", "mit")
+    assert yaml.safe_load(card(tmp_path).split("---")[1])["license"] == "mit"
+    trainer.create_model_card(license="cc0-1.0", model_name="digits")
+    assert yaml.safe_load(card(tmp_path).split("---")[1])["license"] == "cc0-1.0"
+
+
 def test_front_matter(finished_run, folder):
     front_matter = yaml.safe_load(card(finished_run).split("---")[1])
     assert front_matter["library_name"] == "transformers"
@@ -124,8 +138,7 @@ def test_front_matter(finished_run, folder):
 @pytest.mark.parametrize(("num_channels", "with_code"), [(1, True), (3, True), (5, True), (3, False)])
 def test_the_snippet_runs_as_pasted(tmp_path, monkeypatch, tiny_config, num_channels, with_code):
     MAEForPreTraining(tiny_config("mae", num_channels=num_channels)).save_pretrained(tmp_path)
-    channels = dict(image_mean=[0.5] * num_channels, image_std=[0.5] * num_channels, do_convert_rgb=num_channels == 3)
-    BitImageProcessor(**PROCESSOR, **channels).save_pretrained(tmp_path)
+    make_image_processor(16, num_channels, [0.5] * num_channels, [0.5] * num_channels).save_pretrained(tmp_path)
     if not with_code:  # as in this repository, which has it already
         config = json.loads((tmp_path / "config.json").read_text())
         del config["auto_map"]

@@ -7,10 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
-from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, pipeline
 
 from clmae.model_cards import card
 from clmae.model_cards.card import write_card
@@ -38,6 +40,20 @@ def test_it_loads_and_reconstructs():
     with torch.no_grad():
         trained, untrained = (m(pixel_values, masking="random").reconstruction_loss.item() for m in (model, fresh))
     assert trained < 0.8 * untrained
+
+
+@pytest.mark.parametrize("backend", ["torchvision", "pil"])
+def test_transformers_pipeline_takes_any_picture(backend, tmp_path):
+    digit = Image.fromarray((load_digits().images[3] * (255 / 16)).astype("uint8")).resize((32, 32), Image.BICUBIC)
+    processor = AutoImageProcessor.from_pretrained(FOLDER, backend=backend)
+    extract = pipeline("image-feature-extraction", model=str(FOLDER), image_processor=processor)
+    tokens = torch.tensor(extract(digit))
+    assert tokens.shape == (1, 1 + 64, 96)
+    for mode in ("RGB", "P"):
+        digit.convert(mode).save(tmp_path / "digit.png")
+        torch.testing.assert_close(torch.tensor(extract(str(tmp_path / "digit.png"))), tokens)
+    default = pipeline("image-feature-extraction", model=str(FOLDER))
+    torch.testing.assert_close(torch.tensor(default(digit.convert("RGB"))), tokens)
 
 
 def test_its_card_is_what_its_files_say(tmp_path):

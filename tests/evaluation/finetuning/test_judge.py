@@ -10,9 +10,11 @@ import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerState
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, TrainerState
 
+from clmae import FAMILIES
 from clmae.evaluation.finetuning import ClassificationTrainer, FinetuningArguments, LinearLarsArguments, finetune
+from clmae.training.data import make_image_processor
 from clmae.training.sealing import verify
 
 from .samples import PLAIN, coloured_images
@@ -150,13 +152,36 @@ def test_every_test_image_is_judged(saved, dataset, arguments):
 
 
 def test_trained_model_is_saved_whole(saved, dataset, arguments, tmp_path):
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
     finetune(saved, dataset, arguments(), baselines=False)
     folder = tmp_path / "out" / "pretrained"
     model = AutoModelForImageClassification.from_pretrained(folder)
     assert model.config.label2id == {"red": 0, "green": 1, "blue": 2}
     assert list(AutoImageProcessor.from_pretrained(folder).image_mean) == [0.5] * 3
+
+
+@pytest.mark.parametrize("feature", ["cls", "mean"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_linear_probe_is_saved_as_its_encoder_and_a_linear_layer(
+    family, feature, dataset, arguments, tiny_config, tmp_path
+):
+    encoder = FAMILIES[family][1](tiny_config(family)).eval()
+    encoder.save_pretrained(tmp_path / "model")
+    make_image_processor(16, 3, [0.5] * 3, [0.5] * 3).save_pretrained(tmp_path / "model")
+    args = arguments(LinearLarsArguments, feature=feature, learning_rate=100.0, max_steps=40)
+    result = finetune(tmp_path / "model", dataset, args, baselines=False)
+    folder = tmp_path / "out" / "pretrained"
+    loaded = AutoModel.from_pretrained(folder).eval()
+    assert type(loaded) is type(encoder)
+    assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    layer = load_file(folder / "linear_probe.safetensors")
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    images = processor(dataset["test"].with_format("numpy")["image"][:], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        tokens = loaded(images).last_hidden_state
+    features = tokens[:, 0] if feature == "cls" else tokens[:, 1:].mean(1)
+    predicted = (features @ layer["weight"].T + layer["bias"]).argmax(1)
+    assert torch.equal(predicted, result.predictions.predictions)
+    assert len(predicted.unique()) == 3
 
 
 def test_bad_data_is_refused(saved, dataset, arguments):
