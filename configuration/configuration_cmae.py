@@ -7,6 +7,7 @@ import math
 from typing import ClassVar
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
+from clmae.configuration.errors import InputError
 
 
 class CMAEConfig(CLMAEConfig):
@@ -75,13 +76,13 @@ class CMAEConfig(CLMAEConfig):
         super().check()
         visible = self.num_visible(self.num_patches)
         if self.position_loss_weight and not int(visible * self.position_mask_ratio):
-            raise ValueError(
+            raise InputError(
                 f"`position_mask_ratio` is {self.position_mask_ratio}, which withholds the position of none of the "
                 f"{visible} visible patches; take at least {math.ceil(1e4 / visible) / 1e4:g}, or set "
                 "`position_loss_weight` to 0."
             )
         if self.position_loss_weight and self.mask_sampler == "grid" and self.position_mask_ratio < 1:
-            raise ValueError(
+            raise InputError(
                 f"`position_mask_ratio` is {self.position_mask_ratio} with `mask_sampler` 'grid', where one given "
                 "position tells those of all visible patches; set `position_mask_ratio` to 1, or take another sampler."
             )

@@ -14,6 +14,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
+from clmae.configuration.errors import InputError
 from clmae.configuration.hub_code import hub_auto_map, hub_code, write_hub_code
 
 logger = logging.get_logger(__name__)
@@ -182,7 +183,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         except ValueError:
             raise
         except Exception as error:  # whatever transformers' own fields lead to, which it does not always check
-            raise ValueError(f"the configuration cannot be used: {type(error).__name__}: {error}") from error
+            raise InputError(f"the configuration cannot be used: {type(error).__name__}: {error}") from error
         return loaded
 
     @classmethod
@@ -258,7 +259,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             ValueError: The size has no such name, or a field is wrong.
         """
         if size not in SIZES:
-            raise ValueError(f"`model_size` is {size!r}; choose one of {', '.join(SIZES)}.")
+            raise InputError(f"`model_size` is {size!r}; choose one of {', '.join(SIZES)}.")
         preset = {**SIZES[size], "patch_size": _SIZE_PATCH.get(size, 16)}
         if not cls._decoder_follows_size:
             preset = {name: value for name, value in preset.items() if not name.startswith("decoder_")}
@@ -292,10 +293,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         # Configurations keep unknown entries (transformers' convention), but a misspelt field would be lost silently.
         for name in kwargs:
             if meant := cls._meant(name):
-                raise ValueError(f"`{name}` is no field of {cls.__name__}; did you mean `{meant}`?")
+                raise InputError(f"`{name}` is no field of {cls.__name__}; did you mean `{meant}`?")
         labels = kwargs.get("num_labels")  # of which transformers makes a table
         if labels is not None and (type(labels) is not int or not 0 <= labels <= MAX_LABELS):
-            raise ValueError(f"`num_labels` is {labels!r}; give an int in 0..{MAX_LABELS:,}.")
+            raise InputError(f"`num_labels` is {labels!r}; give an int in 0..{MAX_LABELS:,}.")
 
     @classmethod
     def _meant(cls, name: str) -> str | None:
@@ -309,12 +310,12 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuses entries of a file that would take a method's place, and those of transformers that it fails on."""
         for name, value in config_dict.items():
             if name.startswith("__") or callable(getattr(cls, name, None)):
-                raise ValueError(f"`{name}` cannot be an entry of a configuration: {cls.__name__} has a method of it.")
+                raise InputError(f"`{name}` cannot be an entry of a configuration: {cls.__name__} has a method of it.")
             if name.lstrip("_").startswith("attn_implementation") and not isinstance(value, (str, dict, type(None))):
-                raise ValueError(f"`{name}` is {value!r}; give the name of an attention implementation.")
+                raise InputError(f"`{name}` is {value!r}; give the name of an attention implementation.")
             table = name in ("auto_map", "sub_configs") or (name.startswith("base_model_") and name.endswith("_plan"))
             if table and not isinstance(value, (dict, type(None))):
-                raise ValueError(f"`{name}` is {value!r}; leave it out.")
+                raise InputError(f"`{name}` is {value!r}; leave it out.")
 
     def _check_widths(self) -> None:
         for width_name, heads_name in self._stacks:
@@ -323,9 +324,9 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             step = math.lcm(4, *(getattr(self, other) for name, other in self._stacks if name == width_name))
             remedy = f"take {step * max(1, round(width / step))}, or another number of heads."
             if width % heads:
-                raise ValueError(f"`{width_name}` is {width}, which `{heads_name}` = {heads} does not divide; {remedy}")
+                raise InputError(f"`{width_name}` is {width}, which `{heads_name}` = {heads} does not divide; {remedy}")
             if width % 4:
-                raise ValueError(
+                raise InputError(
                     f"`{width_name}` is {width}; the sin-cos position embeddings need a multiple of 4: {remedy}"
                 )
 
@@ -335,24 +336,24 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             values = [value] if isinstance(value, int) else value
             good = isinstance(values, (list, tuple)) and (isinstance(value, int) or len(values) == 2)
             if not good or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-                raise ValueError(f"`{name}` is {value!r}; give a positive int, or two as (height, width).")
+                raise InputError(f"`{name}` is {value!r}; give a positive int, or two as (height, width).")
             if max(values) > LIMITS["size"]:
-                raise ValueError(f"`{name}` is {value!r}; give at most {LIMITS['size']:,} pixels a side.")
+                raise InputError(f"`{name}` is {value!r}; give at most {LIMITS['size']:,} pixels a side.")
         for side, size, patch in zip(("height", "width"), pair(self.image_size), pair(self.patch_size), strict=True):
             if size % patch:
                 below, above = size // patch * patch, -(-size // patch) * patch
                 options = " or ".join(str(v) for v in (below, above) if v)
-                raise ValueError(
+                raise InputError(
                     f"`image_size` is {self.image_size} and `patch_size` {self.patch_size}: the {side} {size} is not a "
                     f"multiple of {patch}; take {options}, or another patch size."
                 )
         if self.norm_pix_loss and self.patch_dim < 2:
-            raise ValueError(
+            raise InputError(
                 "`norm_pix_loss` is true, but a patch has one value and so no variance; set it to false, or take a "
                 f"larger `patch_size` than {self.patch_size}."
             )
         if self.num_patches > MAX_PATCHES:
-            raise ValueError(
+            raise InputError(
                 f"`image_size` is {self.image_size} and `patch_size` {self.patch_size}: {self.num_patches:,} patches, "
                 f"but at most {MAX_PATCHES:,} are possible; take larger patches."
             )
@@ -360,7 +361,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         if not 0 < visible < self.num_patches:
             # Rounded inwards, so that both ratios are accepted.
             low, high = math.ceil(1e4 / self.num_patches) / 1e4, math.floor(1e4 - 1e4 / self.num_patches) / 1e4
-            raise ValueError(
+            raise InputError(
                 f"`mask_ratio` is {self.mask_ratio}, which leaves {visible} of {self.num_patches} patches visible; "
                 f"at least one must be visible and one masked: take a ratio between {low:g} and {high:g}, or smaller "
                 "patches."
@@ -375,7 +376,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             inner = getattr(self, f"{part}intermediate_size", None) or 4 * width
             total += getattr(self, f"{part}num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
         if total > MAX_PARAMETERS:
-            raise ValueError(
+            raise InputError(
                 f"a model with `hidden_size` {self.hidden_size} and `num_hidden_layers` {self.num_hidden_layers} would "
                 f"have about {total:.0e} parameters, but at most {MAX_PARAMETERS:.0e} are possible; take fewer or "
                 "smaller layers."
@@ -387,17 +388,17 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         except ImportError:  # without torch there are none, and no models either
             return
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+            raise InputError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
 
     def _check_int(self, name: str, minimum: int = 1, optional: bool = False) -> None:
         value = getattr(self, name)
         if optional and value is None:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
+            raise InputError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
         limit = next((limit for ending, limit in LIMITS.items() if name.endswith(ending)), None)
         if limit is not None and value > limit:
-            raise ValueError(f"`{name}` is {value}; give at most {limit:,}.")
+            raise InputError(f"`{name}` is {value}; give at most {limit:,}.")
 
     def _check_number(
         self, name: str, low: float, high: float, open_low: bool = False, open_high: bool = False
@@ -411,16 +412,16 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         ):
             interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
             kind = "a finite number" if low == -math.inf else f"a number in {interval}"
-            raise ValueError(f"`{name}` is {value!r}; give {kind}.")
+            raise InputError(f"`{name}` is {value!r}; give {kind}.")
 
     def _check_bool(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):
-            raise ValueError(f"`{name}` is {getattr(self, name)!r}; give true or false.")
+            raise InputError(f"`{name}` is {getattr(self, name)!r}; give true or false.")
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         value = getattr(self, name)
         if value not in choices:
-            raise ValueError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
+            raise InputError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
 
 
 __all__ = ["MASK_SAMPLERS", "POOLINGS", "SIZES", "MAEConfig", "pair"]

@@ -31,6 +31,7 @@ from matplotlib.ticker import EngFormatter
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clmae.configuration import MAEConfig
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.report import PROTOCOLS, evaluate_model
 from clmae.model_cards.files import write_whole
@@ -94,7 +95,7 @@ class Judging:
         """
         unknown = [protocol for protocol in self.protocols if protocol not in PROTOCOLS]
         if unknown or not self.protocols or len(set(self.protocols)) < len(self.protocols):
-            raise ValueError(
+            raise InputError(
                 f"`protocols` is {list(self.protocols)}; give some of {', '.join(PROTOCOLS)}, each at most once."
             )
         for split in (self.train_split, self.test_split):
@@ -136,7 +137,7 @@ class Cost:
         batch = args.images_per_batch
         batches = num_images // batch if args.dataloader_drop_last else math.ceil(num_images / batch)
         if not batches:
-            raise ValueError(
+            raise InputError(
                 f"recipe {recipe.name}: `per_device_train_batch_size` asks for batches of {batch} images, but the "
                 f"training set has {num_images}: take a smaller batch."
             )
@@ -233,15 +234,15 @@ def make_plan(
     _check_recipes(recipes)
     for name, value in (("images_seen", images_seen), ("num_points", num_points)):
         if value is not None and value < 1:
-            raise ValueError(f"`{name}` is {value}; give at least 1.")
+            raise InputError(f"`{name}` is {value}; give at least 1.")
     names = [recipe.name for recipe in recipes]
     if reference is not None and reference not in names:
-        raise ValueError(f"`reference` is {reference!r}; give the name of one of the recipes: {', '.join(names)}.")
+        raise InputError(f"`reference` is {reference!r}; give the name of one of the recipes: {', '.join(names)}.")
     judging.check()
     first = recipes[0]
     dataset, *_ = build_datasets(first.data, first.config, first.args.seed)
     if not hasattr(dataset, "__len__"):
-        raise ValueError("`streaming` gives no number of images to compare by; leave it out.")
+        raise InputError("`streaming` gives no number of images to compare by; leave it out.")
     costs = {recipe.name: Cost(recipe, len(dataset)) for recipe in recipes}
     if images_seen is None:
         cost = costs[first.name]
@@ -270,15 +271,15 @@ def make_plan(
 def _check_recipes(recipes: Sequence[Recipe]) -> None:
     names = [recipe.name for recipe in recipes]
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"`recipes` is {names}; give at least one, and each under a name of its own.")
+        raise InputError(f"`recipes` is {names}; give at least one, and each under a name of its own.")
     first = recipes[0]
     if first.args.world_size > 1:
-        raise ValueError("a comparison runs in one process; start it without torchrun.")
+        raise InputError("a comparison runs in one process; start it without torchrun.")
     for recipe in recipes:
         for name in SAME_DATA:
             ours, theirs = getattr(recipe.data, name), getattr(first.data, name)
             if ours != theirs:
-                raise ValueError(
+                raise InputError(
                     f"`{name}` is {theirs!r} in {first.name} and {ours!r} in {recipe.name}, but recipes are compared "
                     f"on the same images; give --{name}, which goes before what the recipes say."
                 )
@@ -297,7 +298,7 @@ def keep_plan(plan: Plan, path: Path) -> None:
     old = json.loads(path.read_text(encoding="utf-8"))
     if old != new:
         found = "; ".join(f"{name}: {a!r} there, {b!r} now" for name, a, b in _differences(old, new))
-        raise ValueError(
+        raise InputError(
             f"`output_dir` {str(path.parent)!r} holds another comparison ({found}). Choose another folder, or go on "
             "with the same settings."
         )
@@ -448,9 +449,9 @@ def compare(
         ValueError: Unknown budgets, or another plan's folder.
     """
     if not budgets or any(budget not in BUDGETS for budget in budgets) or len(set(budgets)) < len(budgets):
-        raise ValueError(f"`budgets` is {list(budgets)}; give some of {', '.join(BUDGETS)}, each at most once.")
+        raise InputError(f"`budgets` is {list(budgets)}; give some of {', '.join(BUDGETS)}, each at most once.")
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"`seeds` is {list(seeds)}; give at least one, and each once.")
+        raise InputError(f"`seeds` is {list(seeds)}; give at least one, and each once.")
     folder = Path(output_dir)
     keep_plan(plan, folder / "plan.json")
     first = next(iter(plan.recipes))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.metrics.scores import ClassCounts
 
 LEVEL = 0.95
@@ -36,7 +37,7 @@ def mean_interval(
         ValueError: There is no value, or an option is out of range.
     """
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"`values` has shape {tuple(values.shape)}; give (n,) with at least one sample.")
+        raise InputError(f"`values` has shape {tuple(values.shape)}; give (n,) with at least one sample.")
     distinct, counts = torch.unique(values.cpu().double(), return_counts=True)
     means = [draws.double() @ distinct / len(values) for draws in _resampled(counts, level, num_resamples, seed)]
     return _percentiles(torch.cat(means), level)
@@ -87,9 +88,9 @@ def class_score_intervals(
 def _resampled(counts: Tensor, level: float, num_resamples: int, seed: int) -> Iterator[Tensor]:
     """How often each of `(k,)` groups is drawn in `sum(counts)` draws: chunks `(r, k)` int64, num_resamples in all."""
     if not 0 < level < 1:
-        raise ValueError(f"`level` is {level}; give a number between 0 and 1.")
+        raise InputError(f"`level` is {level}; give a number between 0 and 1.")
     if num_resamples < 1:
-        raise ValueError(f"`num_resamples` is {num_resamples}; give 1 or more, better 1000.")
+        raise InputError(f"`num_resamples` is {num_resamples}; give 1 or more, better 1000.")
     generator, size = np.random.default_rng(seed), int(counts.sum())
     chunk = max(1, _CELLS_AT_ONCE // len(counts))
     for start in range(0, num_resamples, chunk):

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.model_cards.files import replacing
 from clmae.training.data import LABEL_NAMES, array_dtype, find_label_column, load_image_dataset, undecoded
 from clmae.training.images import ImageDecodeError, decode_image
@@ -65,9 +66,9 @@ class LabelledImages(Dataset):
         class_names: Sequence[str] | None = None,
     ) -> None:
         if not isinstance(dataset, datasets.Dataset):
-            raise ValueError(f"`dataset` is of type {type(dataset).__name__}; give a `datasets.Dataset` (no stream).")
+            raise InputError(f"`dataset` is of type {type(dataset).__name__}; give a `datasets.Dataset` (no stream).")
         if not len(dataset):
-            raise ValueError("`dataset` is empty: there is no image in it.")
+            raise InputError("`dataset` is empty: there is no image in it.")
         dataset, self.image_column = load_image_dataset(dataset, image_column=image_column)
         self.label_column = find_class_column(dataset, label_column)
         self.class_names: list[str] | None = getattr(dataset.features[self.label_column], "names", None)
@@ -107,7 +108,7 @@ class LabelledImages(Dataset):
             ValueError: The processor does not say what it does.
         """
         if not hasattr(self.processor, "to_json_string"):
-            raise ValueError(
+            raise InputError(
                 "`cache_dir` is given, but `processor` is no image processor of transformers, so that a change of it "
                 "would go unnoticed; leave out `cache_dir`."
             )
@@ -135,7 +136,7 @@ class LabelledImages(Dataset):
             image = decode_image(undecoded(value, self._array_dtype), self.num_channels)
         except ImageDecodeError as error:
             path = value.get("path") if isinstance(value, dict) else None
-            raise ValueError(
+            raise InputError(
                 f"image {index}{f' ({path})' if path else ''} of `dataset` cannot be used: {error} "
                 "Remove or replace it."
             ) from error
@@ -161,12 +162,12 @@ def find_class_column(dataset: datasets.Dataset, name: str | None = None) -> str
         return words[0]
     for column in candidates:
         if isinstance(features[column], (list, datasets.List, datasets.LargeList)):
-            raise ValueError(
+            raise InputError(
                 f"`label_column` {column!r} holds several labels an image; these protocols judge by one class an "
                 "image: set `label_column` to a column with one, or make one by `dataset.map`."
             )
         if _dtype(features[column]).startswith(("float", "double", "half")):
-            raise ValueError(
+            raise InputError(
                 f"`label_column` {column!r} holds {_dtype(features[column])}, and fractions are no classes; give a "
                 f"column of class numbers, for instance by `dataset.cast_column({column!r}, datasets.Value('int64'))`."
             )
@@ -198,7 +199,7 @@ def _read_words(dataset: datasets.Dataset, column: str, class_names: Sequence[st
     names = sorted(set(values)) if class_names is None else list(class_names)
     unknown = sorted(set(values) - set(names))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"`label_column` {column!r} holds classes that the training set lacks: {', '.join(map(repr, unknown[:5]))}"
             f"{' ...' if len(unknown) > 5 else ''}; leave out their images, or put some into the training set."
         )
@@ -209,7 +210,7 @@ def _read_words(dataset: datasets.Dataset, column: str, class_names: Sequence[st
 def _check_all_labelled(column: str, values: list, is_missing: Callable[[Any], bool]) -> None:
     missing = next((i for i, value in enumerate(values) if is_missing(value)), None)
     if missing is not None:
-        raise ValueError(
+        raise InputError(
             f"`label_column` {column!r} has no class for image {missing} (its label is {values[missing]!r}): filter "
             "out the images without a class, or evaluate on a split that has them all."
         )
@@ -270,9 +271,9 @@ def extract_features(
     """
     feature = feature or default_feature(model, layer)
     if feature not in FEATURES:
-        raise ValueError(f"`feature` is {feature!r}; choose one of {', '.join(FEATURES)}.")
+        raise InputError(f"`feature` is {feature!r}; choose one of {', '.join(FEATURES)}.")
     if layer is not None and feature == "pooler_output":
-        raise ValueError(f"`layer` is {layer}, but only a model's output is pooled by itself; choose cls or mean.")
+        raise InputError(f"`layer` is {layer}, but only a model's output is pooled by itself; choose cls or mean.")
     if device is not None:
         model.to(device)
     hidden_states = {} if layer is None else {"output_hidden_states": True}
@@ -373,10 +374,10 @@ def _collect(
 ) -> tuple[Tensor, Tensor]:
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value < least:
-            raise ValueError(f"`{name}` is {value}; give {least} or more.")
+            raise InputError(f"`{name}` is {value}; give {least} or more.")
     size = len(dataset)
     if not size:
-        raise ValueError("`dataset` is empty: there is no image in it.")
+        raise InputError("`dataset` is empty: there is no image in it.")
     first, end = _own_part(size)
     loader = DataLoader(
         _Batches(dataset),
@@ -450,7 +451,7 @@ def _cached(
 ) -> tuple[Tensor, Tensor]:
     """What `collect` gives; from a file, if one was left for the same images and the same that is `asked`."""
     if not isinstance(dataset, LabelledImages):
-        raise ValueError(
+        raise InputError(
             f"`cache_dir` is given, but `dataset` is a {type(dataset).__name__}, which does not say what is in it; "
             "give `LabelledImages`, or leave out `cache_dir`."
         )
@@ -503,14 +504,14 @@ def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: st
     """Features `(B, d)` of an encoder's outputs for images of `size` (height, width)."""
     tokens = getattr(outputs, "last_hidden_state", None)
     if tokens is None or tokens.ndim != 3:
-        raise ValueError(
+        raise InputError(
             f"`model` is a {type(model).__name__}, which gives no `last_hidden_state` of shape (batch_size, 1 + "
             "num_patches, hidden_size); load the encoder with `AutoModel.from_pretrained`."
         )
     if feature == "pooler_output":
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is None:
-            raise ValueError(
+            raise InputError(
                 f"`feature` is 'pooler_output', which a {type(model).__name__} does not give; choose 'cls' or 'mean'."
             )
         return pooled
@@ -520,7 +521,7 @@ def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: st
     num_others = _num_other_tokens(model, tokens, size)
     if "cls" in feature:
         if not num_others:
-            raise ValueError(
+            raise InputError(
                 f"`feature` is {feature!r}, but a {type(model).__name__} has no class token; choose 'mean'."
             )
         parts.append(tokens[:, 0].float())
@@ -532,7 +533,7 @@ def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: st
 def _layer_tokens(model: PreTrainedModel, outputs: Any, layer: int) -> Tensor:
     hidden_states = getattr(outputs, "hidden_states", None) or ()
     if not -len(hidden_states) <= layer < len(hidden_states):
-        raise ValueError(
+        raise InputError(
             f"`layer` is {layer}, but a {type(model).__name__} gives "
             + (f"0 to {len(hidden_states) - 1}." if hidden_states else "no hidden states; leave it out.")
         )
@@ -546,7 +547,7 @@ def _num_other_tokens(model: PreTrainedModel, tokens: Tensor, size: Sequence[int
         return 1 + getattr(model.config, "num_register_tokens", 0)
     num_patches = math.prod(side // step for side, step in zip(size, pair(patch_size), strict=True))
     if tokens.shape[1] < num_patches:
-        raise ValueError(
+        raise InputError(
             f"`model` is a {type(model).__name__}, which gives {tokens.shape[1]} tokens for {num_patches} patches; "
             "only encoders that keep a token for each patch can be judged by their tokens. Try feature 'pooler_output'."
         )
@@ -600,20 +601,20 @@ def _reduced_size(num_channels: int, height: int, width: int) -> tuple[int, int]
 def check_features(part: str, features: Tensor) -> None:
     """ValueError unless `features` is `(n, d)` with n >= 1 and finite; `part` is the argument's prefix: `"train"`."""
     if features.ndim != 2 or 0 in features.shape:
-        raise ValueError(f"`{part}_features` has shape {tuple(features.shape)}; give (n, d) with at least one sample.")
+        raise InputError(f"`{part}_features` has shape {tuple(features.shape)}; give (n, d) with at least one sample.")
     if not torch.isfinite(features).all():
-        raise ValueError(f"`{part}_features` holds NaN or infinity; look at the model's weights, or leave out bf16.")
+        raise InputError(f"`{part}_features` holds NaN or infinity; look at the model's weights, or leave out bf16.")
 
 
 def check_labelled(part: str, features: Tensor, labels: Tensor) -> None:
     """ValueError unless `features` passes [`check_features`] and `labels` is `(n,)`, integers >= 0, for the same n."""
     check_features(part, features)
     if labels.ndim != 1 or len(labels) != len(features):
-        raise ValueError(
+        raise InputError(
             f"`{part}_labels` has shape {tuple(labels.shape)}; give one label for each of {len(features)} samples."
         )
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or int(labels.min()) < 0:
-        raise ValueError(
+        raise InputError(
             f"`{part}_labels` must hold class numbers from 0 (integers); found {labels.dtype}, smallest "
             f"{labels.min().item()}: leave out the samples without a label."
         )
@@ -623,7 +624,7 @@ def check_same_width(train_features: Tensor, test_features: Tensor) -> None:
     """ValueError unless `train_features` `(n, d)` and `test_features` `(m, d)` match, and the latter are finite."""
     check_features("test", test_features)
     if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"`test_features` is {test_features.shape[1]} wide and `train_features` {train_features.shape[1]}; extract "
             "both with the same model."
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import check_labelled, check_same_width
 from clmae.evaluation.linear import (
     L2_GRID,
@@ -98,9 +99,9 @@ def few_shot_probe(
     check_same_width(train_features, test_features)
     l2_grid = check_l2_grid(l2_grid)
     if not one_shot_l2 > 0:
-        raise ValueError(f"`one_shot_l2` is {one_shot_l2}; give a number above 0.")
+        raise InputError(f"`one_shot_l2` is {one_shot_l2}; give a number above 0.")
     if num_draws < 1:
-        raise ValueError(f"`num_draws` is {num_draws}; give 1 or more.")
+        raise InputError(f"`num_draws` is {num_draws}; give 1 or more.")
     device = train_features.device
     classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
     possible = _possible_shots(shots, int(labels.bincount().min()))
@@ -130,10 +131,10 @@ def few_shot_probe(
 
 def _possible_shots(shots: Sequence[int], smallest_class: int) -> list[int]:
     if not shots or min(shots) < 1:
-        raise ValueError(f"`shots` is {tuple(shots)}; give numbers of images a class, 1 or more.")
+        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images a class, 1 or more.")
     possible = sorted({n for n in shots if n <= smallest_class})
     if not possible:
-        raise ValueError(
+        raise InputError(
             f"`shots` is {tuple(shots)}, but the smallest class has {smallest_class} training images; give at most "
             "that many, or leave out that class."
         )

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import check_labelled, check_same_width
 
 KS = (5, 10, 20)
@@ -63,12 +64,12 @@ def knn_predict(
     """
     ks = _check(train_features, train_labels, test_features, ks, chunk_size)
     if not temperature > 0:
-        raise ValueError(f"`temperature` is {temperature}; give a number above 0.")
+        raise InputError(f"`temperature` is {temperature}; give a number above 0.")
     most = int(train_labels.max())
     if num_classes is None:
         num_classes = most + 1
     elif num_classes <= most:
-        raise ValueError(
+        raise InputError(
             f"`num_classes` is {num_classes}, but `train_labels` holds class {most}; give at least {most + 1}."
         )
     references = F.normalize(train_features.float(), dim=1)
@@ -170,12 +171,12 @@ def _check(train: Tensor, labels: Tensor, test: Tensor, ks: Sequence[int], chunk
     check_labelled("train", train, labels)
     check_same_width(train, test)
     if not ks or min(ks) < 1 or max(ks) > len(train):
-        raise ValueError(
+        raise InputError(
             f"`k` is {', '.join(map(str, ks)) or 'empty'}; give numbers from 1 to {len(train)}, the number of "
             "references."
         )
     if chunk_size < 1:
-        raise ValueError(f"`chunk_size` is {chunk_size}; give 1 or more.")
+        raise InputError(f"`chunk_size` is {chunk_size}; give 1 or more.")
     return tuple(ks)
 
 

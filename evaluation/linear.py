@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import check_labelled, check_same_width
 from clmae.evaluation.metrics.scores import true_class_ranks
 
@@ -151,7 +152,7 @@ def regularization_path(
     check_labelled("train", features, labels)
     num_classes = int(labels.max()) + 1
     if len(labels.unique()) < 2:
-        raise ValueError("`train_labels` holds one class only; give at least two.")
+        raise InputError("`train_labels` holds one class only; give at least two.")
     # Features of encoders, and pixels more so, are strongly correlated, and plain L-BFGS then needs thousands of
     # steps. In the eigenbasis of their covariance, each coordinate scaled by about the Hessian's size at the start, it
     # needs tens. The optimum is the same: a rotation changes neither logits nor penalty.
@@ -239,12 +240,12 @@ def stratified_mask(labels: Tensor, share: float, seed: int) -> Tensor:
         ValueError: A class has fewer than two samples, of which at least one must stay, or `share` is out of range.
     """
     if not 0 < share < 1:
-        raise ValueError(f"`validation_share` is {share}; give a number between 0 and 1.")
+        raise InputError(f"`validation_share` is {share}; give a number between 0 and 1.")
     device, labels = labels.device, labels.cpu()
     sizes = labels.bincount()
     alone = torch.nonzero(sizes == 1).flatten()
     if len(alone):
-        raise ValueError(
+        raise InputError(
             f"`train_labels` holds classes with only one sample ({len(alone)} of them); the choice of the L2 weight "
             "needs two of each class: give more samples, or leave these classes out."
         )
@@ -273,7 +274,7 @@ def random_ranks(labels: Tensor, seed: int) -> Tensor:
 def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
     """The candidates, the strongest first; ValueError unless there are some, all above 0."""
     if not l2_grid or not min(l2_grid) > 0:
-        raise ValueError(f"`l2_grid` is {tuple(l2_grid)}; give numbers above 0.")
+        raise InputError(f"`l2_grid` is {tuple(l2_grid)}; give numbers above 0.")
     return sorted(set(l2_grid), reverse=True)
 
 

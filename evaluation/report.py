@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.confidence import (
     LEVEL,
     NUM_RESAMPLES,
@@ -371,7 +372,7 @@ def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
     """ValueError unless both have the same class names in the same order, or none."""
     if train.class_names != test.class_names:
         found = [names and names[:5] for names in (train.class_names, test.class_names)]
-        raise ValueError(
+        raise InputError(
             f"the classes of the training and the test set differ: {found[0] or 'numbers'}... and "
             f"{found[1] or 'numbers'}...; give both the same class names in the same order."
         )
@@ -476,14 +477,14 @@ def load_splits(
         try:
             return load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset
         except ValueError as error:
-            raise ValueError(f"{error} (`{option}` chooses the split that is read here.)") from error
+            raise InputError(f"{error} (`{option}` chooses the split that is read here.)") from error
 
     train = load("train_split", train_split)
     if test_split is not None:
         test = load("test_split", test_split)
         # A single data set answers to any split name; tested here, because a limit would make different ones of it.
         if train._fingerprint == test._fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"`dataset` gives the same images as {train_split!r} and as {test_split!r}, so that the test would be "
                 "on what was learnt; leave out `test_split` to hold out a part of them."
             )
@@ -498,7 +499,7 @@ def load_splits(
     number = {word: i for i, word in enumerate(dict.fromkeys(words))}
     held_out = stratified_part(torch.tensor([number[word] for word in words], dtype=torch.int64), TEST_SHARE, seed=0)
     if not held_out.any():
-        raise ValueError(
+        raise InputError(
             "`dataset` has a single image of each class; give images to learn from, and others to be judged on."
         )
     parts = (train.select(torch.nonzero(part).flatten().numpy()) for part in (~held_out, held_out))
@@ -507,13 +508,13 @@ def load_splits(
 
 def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
     if isinstance(protocols, str) or not protocols:
-        raise ValueError(f"`protocols` is {protocols!r}; give a list of some of {', '.join(PROTOCOLS)}.")
+        raise InputError(f"`protocols` is {protocols!r}; give a list of some of {', '.join(PROTOCOLS)}.")
     for protocol in protocols:
         if isinstance(protocol, str) and protocol not in PROTOCOLS:
-            raise ValueError(f"`protocols` holds {protocol!r}; choose from {', '.join(PROTOCOLS)}.")
+            raise InputError(f"`protocols` holds {protocol!r}; choose from {', '.join(PROTOCOLS)}.")
     chosen = [PROTOCOLS[protocol]() if isinstance(protocol, str) else protocol for protocol in protocols]
     if len({protocol.name for protocol in chosen}) < len(chosen):
-        raise ValueError(f"`protocols` is {list(protocols)!r}; give each protocol once.")
+        raise InputError(f"`protocols` is {list(protocols)!r}; give each protocol once.")
     return chosen
 
 

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError, safe_open
 
+from clmae.configuration.errors import InputError
 from clmae.model_cards.card import CARD_NAME, EVAL_RESULTS_NAME
 from clmae.model_cards.record import read_json
 from clmae.model_cards.run import weight_files
@@ -83,7 +84,7 @@ def check_folder(folder: str | os.PathLike, progress: Callable[[list], Any] = it
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is no folder; name the output folder of a run.")
+        raise InputError(f"{str(folder)!r} is no folder; name the output folder of a run.")
     needed = ["config.json", "preprocessor_config.json", *code_files(folder)]
     problems = [f"{name} is missing" for name in needed if not (folder / name).is_file()]
     names = weight_files(folder)
@@ -92,7 +93,7 @@ def check_folder(folder: str | os.PathLike, progress: Callable[[list], Any] = it
     for name in progress(names):
         problems += _weight_problems(folder / name)
     if problems:
-        raise ValueError(f"{str(folder)!r} is not fit for the Hub: {'; '.join(problems)}.")
+        raise InputError(f"{str(folder)!r} is not fit for the Hub: {'; '.join(problems)}.")
 
 
 def _weight_problems(path: Path) -> Iterator[str]:
@@ -119,7 +120,7 @@ def check_card(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     card = folder / CARD_NAME
     if not card.is_file():
-        raise ValueError(f"{str(folder)!r} has no {CARD_NAME}; make one with `clmae card {folder}`.")
+        raise InputError(f"{str(folder)!r} has no {CARD_NAME}; make one with `clmae card {folder}`.")
     text = card.read_text(encoding="utf-8")
     problems = [f"{name} is missing" for name in linked_pictures(folder) if not (folder / name).is_file()]
     front_matter = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
@@ -127,7 +128,7 @@ def check_card(folder: str | os.PathLike) -> None:
         if front_matter is None or not re.search(rf"^{entry}: *\S", front_matter[1], re.MULTILINE):
             problems.append(f"its front matter has no `{entry}`")
     if problems:
-        raise ValueError(f"{card} is not complete: {'; '.join(problems)}.")
+        raise InputError(f"{card} is not complete: {'; '.join(problems)}.")
 
 
 def upload(

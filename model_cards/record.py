@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from clmae.configuration.errors import InputError
 from clmae.model_cards.files import write_whole
 
 RECORD_NAME = "pretraining.json"
@@ -174,7 +175,7 @@ def read_json(path: str | os.PathLike) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON file ({error}); remove or restore it.") from error
+        raise InputError(f"{path} is no JSON file ({error}); remove or restore it.") from error
 
 
 __all__ = ["RECORD_NAME", "RunRecord", "changed_arguments", "describe_data", "read_json"]

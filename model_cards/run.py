@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
+from clmae.configuration.errors import InputError
 from clmae.model_cards.families import FAMILIES
 from clmae.model_cards.record import RECORD_NAME, read_json
 
@@ -53,9 +54,9 @@ def read_run(folder: str | os.PathLike) -> Run:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if config is None:
-        raise ValueError(f"{str(folder)!r} holds no model: there is no config.json in it.")
+        raise InputError(f"{str(folder)!r} holds no model: there is no config.json in it.")
     if config.get("model_type") not in FAMILIES:
-        raise ValueError(
+        raise InputError(
             f"{str(folder)!r} holds a model of type {config.get('model_type')!r}; cards are made for "
             f"{', '.join(FAMILIES)}."
         )
@@ -106,7 +107,7 @@ def read_model_config(model_path: str | os.PathLike, name: str = "`model`", **kw
             return AutoConfig.from_pretrained(path, **kwargs)
         except (OSError, ValueError) as error:
             problem = str(error) if Path(path).is_dir() else f"there is no such folder, and as a Hub id: {error}"
-    raise ValueError(f"{name} {path!r} cannot be loaded: {problem}")
+    raise InputError(f"{name} {path!r} cannot be loaded: {problem}")
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
 from clmae.configuration.configuration_mae import SIZES, MAEConfig, pair
+from clmae.configuration.errors import InputError
 from clmae.modeling.modeling_cl_mae import CLMAEForPreTraining
 from clmae.modeling.modeling_mae import (
     MAEForImageClassification,
@@ -133,7 +134,7 @@ class Import:
             ValueError: Weights are missing, or one has another shape than the others ask for.
         """
         if self.missing:
-            raise ValueError(
+            raise InputError(
                 f"the weights are no whole {self.model_class.__name__}: {', '.join(self.missing[:5])}"
                 f"{' …' if len(self.missing) > 5 else ''} are missing; give the complete checkpoint."
             )
@@ -147,7 +148,7 @@ class Import:
             # Cloned, because parameters that share memory cannot be saved.
             state[ours] = tensor.chunk(3)[int(part)].clone() if part else tensor
             if state[ours].shape != parameters[ours].shape:
-                raise ValueError(
+                raise InputError(
                     f"`{theirs}` has shape {tuple(tensor.shape)}, and gives {tuple(state[ours].shape)} where the rest "
                     f"of the weights asks for {tuple(parameters[ours].shape)}: these are no weights of one MAE."
                 )
@@ -205,7 +206,7 @@ def detect_layout(names: Iterable[str]) -> Layout:
         if sign in names:
             return layout
     known = "; ".join(f"{layout.name} ({sign})" for layout, sign in _SIGNS)
-    raise ValueError(
+    raise InputError(
         f"the weights are in no known layout: they are named {', '.join(names[:3])} …; known are: {known}."
     )
 
@@ -236,7 +237,7 @@ def _infer_sizes(
     def shape(ours: str) -> torch.Size:
         theirs = layout.rename(ours).partition("#")[0]
         if theirs not in shapes:
-            raise ValueError(f"the weights lack `{theirs}`: this is no whole checkpoint of {layout.name}.")
+            raise InputError(f"the weights lack `{theirs}`: this is no whole checkpoint of {layout.name}.")
         return shapes[theirs]
 
     def has(ours: str) -> bool:
@@ -270,7 +271,7 @@ def _infer_sizes(
         if width in standard:
             assumed[name] = standard[width]
         elif name not in fields:
-            raise ValueError(
+            raise InputError(
                 f"`{name}` cannot be told from the weights, and a width of {width} has no standard one: give it "
                 f"(--{name})."
             )
@@ -287,7 +288,7 @@ def _infer_image_size(positions: torch.Size, patch_size: list[int]) -> int | lis
     """The image size of a square patch grid with a class token before it."""
     side = math.isqrt(positions[1] - 1)
     if side * side != positions[1] - 1:
-        raise ValueError(
+        raise InputError(
             f"`image_size` cannot be told from {positions[1]} positions, which are no square and a class token: give "
             "it (--image_size HEIGHT WIDTH)."
         )
@@ -332,7 +333,7 @@ def to_vit(model: MAEPreTrainedModel) -> Export:
 def to_vit_mae(model: MAEPreTrainedModel) -> Export:
     """transformers' `ViTMAEForPreTraining`, from any autoencoder."""
     if not isinstance(model, MAEForPreTraining):
-        raise ValueError(
+        raise InputError(
             f"`--to vit_mae` needs an autoencoder, but the model is a {type(model).__name__}, which has no decoder; "
             "take `--to vit`, or the pretrained model."
         )
@@ -354,7 +355,7 @@ def to_vit_mae(model: MAEPreTrainedModel) -> Export:
 def to_beit(model: MAEPreTrainedModel) -> Export:
     """transformers' `BeitForImageClassification`, from a classifier on the mean of the patch tokens."""
     if not isinstance(model, MAEForImageClassification) or model.config.pooling != "mean":
-        raise ValueError(
+        raise InputError(
             f"`--to beit` is for classifiers with `pooling` 'mean', but the model is a {type(model).__name__} with "
             f"{model.config.pooling!r}; take `--to vit`."
         )
@@ -386,7 +387,7 @@ def to_dinov2(model: MAEPreTrainedModel) -> Export:
     fields = _shared_fields(model)
     width, intermediate = fields["hidden_size"], fields.pop("intermediate_size")
     if intermediate % width:
-        raise ValueError(
+        raise InputError(
             f"`--to dinov2` needs an `intermediate_size` that is a multiple of `hidden_size` = {width}, but it is "
             f"{intermediate}; take another format."
         )
@@ -420,7 +421,7 @@ def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
     config = model.config
     for name, only in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
         if getattr(config, name) != only:
-            raise ValueError(
+            raise InputError(
                 f"`--to timm` needs `{name}` = {only}, but it is {getattr(config, name)}; take `--to vit`."
             )
     classifier = isinstance(model, MAEForImageClassification)
@@ -488,7 +489,7 @@ def _shared_fields(model: MAEPreTrainedModel) -> dict[str, Any]:
 
 def _require_cls_pooling(model: MAEPreTrainedModel, target: str) -> None:
     if isinstance(model, MAEForImageClassification) and model.config.pooling != "cls":
-        raise ValueError(
+        raise InputError(
             f"`--to {target}` has no classifier with `pooling` {model.config.pooling!r}; take `--to beit` or `timm`."
         )
 
@@ -496,7 +497,7 @@ def _require_cls_pooling(model: MAEPreTrainedModel, target: str) -> None:
 def _require_square(model: MAEPreTrainedModel, target: str) -> None:
     for name in ("image_size", "patch_size"):
         if not isinstance(_simplest(pair(getattr(model.config, name))), int):
-            raise ValueError(
+            raise InputError(
                 f"`--to {target}` needs square images and patches, but `{name}` is {getattr(model.config, name)}; take "
                 "`--to vit`, `timm` or `onnx`."
             )

@@ -8,6 +8,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from clmae.configuration.errors import InputError
+
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
     """Pixels `(B, C, H, W)` as patches `(B, N, p_h * p_w * C)`, channel fastest within a patch (MAE's layout)."""
@@ -88,7 +90,7 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
         ValueError: There is one image, and so nothing to tell it from.
     """
     if len(first) < 2:
-        raise ValueError(
+        raise InputError(
             "`pixel_values` holds one image, but contrast needs others to tell it from: take a batch of at least 2, or "
             "set `contrastive_loss_weight` to 0."
         )

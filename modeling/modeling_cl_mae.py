@@ -15,6 +15,7 @@ from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.modeling.losses import (
     diversity_loss,
     gather_across_processes,
@@ -72,7 +73,7 @@ class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
 def check_masking(masking: str) -> None:
     """ValueError where `masking` is none of those there are."""
     if masking not in MASKINGS:
-        raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
+        raise InputError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
 
 
 class MaskingHead(nn.Linear):
@@ -237,7 +238,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
     ) -> torch.Tensor:
         """m `(B, N)` of all tokens `(B, 1 + N, D)`; no gradient goes back into the embeddings."""
         if grid_size != self.config.grid_size:
-            raise ValueError(
+            raise InputError(
                 f"`masking='learned'` needs images of {self.config.image_size} pixels: the masking module has one "
                 f"output for each of {self.config.num_patches} patches. Resize the images, or pass `masking='random'`."
             )

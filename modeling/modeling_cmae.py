@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cmae import CMAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.modeling.losses import contrastive_loss, gather_across_processes, patch_targets
 from clmae.modeling.masking import Masking, gather_tokens
 from clmae.modeling.modeling_cl_mae import (
@@ -158,7 +159,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding, views is not None)
         shape = (*pixel_values.shape[:-3], grid_size[0] * grid_size[1])
         if noise is not None and noise.shape != shape:
-            raise ValueError(f"`noise` has shape {tuple(noise.shape)}; for these `pixel_values` give {shape}.")
+            raise InputError(f"`noise` has shape {tuple(noise.shape)}; for these `pixel_values` give {shape}.")
         if views is not None:
             pixel_values = pixel_values.flatten(0, 1)
             noise = noise if noise is None else noise.flatten(0, 1)
@@ -166,7 +167,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
             compute_task_losses = self.training
         contrast = compute_task_losses and self.config.contrastive_loss_weight > 0
         if contrast and views != 2:
-            raise ValueError(
+            raise InputError(
                 f"`pixel_values` has {views or 1} view(s) of each image, but two are contrasted; give (batch_size, 2, "
                 "num_channels, height, width), or set `contrastive_loss_weight` to 0."
             )
@@ -174,7 +175,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         check_masking(masking)
         if (masking == "learned" or compute_masker_loss) and not self.config.learned_masks:
             asked = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
-            raise ValueError(f"{asked}, but `learned_masks` is false: this model has no masking module.")
+            raise InputError(f"{asked}, but `learned_masks` is false: this model has no masking module.")
         withhold = compute_task_losses and self.config.position_loss_weight > 0
         if noise is None and (withhold or masking == "random"):
             noise = torch.rand(len(pixel_values), grid_size[0] * grid_size[1], device=pixel_values.device)
@@ -239,7 +240,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
             The tokens, and which of the K are without their position, `(B, int(K * position_mask_ratio))`.
         """
         if grid_size != self.config.grid_size:
-            raise ValueError(
+            raise InputError(
                 f"`position_loss_weight` is {self.config.position_loss_weight}, which needs images of "
                 f"{self.config.image_size} pixels: the position head has one output for each of "
                 f"{self.config.num_patches} positions. Resize the images, or set it to 0."

@@ -23,6 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from clmae.configuration.configuration_mae import MAEConfig, pair
+from clmae.configuration.errors import InputError
 from clmae.modeling.losses import masked_mean, patch_errors, patch_targets, patchify, unpatchify
 from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
 
@@ -280,27 +281,27 @@ def check_pixel_values(
     With `views` every image has several: `(B, V, C, H, W)`.
     """
     if pixel_values.ndim != 4 + views or pixel_values.shape[-3] != config.num_channels:
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {'views, ' * views}"
             f"{config.num_channels}, height, width): the model was made with `num_channels` = {config.num_channels}."
         )
     if not pixel_values.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` has dtype {pixel_values.dtype}; give normalised images of a floating-point type, as the "
             "model's image processor makes them."
         )
     if pixel_values.shape[0] == 0:
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}, an empty batch; give at least one image."
         )
     size, patch_size = tuple(pixel_values.shape[-2:]), pair(config.patch_size)
     if size != pair(config.image_size) and not interpolate_pos_encoding:
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` are {size[0]}x{size[1]} pixels, the model was made for {pair(config.image_size)[0]}x"
             f"{pair(config.image_size)[1]}: resize the images, or pass `interpolate_pos_encoding=True`."
         )
     if not min(size) or size[0] % patch_size[0] or size[1] % patch_size[1]:
-        raise ValueError(
+        raise InputError(
             f"`pixel_values` are {size[0]}x{size[1]} pixels, no multiple of the patch size {patch_size[0]}x"
             f"{patch_size[1]}: resize or crop the images."
         )
@@ -407,7 +408,7 @@ class MAEPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MAEConfig, *args: Any, **kwargs: Any):
         config.check()  # its fields may have been set since it was made
         if config.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
+            raise InputError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -448,14 +449,14 @@ class MAEPreTrainedModel(PreTrainedModel):
         for name, value in kwargs.items():
             if name not in _KEYWORDS:
                 names = [name for name in inspect.signature(self.forward).parameters if name != "kwargs"]
-                raise ValueError(
+                raise InputError(
                     f"`{name}` (here a {type(value).__name__}) is no argument of {type(self).__name__}: leave it out, "
                     f"or give one of {', '.join(names)}."
                 )
         # The fused kernels have no attention weights to give; transformers would return an empty tuple.
         wanted = kwargs.get("output_attentions", self.config.output_attentions)
         if wanted and self.config._attn_implementation != "eager":
-            raise ValueError(
+            raise InputError(
                 f"`output_attentions=True` needs the eager attention, but `attn_implementation` is "
                 f"{self.config._attn_implementation!r}: load the model with `attn_implementation='eager'`."
             )
@@ -528,7 +529,7 @@ class MAEModel(MAEPreTrainedModel):
         """
         self._check_kwargs(kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
-            raise ValueError("give either `pixel_values` or `inputs_embeds`, not both or neither.")
+            raise InputError("give either `pixel_values` or `inputs_embeds`, not both or neither.")
         masking = None
         if inputs_embeds is None:
             if noise is not None:
@@ -553,13 +554,13 @@ def sample_masking(config: MAEConfig, noise: torch.Tensor, batch_size: int, grid
     """The masking that `config.mask_sampler` makes of uniform `noise` `(batch_size, num_patches)`."""
     num_patches = math.prod(grid_size)
     if noise.shape != (batch_size, num_patches):
-        raise ValueError(
+        raise InputError(
             f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row an image, a "
             "number a patch."
         )
     num_visible = config.num_visible(num_patches)
     if not 0 < num_visible < num_patches:
-        raise ValueError(
+        raise InputError(
             f"`mask_ratio` = {config.mask_ratio} leaves {num_visible} of these images' {num_patches} patches visible; "
             "use larger images or another ratio."
         )

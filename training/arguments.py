@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from clmae.configuration.errors import InputError
+
 # Those of transformers' schedules that are functions of the step alone, and need no further settings.
 MASKER_SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt")
 
@@ -54,7 +56,7 @@ class ScaledRateArguments(TrainingArguments):
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
         if self.world_size > 1 and not self.accelerator_config.even_batches:
-            raise ValueError(
+            raise InputError(
                 f"`accelerator_config` has `even_batches` false, but {self.world_size} processes must take equally "
                 "many batches of equally many images, or wait for each other for ever; leave it true."
             )
@@ -76,24 +78,24 @@ class ScaledRateArguments(TrainingArguments):
 
     def _check(self) -> None:
         if not math.isfinite(self.base_learning_rate) or self.base_learning_rate < 0:
-            raise ValueError(f"`base_learning_rate` is {self.base_learning_rate}; give a finite number of at least 0.")
+            raise InputError(f"`base_learning_rate` is {self.base_learning_rate}; give a finite number of at least 0.")
         if self.learning_rate is not None and (not math.isfinite(self.learning_rate) or self.learning_rate < 0):
-            raise ValueError(
+            raise InputError(
                 f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."
             )
         if self.auto_find_batch_size and self.learning_rate is None:
-            raise ValueError(
+            raise InputError(
                 "`auto_find_batch_size` changes the batch that `learning_rate` follows; give a learning_rate."
             )
         if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
+            raise InputError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             self._check_int(name, 1)
 
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise ValueError(f"`{name}` is {value}; give an int of at least {minimum}.")
+            raise InputError(f"`{name}` is {value}; give an int of at least {minimum}.")
 
 
 @dataclass
@@ -171,14 +173,14 @@ class PretrainingArguments(ScaledRateArguments):
         super()._check()
         value = self.masker_learning_rate_multiplier
         if not math.isfinite(value) or value < 0:
-            raise ValueError(f"`masker_learning_rate_multiplier` is {value}; give a finite number of at least 0.")
+            raise InputError(f"`masker_learning_rate_multiplier` is {value}; give a finite number of at least 0.")
         if not 0 < self.contrastive_crop_interval <= 1:
-            raise ValueError(
+            raise InputError(
                 f"`contrastive_crop_interval` is {self.contrastive_crop_interval}; give a share of the epochs, in "
                 "(0, 1]."
             )
         if self.masker_lr_scheduler_type not in MASKER_SCHEDULES:
-            raise ValueError(
+            raise InputError(
                 f"`masker_lr_scheduler_type` is {self.masker_lr_scheduler_type!r}; choose one of "
                 f"{', '.join(MASKER_SCHEDULES)}."
             )

@@ -19,6 +19,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from clmae.configuration.errors import InputError
 from clmae.model_cards import hub_files
 from clmae.model_cards.record import RECORD_NAME
 from clmae.training.arguments import ScaledRateArguments
@@ -83,7 +84,7 @@ class BaseTrainer(Trainer):
     ):
         batch = args.images_per_batch
         if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
-            raise ValueError(
+            raise InputError(
                 f"`per_device_train_batch_size` asks for batches of {batch} images in all, but the training set has "
                 f"{len(train_dataset)}: take a smaller batch, or `dataloader_drop_last=False`."
             )
@@ -121,7 +122,7 @@ class BaseTrainer(Trainer):
                 chosen[1] = str(error)
         checkpoint, message = broadcast_object_list(chosen)
         if message is not None:
-            raise ValueError(message)
+            raise InputError(message)
         return checkpoint
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -248,7 +249,7 @@ def first_samples(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, 
         try:
             yield name, dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
         except (StopIteration, IndexError):
-            raise ValueError(f"`{name}` is empty: there is no image in it.") from None
+            raise InputError(f"`{name}` is empty: there is no image in it.") from None
 
 
 def check_pixel_values(name: str, sample: Any, pixel_values: Any, remedy: str) -> None:
@@ -271,7 +272,7 @@ def check_pixel_values(name: str, sample: Any, pixel_values: Any, remedy: str) -
         came = f"`pixel_values` of {pixel_values.dtype}"
     else:
         came = _describe(sample) if pixel_values is None else f"`pixel_values` that are {_describe(pixel_values)}"
-    raise ValueError(f"`{name}` gives {came}, where normalised float `pixel_values` are needed. {remedy}")
+    raise InputError(f"`{name}` gives {came}, where normalised float `pixel_values` are needed. {remedy}")
 
 
 def _describe(value: Any) -> str:

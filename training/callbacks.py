@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.training.contrastive_crop import heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
 
@@ -140,13 +141,13 @@ class ContrastiveCropCallback(_TrainerAware):
         """
         path, boxes = Path(checkpoint) / self.file_name, self.trainer.train_dataset.crop_boxes
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"`resume_from_checkpoint` is {checkpoint}, which has no {self.file_name}: that run cropped at random. "
                 "Leave out `contrastive_crop`, or start anew."
             )
         saved = load_file(path)
         if saved["boxes"].shape != boxes.shape:
-            raise ValueError(
+            raise InputError(
                 f"`resume_from_checkpoint` is {checkpoint}, which has the boxes of {len(saved['boxes'])} images, but "
                 f"the training set has {len(boxes)}: resume with the same images."
             )

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from clmae.configuration.errors import InputError
 from clmae.training.images import Box, random_resized_crop_box
 
 CROP_THRESHOLD = 0.5  # of the heat map's range: chosen with the map, where the original's 0.1 holds nearly all
@@ -49,9 +50,9 @@ def contrastive_crop_box(
     """
     top, left, bottom, right = box = tuple(map(float, box))
     if not (0 <= top <= bottom <= 1 and 0 <= left <= right <= 1):  # also true for nan
-        raise ValueError(f"`box` is {box}; give top <= bottom and left <= right, as fractions in [0, 1].")
+        raise InputError(f"`box` is {box}; give top <= bottom and left <= right, as fractions in [0, 1].")
     if not 0 < alpha < math.inf:
-        raise ValueError(f"`alpha` is {alpha}; the Beta distribution needs a positive number, such as 0.6.")
+        raise InputError(f"`alpha` is {alpha}; the Beta distribution needs a positive number, such as 0.6.")
     # Whether a size fits depends on the size alone, and the place is drawn apart from it: leaving out the place
     # leaves the distribution of the size as it is.
     _, _, crop_height, crop_width = random_resized_crop_box(height, width, generator, scale, ratio)
@@ -134,11 +135,11 @@ def heat_map_box(
         ValueError: An argument has another shape or range than described.
     """
     if heat_maps.ndim != 3 or 0 in heat_maps.shape[1:]:
-        raise ValueError(f"`heat_maps` has the shape {tuple(heat_maps.shape)}; give (batch, rows, columns) of patches.")
+        raise InputError(f"`heat_maps` has the shape {tuple(heat_maps.shape)}; give (batch, rows, columns) of patches.")
     if image_grid is not None and (len(image_grid) != 2 or min(image_grid) < 1):
-        raise ValueError(f"`image_grid` is {image_grid}; give two positive numbers, rows and columns.")
+        raise InputError(f"`image_grid` is {image_grid}; give two positive numbers, rows and columns.")
     if not 0 <= threshold < 1:
-        raise ValueError(f"`threshold` is {threshold}; the maps are rescaled to [0, 1]: give a number in [0, 1).")
+        raise InputError(f"`threshold` is {threshold}; the maps are rescaled to [0, 1]: give a number in [0, 1).")
     maps = heat_maps.to(torch.promote_types(heat_maps.dtype, torch.float32))
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     # A constant map becomes nan (0 / 0), one that holds nan or infinities becomes nan and 0: nothing is above.
@@ -169,7 +170,7 @@ def box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         ValueError: The shapes are not both `(B, 4)`.
     """
     if boxes.shape != others.shape or boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(
+        raise InputError(
             f"`boxes` and `others` have the shapes {tuple(boxes.shape)} and {tuple(others.shape)}; give (B, 4) twice."
         )
     boxes, others = boxes.float(), others.float()

@@ -8,6 +8,7 @@ import math
 import torch
 
 from clmae.configuration.configuration_cl_mae import CURRICULUM_SHAPES
+from clmae.configuration.errors import InputError
 
 
 def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end: float) -> float:
@@ -27,7 +28,7 @@ def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end
     if shape == "cosine":
         progress = (1 - math.cos(math.pi * progress)) / 2
     elif shape != "linear":
-        raise ValueError(f"`curriculum_shape` is {shape!r}; choose one of {', '.join(CURRICULUM_SHAPES)}.")
+        raise InputError(f"`curriculum_shape` is {shape!r}; choose one of {', '.join(CURRICULUM_SHAPES)}.")
     # Written so that both ends are exact.
     return start * (1 - progress) + end * progress
 

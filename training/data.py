@@ -21,6 +21,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.modeling.image_processing_mae import MAEImageProcessor
 from clmae.training.contrastive_crop import contrastive_crop_box
 from clmae.training.images import (
@@ -124,26 +125,26 @@ def _load_path(source: str, split: str, config_name: str | None, streaming: bool
     path = Path(source).expanduser()
     if not path.exists():
         if source.startswith((".", "/", "~")) or source.count("/") > 1:
-            raise ValueError(f"`dataset` is {source!r}, but there is no such file or folder.")
+            raise InputError(f"`dataset` is {source!r}, but there is no such file or folder.")
         return _load_with_datasets(
             source, split, f"{source!r} is no local folder, and as a Hub id", config_name, streaming
         )
     if path.is_file():
         if path.suffix.lower() != ".parquet":
-            raise ValueError(f"`dataset` is the file {source!r}; give a .parquet file, or a folder of images.")
+            raise InputError(f"`dataset` is the file {source!r}; give a .parquet file, or a folder of images.")
         where = f"the file {source!r}"
         return _load_with_datasets("parquet", split, where, None, streaming, data_files={"train": str(path)})
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         try:
             saved = datasets.load_from_disk(str(path))
         except Exception as error:
-            raise ValueError(f"`dataset` {source!r} cannot be loaded from disk: {error}") from error
+            raise InputError(f"`dataset` {source!r} cannot be loaded from disk: {error}") from error
         return _pick_split(saved, split, repr(source))
     images, tables = _scan_folder(path)
     if tables:
         return _load_with_datasets(str(path), split, f"the folder {source!r}", config_name, streaming)
     if not images:
-        raise ValueError(
+        raise InputError(
             f"`dataset` is the folder {source!r}, which holds no images: looked in it and its sub-folders for "
             f"{', '.join(sorted(IMAGE_SUFFIXES))} files, parquet, and what `save_to_disk` writes."
         )
@@ -156,19 +157,19 @@ def _load_with_datasets(
     try:
         return datasets.load_dataset(builder, config_name, split=split, streaming=streaming, **kwargs)
     except Exception as error:  # dozens of types: network, file formats, names
-        raise ValueError(f"`dataset`: {where} cannot be loaded (split {split!r}): {error}") from error
+        raise InputError(f"`dataset`: {where} cannot be loaded (split {split!r}): {error}") from error
 
 
 def _pick_split(source: Any, split: str, where: str) -> AnyDataset:
     if isinstance(source, (datasets.Dataset, datasets.IterableDataset)):
         return source
     if not isinstance(source, dict):
-        raise ValueError(
+        raise InputError(
             f"`dataset` is of type {type(source).__name__}; give a Hub id, a folder, a parquet file, or a data set of "
             "the datasets library."
         )
     if split not in source:
-        raise ValueError(f"`split` is {split!r}, but {where} has {', '.join(map(repr, source)) or 'none'}.")
+        raise InputError(f"`split` is {split!r}, but {where} has {', '.join(map(repr, source)) or 'none'}.")
     return source[split]
 
 
@@ -192,7 +193,7 @@ def _scan_folder(folder: Path) -> tuple[list[tuple[str, ...]], bool]:
 
 
 def _refuse(error: OSError) -> None:
-    raise ValueError(f"`dataset` cannot be read: {error}. Give access to that folder, or move it away.") from error
+    raise InputError(f"`dataset` cannot be read: {error}. Give access to that folder, or move it away.") from error
 
 
 def _image_folder(folder: Path, images: list[tuple[str, ...]]) -> datasets.DatasetDict:
@@ -241,9 +242,9 @@ def _resolved(dataset: AnyDataset) -> AnyDataset:
     try:
         return dataset._resolve_features()
     except StopIteration:
-        raise ValueError("`dataset` is an empty stream: there is no image in it.") from None
+        raise InputError("`dataset` is an empty stream: there is no image in it.") from None
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"`dataset` is a stream that does not say what its columns hold: pass `features` to it. ({error})"
         ) from error
 
@@ -273,19 +274,19 @@ def _prepare_images(dataset: AnyDataset, column: str | None) -> ImageSource:
         found = [name for name in features if _is_encoded_image(features[name])]
         found = found or [name for name in features if array_dtype(features[name]) is not None]
         if not found:
-            raise ValueError(f"`dataset` has no column of images; its columns are {_describe(features)}.")
+            raise InputError(f"`dataset` has no column of images; its columns are {_describe(features)}.")
         if len(found) > 1:
-            raise ValueError(f"`dataset` has several columns of images: set `image_column` to one of {found}.")
+            raise InputError(f"`dataset` has several columns of images: set `image_column` to one of {found}.")
         column = found[0]
     elif column not in features:
-        raise ValueError(f"`image_column` is {column!r}, but the columns are {_describe(features)}.")
+        raise InputError(f"`image_column` is {column!r}, but the columns are {_describe(features)}.")
     if isinstance(dataset, datasets.Dataset):
         dataset = dataset.with_format(None)
     feature = features[column]
     raw = isinstance(feature, datasets.Image) and not feature.decode
     if not raw and array_dtype(feature) is None:
         if not _is_encoded_image(feature) and _type_name(feature) not in _ENCODED_TYPES:
-            raise ValueError(
+            raise InputError(
                 f"`image_column` is {column!r}, which holds no images; the columns are {_describe(features)}."
             )
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -309,9 +310,9 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
     features = _resolved(dataset).features
     if name is not None:
         if name not in features:
-            raise ValueError(f"`label_column` is {name!r}, but the columns are {_describe(features)}.")
+            raise InputError(f"`label_column` is {name!r}, but the columns are {_describe(features)}.")
         if not _is_integer(features[name]):
-            raise ValueError(
+            raise InputError(
                 f"`label_column` is {name!r}, which holds {_type_name(features[name])} and no class numbers; convert "
                 f"it with `dataset.class_encode_column({name!r})`."
             )
@@ -319,12 +320,12 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
     found = [column for column in features if isinstance(features[column], datasets.ClassLabel)]
     found = found or [column for column in LABEL_NAMES if column in features and _is_integer(features[column])]
     if not found:
-        raise ValueError(
+        raise InputError(
             f"`dataset` has no column of class labels; its columns are {_describe(features)}. Set `label_column`, or "
             "put the images of each class into a folder of its own."
         )
     if len(found) > 1:
-        raise ValueError(f"`dataset` has several columns of class labels: set `label_column` to one of {found}.")
+        raise InputError(f"`dataset` has several columns of class labels: set `label_column` to one of {found}.")
     return found[0]
 
 
@@ -369,7 +370,7 @@ def hold_out(
     size = len(dataset)
     count = fraction_or_count if isinstance(fraction_or_count, int) else math.ceil(size * fraction_or_count)
     if not 0 < count < size:
-        raise ValueError(
+        raise InputError(
             f"`fraction_or_count` is {fraction_or_count}, which holds out {count} of {size} samples; at least one must "
             "be held out and one stay."
         )
@@ -379,7 +380,7 @@ def hold_out(
 
 def _check_count(name: str, value: Any, minimum: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
+        raise InputError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
 
 
 # -- samples for pretraining ------------------------------------------------------------------------------------
@@ -410,15 +411,15 @@ class _ImageViews:
         on_bad_image: str = "raise",
     ) -> None:
         if on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+            raise InputError(f"`on_bad_image` is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise ValueError(f"`crop_scale` is {crop_scale}; give two shares of the area, 0 < low <= high <= 1.")
+            raise InputError(f"`crop_scale` is {crop_scale}; give two shares of the area, 0 < low <= high <= 1.")
         if not 0 < crop_ratio <= 1:
-            raise ValueError(f"`crop_ratio` is {crop_ratio}; give a number in (0, 1].")
+            raise InputError(f"`crop_ratio` is {crop_ratio}; give a number in (0, 1].")
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != num_channels or (name == "std" and min(values) <= 0):
                 above = ", each above 0" if name == "std" else ""
-                raise ValueError(f"`{name}` is {values}; give one number for each of {num_channels} channels{above}.")
+                raise InputError(f"`{name}` is {values}; give one number for each of {num_channels} channels{above}.")
         _check_count("num_views", num_views)
         dataset, image_column = _prepare_images(dataset, image_column)
         self._array_dtype = array_dtype(dataset.features[image_column])
@@ -552,7 +553,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
         super().__init__(dataset, image_column, **kwargs)
         self.device_resident = device_resident
         if not len(dataset):
-            raise ValueError("`dataset` is empty: there is no image in it.")
+            raise InputError("`dataset` is empty: there is no image in it.")
         # In shared memory, so that what a worker finds is known to all, and persistent workers see new boxes.
         self.bad_images = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         if contrastive_crop:
@@ -595,7 +596,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
                 if self.on_bad_image == "raise":
                     raise self._error(str(candidate), value, error) from error
                 self.bad_images[candidate], cause = True, error
-        raise ValueError(f"none of the {len(self)} images of `dataset` can be used; the last one: {cause}")
+        raise InputError(f"none of the {len(self)} images of `dataset` can be used; the last one: {cause}")
 
 
 class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
@@ -626,7 +627,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         # One counter a worker: additions from several processes to one would get lost.
         self.bad_images = torch.zeros(_MAX_STREAM_WORKERS, dtype=torch.int64).share_memory_()
         if next(iter(self), None) is None:
-            raise ValueError(
+            raise InputError(
                 "`dataset` gives no image that can be used: the stream is empty, or all its images are held out or "
                 f"bad ({self.num_bad_images})."
             )
@@ -807,11 +808,11 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         if self.on_bad_image not in ON_BAD_IMAGE:
-            raise ValueError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+            raise InputError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         if self.contrastive_crop and self.streaming:
-            raise ValueError(_NO_CROPS_OF_STREAMS)
+            raise InputError(_NO_CROPS_OF_STREAMS)
         if self.device_resident and self.streaming:
-            raise ValueError(_NO_RESIDENT_STREAMS)
+            raise InputError(_NO_RESIDENT_STREAMS)
         _check_count("num_held_out", self.num_held_out, minimum=0)
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None:
@@ -819,13 +820,13 @@ class DataArguments:
         for name in ("min_crop_scale", "crop_ratio"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise ValueError(f"`{name}` is {value!r}; give a number in (0, 1].")
+                raise InputError(f"`{name}` is {value!r}; give a number in (0, 1].")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if values is not None and not all(0 <= value <= 1 for value in values):
-                raise ValueError(f"`{name}` is {values}; give one number in [0, 1] a channel (divide by 255).")
+                raise InputError(f"`{name}` is {values}; give one number in [0, 1] a channel (divide by 255).")
         if self.image_std is not None and 0 in self.image_std:
-            raise ValueError(f"`image_std` is {self.image_std}; every deviation must be above 0.")
+            raise InputError(f"`image_std` is {self.image_std}; every deviation must be above 0.")
 
     def mean_and_std(self, num_channels: int) -> tuple[list[float], list[float]]:
         """Mean and standard deviation for each of `num_channels` channels, given or default.
@@ -838,7 +839,7 @@ class DataArguments:
         std = list(default[1] if self.image_std is None else self.image_std)
         for name, values in (("image_mean", mean), ("image_std", std)):
             if len(values) != num_channels:
-                raise ValueError(f"`{name}` has {len(values)} values; give one for each of {num_channels} channels.")
+                raise InputError(f"`{name}` has {len(values)} values; give one for each of {num_channels} channels.")
         return mean, std
 
 
@@ -893,7 +894,7 @@ def _split(args: DataArguments) -> tuple[ImageSource, ImageSource | None, frozen
         try:
             evaluation = load_image_dataset(args.dataset, args.eval_split, **load)
         except ValueError as error:
-            raise ValueError(f"{error} (Leave out `eval_split` to hold out training images instead.)") from error
+            raise InputError(f"{error} (Leave out `eval_split` to hold out training images instead.)") from error
     else:
         if isinstance(train, datasets.IterableDataset):
             held_out, excluded = _hold_out_of_stream(train, column, args.num_held_out)
@@ -912,9 +913,9 @@ def _views(
 ) -> ImageDataset | StreamingImageDataset:
     if isinstance(dataset, datasets.IterableDataset):
         if settings.pop("contrastive_crop", False):
-            raise ValueError(_NO_CROPS_OF_STREAMS)
+            raise InputError(_NO_CROPS_OF_STREAMS)
         if settings.pop("device_resident", False):
-            raise ValueError(_NO_RESIDENT_STREAMS)
+            raise InputError(_NO_RESIDENT_STREAMS)
         return StreamingImageDataset(dataset, column, excluded=excluded, **settings)
     return ImageDataset(dataset, column, **settings)
 

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from clmae.configuration.errors import InputError
+
 Box = tuple[int, int, int, int]
 """A part of an image in pixels: `(top, left, height, width)`."""
 
@@ -99,7 +101,7 @@ def _decode_pil(
     reduction: Callable[[int, int], float] | None,
 ) -> np.ndarray:
     if num_channels not in _PIL_MODES:
-        raise ValueError(
+        raise InputError(
             f"`num_channels` is {num_channels}, but the data set holds encoded images, which have 1, 3 or 4 channels; "
             "set `num_channels` to one of these, or store the images as arrays."
         )

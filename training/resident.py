@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import default_data_collator
 
+from clmae.configuration.errors import InputError
 from clmae.training.data import ImageDataset
 from clmae.training.images import largest_crop_box
 
@@ -193,14 +194,14 @@ class ResidentImageDataset(ImageDataset):
 
     def __init__(self, source: ImageDataset, device: torch.device | str):
         if not source.train:
-            raise ValueError("`source` is for evaluation, which shows no random crops; leave it as it is.")
+            raise InputError("`source` is for evaluation, which shows no random crops; leave it as it is.")
         vars(self).update(vars(source))
         self.device = torch.device(device)
         images = self._load_all()
         try:
             self.images = images.to(self.device)
         except torch.OutOfMemoryError as error:
-            raise ValueError(
+            raise InputError(
                 f"`device_resident` needs {images.nbytes / 1e9:.1f} GB on {self.device}, which does not have them; "
                 "leave it out."
             ) from error
@@ -239,7 +240,7 @@ class ResidentImageDataset(ImageDataset):
         for i in range(len(self)):
             image = torch.from_numpy(self._load(i)).permute(2, 0, 1)
             if image.shape != first.shape or image.dtype != first.dtype:
-                raise ValueError(
+                raise InputError(
                     f"`device_resident` needs images of one size and type, but image 0 is {_describe(first)} and image "
                     f"{i} {_describe(image)}: resize them before, or leave it out."
                 )

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from clmae.configuration.errors import InputError
 from clmae.model_cards.files import replacing
 
 try:
@@ -176,7 +177,7 @@ def choose_checkpoint(wanted: str | os.PathLike | bool | None, output_dir: str |
         checkpoint, passed_over = last_valid_checkpoint(output_dir)
         reasons = [f"{path.name}: {' '.join(problems)}" for path, problems in passed_over.items()]
         if checkpoint is None:
-            raise ValueError(
+            raise InputError(
                 f"`resume_from_checkpoint` is true, but `output_dir` {str(output_dir)!r} holds no valid checkpoint"
                 f"{': ' + ' '.join(reasons) if reasons else '.'} Start anew in another folder."
             )
@@ -186,10 +187,10 @@ def choose_checkpoint(wanted: str | os.PathLike | bool | None, output_dir: str |
             logger.warning(f"Resuming from {checkpoint.name}, the newest valid checkpoint.")
         return str(checkpoint)
     if not Path(wanted).is_dir():
-        raise ValueError(f"`resume_from_checkpoint` is {str(wanted)!r}, but there is no such folder.")
+        raise InputError(f"`resume_from_checkpoint` is {str(wanted)!r}, but there is no such folder.")
     problems = verify(wanted)
     if problems and is_sealed(wanted):
-        raise ValueError(
+        raise InputError(
             f"`resume_from_checkpoint` is {str(wanted)!r}, which is damaged: {' '.join(problems)} Name an earlier "
             "checkpoint, or give true (on the command line: last) for the newest valid one."
         )
@@ -241,17 +242,17 @@ def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
     folder = os.path.realpath(output_dir)
     path = Path(folder, LOCK_NAME)
     if folder in _locked:
-        raise ValueError(f"`output_dir` {str(output_dir)!r} is in use by another run of this process.")
+        raise InputError(f"`output_dir` {str(output_dir)!r} is in use by another run of this process.")
     try:
         os.makedirs(folder, exist_ok=True)
         descriptor = _lock(path)
     except BlockingIOError:
-        raise ValueError(
+        raise InputError(
             f"`output_dir` {str(output_dir)!r} is in use by another run{_holder(path)}: wait for its end, or choose "
             "another folder."
         ) from None
     except OSError as error:
-        raise ValueError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
+        raise InputError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
     _locked.add(folder)
     try:
         yield

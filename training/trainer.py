@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SchedulerTyp
 from transformers.utils import PushInProgress, logging
 
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.model_cards import EditedCardError, RunRecord, describe_data, hub_files, upload, write_card
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.arguments import PretrainingArguments
@@ -110,9 +111,9 @@ class CurriculumTrainer(BaseTrainer):
     ):
         args = PretrainingArguments(output_dir="clmae_output") if args is None else args
         if not isinstance(args, PretrainingArguments):
-            raise ValueError(f"`args` is a {type(args).__name__}; pass PretrainingArguments (same fields, and more).")
+            raise InputError(f"`args` is a {type(args).__name__}; pass PretrainingArguments (same fields, and more).")
         if kwargs.get("compute_metrics") is not None:
-            raise ValueError("`compute_metrics` is given, but predictions are not gathered; use clmae.evaluation.")
+            raise InputError("`compute_metrics` is given, but predictions are not gathered; use clmae.evaluation.")
         if data_collator is None:
             for name, sample in first_samples(train_dataset, eval_dataset):
                 fields = sample if isinstance(sample, Mapping) else getattr(sample, "__dict__", {})
@@ -151,19 +152,19 @@ class CurriculumTrainer(BaseTrainer):
         self._crops = None
         if getattr(self.train_dataset, "crop_boxes", None) is not None:
             if not isinstance(self.model, MAEPreTrainedModel):
-                raise ValueError(
+                raise InputError(
                     f"`model` is a {type(self.model).__name__}, but `contrastive_crop` needs an encoder of this "
                     "project's families; take one, or crop at random."
                 )
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError(
+                raise InputError(
                     "`contrastive_crop` runs the encoder by itself, which a model whose weights are sharded (`fsdp`, "
                     "`deepspeed`) cannot do; use DDP, or crop at random."
                 )
             self._crops = ContrastiveCropCallback(self)
             self.add_callback(self._crops)
         elif getattr(getattr(self.train_dataset, "dataset", None), "crop_boxes", None) is not None:
-            raise ValueError(
+            raise InputError(
                 f"`train_dataset` is a {type(self.train_dataset).__name__} of a data set with `contrastive_crop`: its "
                 "boxes would never be found; choose the images before (`datasets.Dataset.select`), or crop at random."
             )
@@ -181,19 +182,19 @@ class CurriculumTrainer(BaseTrainer):
             return
         checkpointing = self.args.gradient_checkpointing_kwargs or {}
         if self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
-            raise ValueError(
+            raise InputError(
                 "`gradient_checkpointing_kwargs` asks for `use_reentrant`, which cannot differentiate inside the "
                 "forward pass, as a masking module needs; leave it out."
             )
         name = SchedulerType(self.args.lr_scheduler_type).value
         if self.lr_scheduler is None and name in ("reduce_lr_on_plateau", "greedy"):
-            raise ValueError(
+            raise InputError(
                 f"`lr_scheduler_type` is {name!r}, which gives all parameters one schedule, but the masking module has "
                 "its own. Choose a schedule that is a function of the step, such as cosine."
             )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if self.is_fsdp_enabled and getattr(plugin, "fsdp_version", 1) == 2:
-            raise ValueError(
+            raise InputError(
                 "`fsdp_config` has version 2, which re-shards the weights within the forward pass of a model with a "
                 "masking module; set its `version` to 1, or use DDP."
             )
@@ -205,12 +206,12 @@ class CurriculumTrainer(BaseTrainer):
         args, batch = self.args, self.args.images_per_batch
         images = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
         if batch == 1:
-            raise ValueError(
+            raise InputError(
                 "`per_device_train_batch_size` is 1 on one process, but contrast needs other images to tell one from: "
                 "take at least 2, or set `contrastive_loss_weight` to 0."
             )
         if args.world_size == 1 and not args.dataloader_drop_last and images % batch == 1:
-            raise ValueError(
+            raise InputError(
                 f"`dataloader_drop_last` is false, and {images} training images in batches of {batch} leave one alone, "
                 "with nothing to contrast it with: drop the last batch, or take another batch size."
             )

@@ -7,7 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from clmae.cli.options import UsageError, nearest
+from clmae.cli.options import nearest
+from clmae.configuration.errors import InputError
 
 USAGE = """\
 usage: clmae COMMAND ...
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = argv
     try:
         if name not in COMMANDS:
-            raise UsageError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+            raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
         # Imported only now: the help does not wait for matplotlib and datasets.
         return importlib.import_module(f"clmae.cli.{name}").run(rest)
-    except ValueError as error:  # UsageError among them: what the user gave cannot be worked with
+    except ValueError as error:  # InputError among them: what the user gave cannot be worked with
         print(f"clmae: error: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForPreTraining, PrinterCallback, TrainerCallback
 
-from clmae.cli.options import UsageError, parse, split_options
+from clmae.cli.options import parse, split_options
 from clmae.cli.pretrain import read_arguments
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.model_cards.record import device_name
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.build import fastest_attention
@@ -61,9 +62,9 @@ class BenchArguments:
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_images"):
             if getattr(self, name) < 1:
-                raise UsageError(f"`{name}` is {getattr(self, name)}; give at least 1.")
+                raise InputError(f"`{name}` is {getattr(self, name)}; give at least 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UsageError(f"`batch_sizes` is {self.batch_sizes}; give one or more numbers of at least 1.")
+            raise InputError(f"`batch_sizes` is {self.batch_sizes}; give one or more numbers of at least 1.")
 
 
 class Measured(NamedTuple):
@@ -122,7 +123,7 @@ def run(argv: Sequence[str]) -> int:
     )
     config, args = read(rest, bench.batch_sizes[0])
     if args.world_size > 1:
-        raise UsageError("a measurement runs in one process; start it without torchrun.")
+        raise InputError("a measurement runs in one process; start it without torchrun.")
     gpu = args.device.type == "cuda"
     what = f"{config.model_type}, {config.hidden_size} wide, {config.num_hidden_layers} blocks"
     print(f"{what}, on {device_name(args.device)}; an epoch: {bench.num_images:,} images")

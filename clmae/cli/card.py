@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clmae.cli.folders import PathsParser
-from clmae.cli.options import UsageError
+from clmae.configuration.errors import InputError
 from clmae.model_cards.card import write_card
 from clmae.model_cards.run import read_run
 from clmae.training.pictures import curves_figure, save_figure
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
 def make_card(folder: str, repo_id: str | None = None, license: str | None = None, force: bool = False) -> Path:
     """Draws the curves and writes the card; arguments and errors as [`write_card`]'s."""
     if not Path(folder).is_dir():
-        raise UsageError(f"OUTPUT_DIR {folder!r} is no folder.")
+        raise InputError(f"OUTPUT_DIR {folder!r} is no folder.")
     history = read_run(folder).state.get("log_history")
     if history:
         save_figure(curves_figure(history), Path(folder, "pictures", "curves.png"))

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clmae.cli.options import UsageError, parse, read_recipe, split_options
+from clmae.cli.options import parse, read_recipe, split_options
 from clmae.cli.pretrain import read_arguments
+from clmae.configuration.errors import InputError
 from clmae.evaluation.compare import BUDGETS, NUM_POINTS, Judging, Recipe, compare, make_plan, table_to_markdown
 from clmae.evaluation.report import PROTOCOLS
 
@@ -104,13 +105,13 @@ def recipe(path: str, overrides: Sequence[str], output_dir: str) -> Recipe:
     """A recipe as `clmae pretrain` would read it.
 
     Raises:
-        UsageError: It cannot be read, or an option is wrong; the message names the recipe.
+        InputError: It cannot be read, or an option is wrong; the message names the recipe.
     """
     argv = ["--config", path, *overrides, "--output_dir", output_dir]
     try:
         config, data, args, known = read_arguments(argv)
     except ValueError as error:
-        raise UsageError(f"recipe {path}: {error}") from error
+        raise InputError(f"recipe {path}: {error}") from error
     return Recipe(Path(path).stem, config, data, args, _options(path, overrides, known))
 
 

@@ -24,8 +24,8 @@ from transformers.image_utils import PILImageResampling, SizeDict
 
 from clmae import FAMILIES
 from clmae.cli.folders import PathsParser, new_folder
-from clmae.cli.options import UsageError
 from clmae.configuration import MAEConfig
+from clmae.configuration.errors import InputError
 from clmae.modeling import MAEImageProcessor
 from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
 from clmae.training.data import make_image_processor
@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
     found = read_weights(weights, **(told | fields))
     print(report(found))
     if found.unexpected and not args.ignore_unexpected:
-        raise UsageError(
+        raise InputError(
             "a model with the unexpected weights computes something else than ours would; convert without them by "
             "--ignore_unexpected."
         )
@@ -143,7 +143,7 @@ def save_image_processor(source: Path, found: Import, folder: Path) -> None:
 def read_source(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """`(weights, fields of the configuration that stand beside them)` of a file or folder."""
     if not source.exists():
-        raise UsageError(f"SRC {str(source)!r} does not exist; give a file or folder (`hf download` fetches one).")
+        raise InputError(f"SRC {str(source)!r} does not exist; give a file or folder (`hf download` fetches one).")
     if source.is_dir():
         return read_folder(source)
     if source.suffix == ".safetensors":
@@ -156,7 +156,7 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     config = folder / "config.json"
     config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     if config.get("model_type") in FAMILIES:
-        raise UsageError(f"SRC {str(folder)!r} is a model of this package already.")
+        raise InputError(f"SRC {str(folder)!r} is a model of this package already.")
     told = {}
     if config.get("model_type") == "vit_mae":
         vit_mae = ViTMAEConfig.from_dict(config)  # its defaults stand in for what the file leaves out
@@ -171,14 +171,14 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             return {name: tensor for shard in shards for name, tensor in shard.items()}, told
         if (folder / name).is_file():
             return read_source(folder / name)[0], told
-    raise UsageError(f"SRC {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}; name the weights' file itself.")
+    raise InputError(f"SRC {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}; name the weights' file itself.")
 
 
 def timm_model(folder: Path) -> nn.Module | None:
     """The model that timm would make of a folder, without weights; `None` for a folder that is not timm's.
 
     Raises:
-        UsageError: timm is missing, does not know it, or it is no plain vision transformer.
+        InputError: timm is missing, does not know it, or it is no plain vision transformer.
     """
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -187,16 +187,16 @@ def timm_model(folder: Path) -> nn.Module | None:
     try:
         import timm
     except ImportError as error:
-        raise UsageError(
+        raise InputError(
             f"SRC {str(folder)!r} is timm's, and only timm knows what its names stand for: pip install 'clmae[export]'."
         ) from error
     try:
         with torch.device("meta"):
             model = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        raise UsageError(f"SRC {str(folder)!r} is timm's, but timm cannot make a model of it: {error}") from error
+        raise InputError(f"SRC {str(folder)!r} is timm's, but timm cannot make a model of it: {error}") from error
     if type(model) is not timm.models.VisionTransformer:
-        raise UsageError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
+        raise InputError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
     model.drop_path_rate = config.get("model_args", {}).get("drop_path_rate", 0.0)
     model.label_names = config.get("label_names")
     return model
@@ -206,7 +206,7 @@ def timm_fields(model: nn.Module) -> dict[str, Any]:
     """Fields of the configuration that timm's weights do not tell.
 
     Raises:
-        UsageError: No field of ours says what the model does.
+        InputError: No field of ours says what the model does.
     """
     act, norm = model.blocks[0].mlp.act, model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
     height, width = model.patch_embed.img_size
@@ -215,7 +215,7 @@ def timm_fields(model: nn.Module) -> dict[str, Any]:
     name = "GELUTanh" if getattr(act, "approximate", "none") == "tanh" else type(act).__name__
     for value, known, what in ((name, acts, "activation"), (model.global_pool, pools, "global_pool")):
         if value not in known:
-            raise UsageError(
+            raise InputError(
                 f"timm's {what} {value!r} has no counterpart here; these have one: {', '.join(filter(None, known))}."
             )
     fields = dict(
@@ -258,7 +258,7 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     else:
         weights = payload
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise UsageError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
+        raise InputError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
     told: dict[str, Any] = {}
     if isinstance(payload.get("args"), argparse.Namespace):
         kinds = {"norm_pix_loss": bool, "mask_ratio": float}
@@ -300,13 +300,13 @@ def load_safely(path: Path) -> Any:
         except pickle.UnpicklingError as error:
             culprit = re.search(r"GLOBAL (\S+)", str(error))
             what = f"`{culprit[1]}`" if culprit else "something else than tensors"
-            raise UsageError(
+            raise InputError(
                 f"SRC {str(path)!r} is refused, and nothing in it was run: it holds {what}, and to load more than "
                 "tensors could run code. If you trust the file, load it yourself and save the weights alone with "
                 "`safetensors.torch.save_file`."
             ) from error
         except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
-            raise UsageError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
+            raise InputError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
 
 
 __all__ = ["load_safely", "read_source", "report", "run"]

@@ -14,7 +14,8 @@ from accelerate import PartialState
 
 from clmae.cli import evaluate_trained
 from clmae.cli.judging import JudgingArguments
-from clmae.cli.options import UsageError, nearest, parse
+from clmae.cli.options import nearest, parse
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import is_first_process
 from clmae.evaluation.report import PROTOCOLS, EvaluationResult, evaluate_model
 
@@ -66,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     protocol, *rest = argv
     if protocol not in NAMES:
-        raise UsageError(f"unknown protocol {protocol!r}{nearest(protocol, NAMES)}; protocols: {', '.join(NAMES)}")
+        raise InputError(f"unknown protocol {protocol!r}{nearest(protocol, NAMES)}; protocols: {', '.join(NAMES)}")
     if protocol in evaluate_trained.PROTOCOLS:
         return evaluate_trained.run(protocol, rest)
     args, chosen = parse(
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     )
     output = None if args.output is None else Path(args.output)
     if output is not None and output.suffix != ".json":
-        raise UsageError(f"`output` is {args.output!r}; give the name of a .json file.")
+        raise InputError(f"`output` is {args.output!r}; give the name of a .json file.")
     started = "RANK" in os.environ and not dist.is_initialized()  # by torchrun: each process encodes a part
     device = PartialState().device if started else None
     try:
@@ -124,7 +125,7 @@ def _evaluate(protocol: str, args: EvaluateArguments, chosen: object, device: ob
             **options,
         )[protocol]
     except OSError as error:
-        raise UsageError(f"`model` {args.model!r} cannot be loaded: {error}") from error
+        raise InputError(f"`model` {args.model!r} cannot be loaded: {error}") from error
 
 
 def _show(result: EvaluationResult, title: str, output: Path | None) -> None:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from clmae.cli.judging import JudgingArguments
-from clmae.cli.options import UsageError, nearest, parse
+from clmae.cli.options import nearest, parse
+from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning import PROTOCOLS as ARGUMENTS
 from clmae.evaluation.finetuning import ClassificationArguments, finetune
 
@@ -60,11 +61,11 @@ def run(protocol: str, argv: Sequence[str]) -> int:
     """Trains by a protocol, prints the table, and writes it where `--output` says; the exit code.
 
     Raises:
-        UsageError: The command line is wrong, or the model cannot be loaded.
+        InputError: The command line is wrong, or the model cannot be loaded.
         ValueError: What was given cannot be worked with.
     """
     if protocol not in PROTOCOLS:
-        raise UsageError(
+        raise InputError(
             f"unknown protocol {protocol!r}{nearest(protocol, PROTOCOLS)}; protocols: {', '.join(PROTOCOLS)}"
         )
     arguments = ARGUMENTS[protocol]
@@ -88,7 +89,7 @@ def run(protocol: str, argv: Sequence[str]) -> int:
             **{name: value for name, value in data.items() if name != "output"},
         )
     except OSError as error:
-        raise UsageError(f"`model` {options.model!r} cannot be loaded: {error}") from error
+        raise InputError(f"`model` {options.model!r} cannot be loaded: {error}") from error
     except KeyboardInterrupt:
         print("Stopped. Go on with the same command and\n  --resume_from_checkpoint last")
         raise
@@ -109,17 +110,17 @@ def _check(protocol: str, options: EvaluateTrainedArguments, args: Classificatio
     if options.output is not None:
         output = Path(options.output)
         if output.suffix != ".json":
-            raise UsageError(f"`output` is {options.output!r}; give the name of a .json file.")
+            raise InputError(f"`output` is {options.output!r}; give the name of a .json file.")
         if args.output_dir == type(args).output_dir:
             args.output_dir = str(output.with_suffix(""))
     if args.protocol != protocol:
-        raise UsageError(
+        raise InputError(
             "`trained_blocks` is what partial fine-tuning needs: how many of the last blocks to train."
             if protocol == "partial"
             else f"`trained_blocks` is given, which is partial fine-tuning: `clmae evaluate partial`, not {protocol}."
         )
     if args.resume_from_checkpoint not in (None, "last", "true", "false"):
-        raise UsageError(
+        raise InputError(
             f"`resume_from_checkpoint` is {args.resume_from_checkpoint!r}; say `last`: each row has checkpoints "
             "of its own below `output_dir`."
         )

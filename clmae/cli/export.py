@@ -22,8 +22,8 @@ from transformers.image_utils import PILImageResampling
 from clmae import FAMILIES
 from clmae.cli.convert import not_in_weights, read_source
 from clmae.cli.folders import PathsParser, new_folder
-from clmae.cli.options import UsageError
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
 from clmae.modeling.conversion import (
     Export,
@@ -71,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.read(argv)
     for package in NEEDED.get(args.to, ()):
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"--to {args.to} needs the package {package}: pip install 'clmae[export]'.")
+            raise InputError(f"--to {args.to} needs the package {package}: pip install 'clmae[export]'.")
     source = load_source(args.source)
     with new_folder(args.destination) as folder, torch.no_grad():
         outputs, loading = EXPORTERS[args.to](source, folder)
@@ -88,7 +88,7 @@ def load_source(name: str) -> Source:
     """The model as it was saved (encoder, autoencoder, classifier), in float32, and its image processor if any."""
     config = read_model_config(name, "SRC", trust_remote_code=False)  # ours are local; no other's code runs
     if config.model_type not in FAMILIES:
-        raise UsageError(
+        raise InputError(
             f"SRC {name!r} cannot be exported: it is a {config.model_type!r}, and no model of ours; `clmae convert` "
             "makes one of a MAE."
         )
@@ -98,9 +98,9 @@ def load_source(name: str) -> Source:
     try:
         model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise UsageError(f"SRC {name!r} cannot be exported: {error}") from error
+        raise InputError(f"SRC {name!r} cannot be exported: {error}") from error
     if report["missing_keys"]:  # transformers would draw them at random
-        raise UsageError(f"SRC {name!r} is no whole model: its weights lack {min(report['missing_keys'])}.")
+        raise InputError(f"SRC {name!r} is no whole model: its weights lack {min(report['missing_keys'])}.")
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
@@ -141,7 +141,7 @@ def check(outputs: Outputs, expected: Outputs) -> None:
         difference = (output - expected[name]).abs().max().item()
         print(f"max abs difference from the source, {name}: {difference:.1e}")
         if not difference <= TOLERANCE:
-            raise ValueError(
+            raise InputError(
                 f"the exported model's `{name}` differs from the source's by {difference:.1e}, more than {TOLERANCE}: "
                 "nothing was written. Please report this with the model's config.json."
             )
@@ -166,7 +166,7 @@ def transformers_exporter(convert: Callable[[MAEPreTrainedModel], Export]) -> Ca
         options = {"add_pooling_layer": False} if name == "ViTModel" else {}
         exported, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **options)
         if report["missing_keys"] or report["unexpected_keys"]:
-            raise ValueError(f"transformers' {name} does not take the weights as they are: {report}.")
+            raise InputError(f"transformers' {name} does not take the weights as they are: {report}.")
         options = "".join(f", {key}={value}" for key, value in options.items())
         loading = f"load it with transformers.{name}.from_pretrained({{!r}}{options}), or the Auto class"
         if name == "ViTMAEForPreTraining":

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from clmae.cli.options import UsageError, nearest
+from clmae.cli.options import nearest
+from clmae.configuration.errors import InputError
 
 
 class PathsParser(argparse.ArgumentParser):
-    """A parser of `SRC DST` and options, that raises [`UsageError`] instead of exiting."""
+    """A parser of `SRC DST` and options, that raises [`InputError`] instead of exiting."""
 
     def __init__(self, prog: str, description: str, examples: str):
         super().__init__(
@@ -26,7 +27,7 @@ class PathsParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message.replace("the following arguments are required", "missing"))
+        raise InputError(message.replace("the following arguments are required", "missing"))
 
     def read(self, argv: Sequence[str]) -> argparse.Namespace:
         """The arguments; a misspelt option is named before what is missing."""
@@ -34,7 +35,7 @@ class PathsParser(argparse.ArgumentParser):
         for argument in argv:
             option = argument.partition("=")[0]
             if option.startswith("--") and option not in known:
-                raise UsageError(f"unknown option {option!r}{nearest(option, known)}")
+                raise InputError(f"unknown option {option!r}{nearest(option, known)}")
         return self.parse_args(list(argv))
 
 
@@ -43,11 +44,11 @@ def new_folder(destination: str) -> Iterator[Path]:
     """A folder to write into, beside `destination`, which it becomes at the end; after an error nothing is left.
 
     Raises:
-        UsageError: `destination` is a file, or a folder that holds something.
+        InputError: `destination` is a file, or a folder that holds something.
     """
     target = Path(destination)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"DST {destination!r} exists and is not empty; name a new folder.")
+        raise InputError(f"DST {destination!r} exists and is not empty; name a new folder.")
     made = [parent for parent in target.parents if not parent.exists()]
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     folder.mkdir(parents=True)

@@ -16,9 +16,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-
-class UsageError(ValueError):
-    """The command line or a recipe is wrong."""
+from clmae.configuration.errors import InputError
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -32,11 +30,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}") from error
+        raise InputError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not a YAML file: {error}") from error
+        raise InputError(f"--config {path}: not a YAML file: {error}") from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise UsageError(f"--config {path}: a recipe is a list of `option: value` lines.")
+        raise InputError(f"--config {path}: a recipe is a list of `option: value` lines.")
     return recipe
 
 
@@ -62,7 +60,7 @@ def split_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], str | None, list[
     try:
         found, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise UsageError("--config: give the path of a recipe.") from error
+        raise InputError("--config: give the path of a recipe.") from error
     return (read_recipe(found.config) if found.config else {}), found.config, rest
 
 
@@ -75,7 +73,7 @@ def split_options(argv: Sequence[str], own: type, taken: Mapping[str, str], what
         what: The command in words: `"a comparison"`.
 
     Raises:
-        UsageError: One of `taken` is given.
+        InputError: One of `taken` is given.
     """
     names = {f.name for f in dataclasses.fields(own)} | {"help", "help_all"}
     parts: tuple[list[str], list[str]] = ([], [])
@@ -84,7 +82,7 @@ def split_options(argv: Sequence[str], own: type, taken: Mapping[str, str], what
         if argument.startswith("--") or argument == "-h":
             name = argument.partition("=")[0].lstrip("-").replace("-", "_")
             if name in taken:
-                raise UsageError(f"--{name} is not for {what}: {taken[name]}.")
+                raise InputError(f"--{name} is not for {what}: {taken[name]}.")
             part = parts[0] if name in names or argument == "-h" else parts[1]
         part.append(argument)
     return parts
@@ -108,7 +106,7 @@ def parse(
         shown: For a group with very many options, those that `--help` explains; `--help_all` explains all.
 
     Raises:
-        UsageError: An option is unknown, missing or has a value of the wrong type.
+        InputError: An option is unknown, missing or has a value of the wrong type.
         SystemExit: The help was asked for, and printed.
     """
     recipe, recipe_path, rest = split_recipe(argv)
@@ -131,24 +129,24 @@ def parse(
         raise SystemExit(0)
     for name in recipe:
         if name not in names:
-            raise UsageError(f"recipe {recipe_path}: unknown entry {name!r}{nearest(name, names)}")
+            raise InputError(f"recipe {recipe_path}: unknown entry {name!r}{nearest(name, names)}")
         if recipe[name] is None and defaults[name] is not None:  # a forgotten value, which no default may replace
-            raise UsageError(f"recipe {recipe_path}: `{name}` is empty; give a value, or leave it out.")
+            raise InputError(f"recipe {recipe_path}: `{name}` is empty; give a value, or leave it out.")
     for argument in rest:  # before argparse complains of what is missing because it was misspelt
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and name.removeprefix("no_") not in names and name not in names:
-            raise UsageError(f"unknown option {argument.partition('=')[0]!r}{nearest(name, names)}")
+            raise InputError(f"unknown option {argument.partition('=')[0]!r}{nearest(name, names)}")
     parser.error = _raise_usage_error  # argparse would print the whole usage and exit
     *objects, unknown = parser.parse_args_into_dataclasses(
         [*recipe_to_argv(recipe), *rest], return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise UsageError(f"unknown argument {unknown[0]!r}; options begin with --")
+        raise InputError(f"unknown argument {unknown[0]!r}; options begin with --")
     return tuple(objects)
 
 
 def _raise_usage_error(message: str) -> None:
-    raise UsageError(message.replace("the following arguments are required", "missing"))
+    raise InputError(message.replace("the following arguments are required", "missing"))
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

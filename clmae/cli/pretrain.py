@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from clmae import FAMILIES
-from clmae.cli.options import UsageError, config_options, given, nearest, parse, split_recipe
+from clmae.cli.options import config_options, given, nearest, parse, split_recipe
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import SIZES
+from clmae.configuration.errors import InputError
 from clmae.training.arguments import PretrainingArguments, ScaledRateArguments
 from clmae.training.build import build_trainer
 from clmae.training.callbacks import InterruptCallback
@@ -64,7 +65,7 @@ class FamilyArguments:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise UsageError(
+            raise InputError(
                 f"`family` is {self.family!r}{nearest(self.family, FAMILIES)}; choose one of {', '.join(FAMILIES)}."
             )
 
@@ -96,7 +97,7 @@ def read_arguments(
     """What to train, on what and how; and every option's value by its name.
 
     Raises:
-        UsageError, ValueError: An option is unknown, has a wrong value, or does not go with another.
+        InputError, ValueError: An option is unknown, has a wrong value, or does not go with another.
     """
     config_class = FAMILIES[_family(argv)][0]
     groups = {
@@ -134,17 +135,17 @@ def _checkpoint(args: PretrainingArguments) -> str | bool:
     wanted = args.resume_from_checkpoint
     if wanted is None or wanted == "false":
         if last is not None:
-            raise UsageError(
+            raise InputError(
                 f"`output_dir` {args.output_dir!r} holds the checkpoints of an earlier run ({last.name}): go on "
                 "with `--resume_from_checkpoint last`, or choose another folder."
             )
         return False
     if wanted in ("last", "true"):
         if last is None:
-            raise UsageError(f"`resume_from_checkpoint` is {wanted!r}, but {args.output_dir!r} holds no checkpoint.")
+            raise InputError(f"`resume_from_checkpoint` is {wanted!r}, but {args.output_dir!r} holds no checkpoint.")
         return True
     if not (Path(wanted) / "trainer_state.json").is_file():
-        raise UsageError(f"`resume_from_checkpoint` is {wanted!r}, which is no checkpoint folder; or say `last`.")
+        raise InputError(f"`resume_from_checkpoint` is {wanted!r}, which is no checkpoint folder; or say `last`.")
     return wanted
 
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from clmae.cli.card import make_card
 from clmae.cli.folders import PathsParser
-from clmae.cli.options import UsageError
+from clmae.configuration.errors import InputError
 from clmae.model_cards.card import CARD_NAME, EditedCardError, author_section, is_edited
 from clmae.model_cards.hub import check_card, check_folder, hub_files, upload
 
@@ -42,17 +42,17 @@ def run(argv: Sequence[str]) -> int:
     )
     args = parser.read(argv)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
-        raise UsageError(f"ID {args.repo_id!r} is no name on the Hub; give owner/name.")
+        raise InputError(f"ID {args.repo_id!r} is no name on the Hub; give owner/name.")
     check_folder(args.output_dir, lambda names: tqdm(names, desc="checking weights", leave=False))
     if huggingface_hub.get_token() is None:
-        raise UsageError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
+        raise InputError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
     _write_card(args.output_dir, args.repo_id, args.license, args.force)
     try:
         _push(args.output_dir, args.repo_id, args.private, args.message, args.force)
     except (HTTPError, OSError) as error:
         # The Hub's own words, which name no token; the first lines tell what happened.
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(
+        raise InputError(
             f"the upload to {args.repo_id!r} failed, and no file was changed there: {reason[:400]}"
         ) from error
     return 0
@@ -71,7 +71,7 @@ def _push(folder: str, repo_id: str, private: bool, message: str, force: bool) -
     api.create_repo(repo_id, private=private, exist_ok=True)
     there = api.model_info(repo_id)
     if private and not there.private:
-        raise UsageError(f"{repo_id!r} is there already, and public: make it private on the Hub, or take another name.")
+        raise InputError(f"{repo_id!r} is there already, and public: make it private on the Hub, or take another name.")
     if not force:
         _check_remote_card(repo_id, folder)
     for name in names:
@@ -91,7 +91,7 @@ def _check_remote_card(repo_id: str, folder: str) -> None:
     own = Path(folder, CARD_NAME).read_text(encoding="utf-8")
     words = author_section(text)
     if text != own and (is_edited(text) or (words and words != author_section(own))):
-        raise UsageError(
+        raise InputError(
             f"the card of {repo_id!r} was edited on the Hub: bring those words into {Path(folder, CARD_NAME)}, or "
             "overwrite them with `--force`."
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from clmae.cli.folders import PathsParser
-from clmae.cli.options import UsageError
+from clmae.configuration.errors import InputError
 from clmae.model_cards.hub import code_files
 from clmae.model_cards.record import read_json
 from clmae.training.sealing import checkpoints, is_sealed, verify
@@ -33,14 +33,14 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("dir", metavar="DIR", help="Output folder of a run, or a checkpoint or a model in it.")
     folder = Path(parser.read(argv).dir)
     if not folder.is_dir():
-        raise UsageError(f"DIR {str(folder)!r} is no folder.")
+        raise InputError(f"DIR {str(folder)!r} is no folder.")
     found = checkpoints(folder)
     is_checkpoint = folder.resolve() in checkpoints(folder.resolve().parent)
     marks = ("config.json", "trainer_state.json", "model.safetensors", INDEX)
     if is_sealed(folder) or any((folder / name).is_file() for name in marks):
         found.append(folder)
     if not found:
-        raise UsageError(f"DIR {str(folder)!r} holds neither a checkpoint nor a model.")
+        raise InputError(f"DIR {str(folder)!r} holds neither a checkpoint nor a model.")
     damaged = False
     for path in found:
         # The Trainer seals every checkpoint: one without a manifest was cut off, whatever its files look like.

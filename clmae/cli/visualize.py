@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 
-from clmae.cli.options import UsageError, parse
+from clmae.cli.options import parse
 from clmae.configuration.configuration_mae import pair
+from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
 from clmae.training.images import center_view, decode_image, normalize, sample_generator
 from clmae.training.pictures import reconstruction_figure, save_figure
@@ -40,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
         examples=EXAMPLES,
     )
     if Path(args.output).suffix.lower() != ".png":
-        raise UsageError(f"`output` is {args.output!r}; give the name of a .png file.")
+        raise InputError(f"`output` is {args.output!r}; give the name of a .png file.")
     model, processor = load_autoencoder(args.model)
     size, mean, std = pair(model.config.image_size), processor.image_mean, processor.image_std
     views = []
@@ -48,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         try:
             views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
         except ValueError as error:
-            raise UsageError(f"`images`: {path}: {error}") from error
+            raise InputError(f"`images`: {path}: {error}") from error
     num_patches = math.prod(n // p for n, p in zip(size, pair(model.config.patch_size), strict=True))
     noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))
     figure = reconstruction_figure(model, torch.stack(views), noise, mean, std)
@@ -63,9 +64,9 @@ def load_autoencoder(name: str) -> tuple[torch.nn.Module, object]:
         model, report = AutoModelForPreTraining.from_pretrained(name, output_loading_info=True)
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UsageError(f"`model` {name!r} cannot be loaded: {error}") from error
+        raise InputError(f"`model` {name!r} cannot be loaded: {error}") from error
     if report["missing_keys"]:  # transformers would draw them at random
-        raise UsageError(
+        raise InputError(
             f"`model` {name!r} is no whole masked autoencoder: its weights lack {min(report['missing_keys'])}; give "
             "what pretraining left, not an encoder or a classifier."
         )

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from clmae.configuration.errors import InputError
 from clmae.training.arguments import ScaledRateArguments
 
 PROBE_FEATURES = ("cls", "mean")
@@ -94,15 +95,15 @@ class ClassificationArguments(ScaledRateArguments):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                raise ValueError(f"`{name}` is {value!r}; give a number from {low:g} to {high:g}.")
+                raise InputError(f"`{name}` is {value!r}; give a number from {low:g} to {high:g}.")
         if not 0 < self.validation_share < 1:
-            raise ValueError(f"`validation_share` is {self.validation_share}; give a number between 0 and 1.")
+            raise InputError(f"`validation_share` is {self.validation_share}; give a number between 0 and 1.")
         if not 0 < self.min_crop_scale <= 1:
-            raise ValueError(f"`min_crop_scale` is {self.min_crop_scale}; give a number in (0, 1].")
+            raise InputError(f"`min_crop_scale` is {self.min_crop_scale}; give a number in (0, 1].")
         if self.label_names != ["labels"] or self.remove_unused_columns:
-            raise ValueError("`label_names` and `remove_unused_columns` cannot be changed here; leave them out.")
+            raise InputError("`label_names` and `remove_unused_columns` cannot be changed here; leave them out.")
         if self.auto_find_batch_size:
-            raise ValueError("`auto_find_batch_size` changes the batch that the learning rate follows; leave it out.")
+            raise InputError("`auto_find_batch_size` changes the batch that the learning rate follows; leave it out.")
 
     def _ranges(self) -> list[tuple[str, float, float]]:
         """Fields that are numbers, with their least and greatest values."""
@@ -157,19 +158,19 @@ class FinetuningArguments(ClassificationArguments):
     def _check(self) -> None:
         super()._check()
         if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"`layer_decay` is {self.layer_decay}; give a number in (0, 1].")
+            raise InputError(f"`layer_decay` is {self.layer_decay}; give a number in (0, 1].")
         for name in ("drop_path_rate", "label_smoothing_factor", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; give a number in [0, 1).")
+                raise InputError(f"`{name}` is {getattr(self, name)}; give a number in [0, 1).")
         if self.ema_decay and self.load_best_model_at_end:
-            raise ValueError(
+            raise InputError(
                 "`ema_decay` and `load_best_model_at_end` are both given: the average is of all steps, and the best "
                 "model of one; leave one of them out."
             )
         if self.trained_blocks is not None and (
             not isinstance(self.trained_blocks, int) or isinstance(self.trained_blocks, bool) or self.trained_blocks < 0
         ):
-            raise ValueError(f"`trained_blocks` is {self.trained_blocks!r}; give an int of at least 0.")
+            raise InputError(f"`trained_blocks` is {self.trained_blocks!r}; give an int of at least 0.")
 
     def _ranges(self) -> list[tuple[str, float, float]]:
         return [
@@ -219,11 +220,11 @@ class LinearLarsArguments(ClassificationArguments):
     def _check(self) -> None:
         super()._check()
         if self.feature not in PROBE_FEATURES:
-            raise ValueError(f"`feature` is {self.feature!r}; choose one of {', '.join(PROBE_FEATURES)}.")
+            raise InputError(f"`feature` is {self.feature!r}; choose one of {', '.join(PROBE_FEATURES)}.")
         if not 0 <= self.lars_momentum < 1:
-            raise ValueError(f"`lars_momentum` is {self.lars_momentum}; give a number in [0, 1).")
+            raise InputError(f"`lars_momentum` is {self.lars_momentum}; give a number in [0, 1).")
         if self.lars_trust_coefficient <= 0:
-            raise ValueError(f"`lars_trust_coefficient` is {self.lars_trust_coefficient}; give a number above 0.")
+            raise InputError(f"`lars_trust_coefficient` is {self.lars_trust_coefficient}; give a number above 0.")
 
 
 PROTOCOLS: dict[str, type[ClassificationArguments]] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import MAX_RANDAUGMENT
 from clmae.evaluation.linear import random_ranks
 from clmae.training.data import ImageDataset
@@ -34,16 +35,16 @@ def label_subset(
         ValueError: Both sizes are given, one is out of range, or a class has too few samples.
     """
     if labels_per_class is not None and label_fraction is not None:
-        raise ValueError(
+        raise InputError(
             f"`labels_per_class` is {labels_per_class} and `label_fraction` {label_fraction}; give one of the two."
         )
     ranks, sizes = random_ranks(labels, seed), labels.bincount()
     if labels_per_class is not None:
         if not isinstance(labels_per_class, int) or isinstance(labels_per_class, bool) or labels_per_class < 1:
-            raise ValueError(f"`labels_per_class` is {labels_per_class!r}; give an int of at least 1.")
+            raise InputError(f"`labels_per_class` is {labels_per_class!r}; give an int of at least 1.")
         least = int(sizes[sizes > 0].min())
         if least < labels_per_class:
-            raise ValueError(
+            raise InputError(
                 f"`labels_per_class` is {labels_per_class}, but class {int((sizes == least).nonzero()[0])} has {least} "
                 f"training images: give at most {least}."
             )
@@ -51,7 +52,7 @@ def label_subset(
     if label_fraction is None:
         return torch.arange(len(labels))
     if not 0 < label_fraction <= 1:
-        raise ValueError(f"`label_fraction` is {label_fraction}; give a number in (0, 1].")
+        raise InputError(f"`label_fraction` is {label_fraction}; give a number in (0, 1].")
     return (ranks < (sizes * label_fraction).round().clamp(min=1)[labels]).nonzero().flatten()
 
 
@@ -91,7 +92,7 @@ class AugmentedImages(ImageDataset):
     ) -> None:
         super().__init__(dataset, image_column, num_patches=0, patch_size=(1, 1), **kwargs)
         if randaugment_magnitude and self.num_channels not in (1, 3):
-            raise ValueError(
+            raise InputError(
                 f"`randaugment_magnitude` is {randaugment_magnitude}, but RandAugment works on images with 1 or 3 "
                 f"channels, and these have {self.num_channels}; set it to 0."
             )

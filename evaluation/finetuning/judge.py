@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import AutoConfig, AutoImageProcessor, TrainingArguments
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning.arguments import ClassificationArguments
 from clmae.evaluation.finetuning.images import AugmentedImages, label_subset
@@ -147,12 +148,12 @@ def _prepare_data(
         train.labels, labels_per_class=labels_per_class, label_fraction=label_fraction, seed=args.seed
     )
     if len(train.labels[chosen].unique()) < 2:
-        raise ValueError("`dataset` has training images of one class only; give at least two.")
+        raise InputError("`dataset` has training images of one class only; give at least two.")
     validation = None
     if args.eval_strategy != "no":
         held_out = stratified_part(train.labels[chosen], args.validation_share, args.seed)
         if not held_out.any():
-            raise ValueError(
+            raise InputError(
                 "`eval_strategy` holds out a part of every class, but no class has two training images: give more "
                 "labels, or leave out `eval_strategy` and `load_best_model_at_end`."
             )
@@ -232,7 +233,7 @@ def _earlier(record: Path, settings: dict[str, Any], resume: bool) -> tuple[tupl
     if not record.is_file():
         return None, False
     if not resume:
-        raise ValueError(
+        raise InputError(
             f"`output_dir` {str(record.parents[1])!r} holds an earlier run ({record.parent.name}): go on with "
             "`resume_from_checkpoint` 'last', or choose another folder."
         )
@@ -241,7 +242,7 @@ def _earlier(record: Path, settings: dict[str, Any], resume: bool) -> tuple[tupl
     for old, new in reversed(parts):
         changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
-            raise ValueError(
+            raise InputError(
                 f"`resume_from_checkpoint`: {str(record.parent)!r} holds a run with other settings: `{changed[0]}` was "
                 f"{old.get(changed[0])!r} and is {new.get(changed[0])!r}. Take the same, or another `output_dir`."
             )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
+
 
 def trust_ratio(weight: Tensor, gradient: Tensor, weight_decay: float, trust_coefficient: float) -> Tensor:
     """LARS's local learning rate `η |w| / (|g| + β |w|)`, a scalar; 1 where the weight or the gradient is all zero."""
@@ -48,11 +50,11 @@ class LARS(torch.optim.Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"`{name}` is {value}; give a finite number of at least 0.")
+                raise InputError(f"`{name}` is {value}; give a finite number of at least 0.")
         if not 0 <= momentum < 1:
-            raise ValueError(f"`momentum` is {momentum}; give a number in [0, 1).")
+            raise InputError(f"`momentum` is {momentum}; give a number in [0, 1).")
         if not (math.isfinite(trust_coefficient) and trust_coefficient > 0):
-            raise ValueError(f"`trust_coefficient` is {trust_coefficient}; give a finite number above 0.")
+            raise InputError(f"`trust_coefficient` is {trust_coefficient}; give a finite number above 0.")
         super().__init__(
             params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
         )

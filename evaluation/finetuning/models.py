@@ -16,6 +16,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
 from clmae.configuration import MAEConfig
+from clmae.configuration.errors import InputError
 from clmae.evaluation.features import random_encoder
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, FinetuningArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.parameters import freeze_all_but_last, layer_ids
@@ -157,7 +158,7 @@ def _check_loaded(model_path: str | os.PathLike, model: nn.Module, missing: Sequ
     ids, depth = layer_ids(model)
     lacking = sorted(name for name in missing if ids.get(name, depth + 1) <= depth)
     if lacking:
-        raise ValueError(
+        raise InputError(
             f"`model` {os.fspath(model_path)!r} lacks {len(lacking)} weights of its encoder, {lacking[0]} among them, "
             "which would start at random; give a complete checkpoint."
         )
@@ -167,7 +168,7 @@ def _new_head(model: nn.Module, args: ClassificationArguments) -> None:
     """Draws the classifier anew, from `args.seed` alone, and freezes what is not trained."""
     classifier = getattr(model, "classifier", None)
     if not isinstance(classifier, nn.Linear):
-        raise ValueError(
+        raise InputError(
             f"`model` is a {type(model).__name__}, whose `classifier` is no linear layer; take another kind of model."
         )
     generator = torch.Generator().manual_seed(args.seed)

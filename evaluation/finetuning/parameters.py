@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from clmae.configuration.errors import InputError
 from clmae.training.base import is_decayed
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|blocks)\.(\d+)\.")
@@ -26,7 +27,7 @@ def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
     if not blocks:
-        raise ValueError(
+        raise InputError(
             f"`model` is a {type(model).__name__}, in which no numbered blocks (`layers.0`, ...) are found; take a "
             "vision transformer, or `layer_decay` 1 and no `trained_blocks`."
         )
@@ -73,7 +74,7 @@ def freeze_all_but_last(model: nn.Module, trained_blocks: int) -> None:
     """
     ids, depth = layer_ids(model)
     if not 0 <= trained_blocks <= depth:
-        raise ValueError(f"`trained_blocks` is {trained_blocks}, but the model has {depth} blocks; give 0 to {depth}.")
+        raise InputError(f"`trained_blocks` is {trained_blocks}, but the model has {depth} blocks; give 0 to {depth}.")
     for name, parameter in model.named_parameters():
         if ids[name] <= depth - trained_blocks:
             parameter.requires_grad_(False)

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
 from clmae.evaluation.finetuning.lars import LARS
@@ -44,7 +45,7 @@ class EMACallback(TrainerCallback):
         """
         path = Path(checkpoint) / self.file_name
         if not path.is_file():
-            raise ValueError(
+            raise InputError(
                 f"`resume_from_checkpoint`: {checkpoint} has no {self.file_name}: that run kept no average. Leave out "
                 "`ema_decay`, or start anew."
             )
@@ -108,7 +109,7 @@ class ClassificationTrainer(BaseTrainer):
         **kwargs: Any,
     ) -> None:
         if not isinstance(train_dataset, AugmentedImages):
-            raise ValueError(
+            raise InputError(
                 f"`train_dataset` is a {type(train_dataset).__name__}: make an `AugmentedImages(dataset, image_column, "
                 "labels, ...)` of it (in `clmae.evaluation.finetuning`)."
             )

@@ -3,6 +3,8 @@
 
 from pathlib import Path
 
+from clmae.configuration.errors import InputError
+
 METRICS = ("top1_accuracy", "top5_accuracy", "mean_per_class_accuracy", "macro_f1")
 
 
@@ -13,7 +15,7 @@ def metric_folder(name: str) -> str:
         ValueError: There is no such metric.
     """
     if name not in METRICS:
-        raise ValueError(f"`name` is {name!r}; choose one of {', '.join(METRICS)}.")
+        raise InputError(f"`name` is {name!r}; choose one of {', '.join(METRICS)}.")
     return str(Path(__file__).parent / name)
 
 

@@ -10,6 +10,7 @@ import evaluate
 import torch
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
 from clmae.evaluation.metrics.scores import (
     ClassCounts,
     accuracy,
@@ -64,7 +65,7 @@ class Top5Accuracy(_ClassificationMetric):
 
     def _score(self, predictions: Tensor, references: Tensor) -> float:
         if predictions.ndim == 1:
-            raise ValueError("`predictions` holds classes, but the top 5 need scores, (n, num_classes): give logits.")
+            raise InputError("`predictions` holds classes, but the top 5 need scores, (n, num_classes): give logits.")
         return top_k_accuracy(predictions, references, 5)
 
 

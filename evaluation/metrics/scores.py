@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clmae.configuration.errors import InputError
+
 
 class ClassCounts(NamedTuple):
     """What every score of predicted classes is made of, for each class; leading dimensions are resamples.
@@ -31,11 +33,11 @@ def class_counts(predictions: Tensor, references: Tensor) -> ClassCounts:
     """
     for name, labels in (("predictions", predictions), ("references", references)):
         if labels.ndim != 1 or not len(labels) or len(labels) != len(references):
-            raise ValueError(
+            raise InputError(
                 f"`{name}` has shape {tuple(labels.shape)}; give one class for each of at least one sample, `(n,)`."
             )
         if labels.is_floating_point() or int(labels.min()) < 0:
-            raise ValueError(
+            raise InputError(
                 f"`{name}` must hold class numbers from 0 (integers); found {labels.dtype}, smallest "
                 f"{labels.min().item()}."
             )
@@ -81,12 +83,12 @@ def true_class_ranks(scores: Tensor, references: Tensor) -> Tensor:
         ValueError: Shapes do not match, or a score is not finite.
     """
     if scores.ndim != 2 or 0 in scores.shape or references.shape != scores.shape[:1]:
-        raise ValueError(
+        raise InputError(
             f"`scores` has shape {tuple(scores.shape)} and `references` {tuple(references.shape)}; give "
             "(n, num_classes) and (n,), with at least one sample."
         )
     if not torch.isfinite(scores).all():
-        raise ValueError("`scores` holds NaN or infinity; look at the classifier's weights.")
+        raise InputError("`scores` holds NaN or infinity; look at the classifier's weights.")
     num_classes = scores.shape[1]
     known = references < num_classes
     column = references.clamp(max=num_classes - 1)[:, None]
@@ -103,7 +105,7 @@ def top_k_accuracy(scores: Tensor, references: Tensor, k: int) -> float:
     """
     ranks = true_class_ranks(scores, references)
     if not 1 <= k <= scores.shape[1]:
-        raise ValueError(f"`k` is {k}; give a number from 1 to {scores.shape[1]}, the number of classes.")
+        raise InputError(f"`k` is {k}; give a number from 1 to {scores.shape[1]}, the number of classes.")
     return (ranks < k).double().mean().item()
 
 
