@@ -12,8 +12,11 @@ from typing import Any, ClassVar
 
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
-from clmae.configuration.hub_code import hub_auto_map, write_hub_code
+from clmae.configuration.hub_code import hub_auto_map, hub_code, write_hub_code
+
+logger = logging.get_logger(__name__)
 
 MASK_SAMPLERS = ("random", "block", "grid")
 POOLINGS = ("mean", "cls")
@@ -156,10 +159,22 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         cls._check_unknown(kwargs)
         cls._check_entries(config_dict)
-        try:
+        # Of a later version or another program, say: kept, as all that is unknown, and only a person's words refused.
+        misspelt = {name: config_dict[name] for name in config_dict if cls._meant(name)}
+        for name in misspelt:
+            logger.warning(
+                f"`{name}` is no field of {cls.__name__} and has no effect; did you mean `{cls._meant(name)}`?"
+            )
+        fields = {name: value for name, value in config_dict.items() if name not in misspelt}
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
             # A family that goes on from another's folder is itself, and says so when it is saved.
-            loaded = super().from_dict({**config_dict, "model_type": cls.model_type}, **kwargs)
+            fields.pop("auto_map", None)
+            fields["model_type"] = cls.model_type
+        try:
+            loaded = super().from_dict(fields, **kwargs)
             config = loaded[0] if isinstance(loaded, tuple) else loaded
+            for name, value in misspelt.items():
+                setattr(config, name, value)
             config.check()
             config.to_json_string()
             if config.dtype is not None:
@@ -169,6 +184,11 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         except Exception as error:  # whatever transformers' own fields lead to, which it does not always check
             raise ValueError(f"the configuration cannot be used: {type(error).__name__}: {error}") from error
         return loaded
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> MAEConfig:
+        """As transformers', by [`from_dict`]."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def _fill_defaults(self) -> None:
         if self.intermediate_size is None:
@@ -182,7 +202,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """As transformers', with the family's code beside `config.json`: the folder loads without `clmae` too."""
         auto_map = hub_auto_map(type(self))
         if auto_map:
-            self.auto_map = auto_map
+            ours = {f"{Path(name).stem}." for name in hub_code(self.model_type)}
+            # What a subclass from elsewhere has registered for itself stays (`register_for_auto_class`).
+            others = {
+                auto_class: entry
+                for auto_class, entry in (getattr(self, "auto_map", None) or {}).items()
+                if not str(entry).rpartition("--")[2].startswith(tuple(ours))
+            }
+            self.auto_map = {**auto_map, **others}
         super().save_pretrained(save_directory)
         if auto_map:
             write_hub_code(self.model_type, save_directory)
@@ -191,7 +218,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing to do: `save_pretrained` writes code and `auto_map`, and transformers' way would mix with it."""
+        """As transformers', for a subclass from elsewhere; for the families' own classes there is nothing to do."""
+        # `save_pretrained` writes their code and `auto_map`, and transformers' way would mix with it.
+        if cls.__module__.rpartition(".")[2] != f"configuration_{cls.model_type}":
+            super().register_for_auto_class(auto_class)
 
     # -- derived sizes ------------------------------------------------------------------------------------------
 
@@ -260,14 +290,19 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def _check_unknown(cls, kwargs: dict[str, Any]) -> None:
         # Configurations keep unknown entries (transformers' convention), but a misspelt field would be lost silently.
-        known = [f.name for f in dataclasses.fields(cls)]
         for name in kwargs:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-            if close and name not in known and not hasattr(cls, name):
-                raise ValueError(f"`{name}` is no field of {cls.__name__}; did you mean `{close[0]}`?")
+            if meant := cls._meant(name):
+                raise ValueError(f"`{name}` is no field of {cls.__name__}; did you mean `{meant}`?")
         labels = kwargs.get("num_labels")  # of which transformers makes a table
         if labels is not None and (type(labels) is not int or not 0 <= labels <= MAX_LABELS):
             raise ValueError(f"`num_labels` is {labels!r}; give an int in 0..{MAX_LABELS:,}.")
+
+    @classmethod
+    def _meant(cls, name: str) -> str | None:
+        """The field that `name`, which is none, resembles."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        return close[0] if close and name not in known and not hasattr(cls, name) else None
 
     @classmethod
     def _check_entries(cls, config_dict: dict[str, Any]) -> None:

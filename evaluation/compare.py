@@ -133,7 +133,7 @@ class Cost:
 
     def __init__(self, recipe: Recipe, num_images: int):
         args = recipe.args
-        batch = args.train_batch_size
+        batch = args.images_per_batch
         batches = num_images // batch if args.dataloader_drop_last else math.ceil(num_images / batch)
         if not batches:
             raise ValueError(

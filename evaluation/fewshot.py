@@ -78,9 +78,9 @@ def few_shot_probe(
     """Accuracy of linear classifiers that saw n labelled images of each class, on all of the test set.
 
     Nothing but the images drawn is learnt from: they give the standardisation of the features, and the L2 weight by
-    cross-validation among them (at most 5 parts, each with images of every class; of equally good weights the
-    strongest). With n = 1 nothing can be left out, and the weight is `one_shot_l2`. The draws of one seed are nested:
-    4 images are those 2 and two more.
+    cross-validation among them (at most 5 parts, each with images of every class), chosen as in [`linear_probe`]. With
+    n = 1 nothing can be left out, and the weight is `one_shot_l2`. The draws of one seed are nested: 4 images are those
+    2 and two more.
 
     Args:
         train_features, train_labels, test_features, test_labels: As for [`linear_probe`].
@@ -143,12 +143,14 @@ def _possible_shots(shots: Sequence[int], smallest_class: int) -> list[int]:
 def _choose_l2(features: Tensor, labels: Tensor, ranks: Tensor, l2_grid: Sequence[float], max_iter: int) -> float:
     """The L2 weight with the best accuracy in cross-validation; `ranks` `(n,)` number the images of each class."""
     num_folds = min(int(ranks.max()) + 1, NUM_FOLDS)
-    right = dict.fromkeys(l2_grid, 0)  # counts, of which equal ones are equal
+    correct, loss = dict.fromkeys(l2_grid, 0), dict.fromkeys(l2_grid, 0.0)
     for fold in range(num_folds):
         held_out = ranks % num_folds == fold
-        for l2, (accuracy, _) in validate(features, labels, held_out, l2_grid, max_iter=max_iter).items():
-            right[l2] += round(accuracy * int(held_out.sum()))
-    return best_l2(right)
+        size = int(held_out.sum())
+        for l2, score in validate(features, labels, held_out, l2_grid, max_iter=max_iter).items():
+            correct[l2] += round(score.accuracy * size)  # counts, of which equal ones are equal
+            loss[l2] += score.loss * size
+    return best_l2({l2: (correct[l2], loss[l2]) for l2 in l2_grid})
 
 
 __all__ = ["FEW_SHOT_L2_GRID", "NUM_DRAWS", "ONE_SHOT_L2", "SHOTS", "FewShotResult", "few_shot_probe"]

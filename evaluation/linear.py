@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -71,9 +72,9 @@ def linear_probe(
     """Accuracy of a linear classifier on frozen features; the L2 weight is chosen without the test set.
 
     A stratified part of the training set is held out; the classifier is fitted on the rest for each L2 weight, from
-    the strongest to the weakest, each starting at the one before; the weight with the best held-out accuracy (of equal
-    ones the strongest) is then used to fit all of the training set. Features are standardised by the mean and standard
-    deviation of the part that is fitted.
+    the strongest to the weakest, each starting at the one before; the weight with the best held-out accuracy, of equal
+    ones that with the least held-out cross-entropy, is then used to fit all of the training set. Features are
+    standardised by the mean and standard deviation of the part that is fitted.
 
     Args:
         train_features: `(n, d)`, real numbers; computed with in float32 on their device.
@@ -100,16 +101,16 @@ def linear_probe(
     held_out = stratified_mask(labels, validation_share, seed)
 
     validated = validate(train, labels, held_out, l2_grid, max_iter=max_iter)
-    validation_accuracies = {l2: accuracy for l2, (accuracy, _) in validated.items()}
-    l2 = best_l2(validation_accuracies)
+    l2 = best_l2({l2: (score.accuracy, score.loss) for l2, score in validated.items()})
     train, test = standardize(train, test)
     # The classifier of a part is nearly that of all: from zero, a weak L2 weight takes far more iterations.
-    model = next(regularization_path(train, labels, [l2], max_iter=max_iter, start=validated[l2][1]))
+    model = next(regularization_path(train, labels, [l2], max_iter=max_iter, start=validated[l2].model))
     logits = model.logits(test)
     predictions = classes[logits.argmax(1)]
     column = torch.searchsorted(classes, truth).clamp(max=len(classes) - 1)
     ranks = true_class_ranks(logits, torch.where(classes[column] == truth, column, len(classes)))
     accuracy = (predictions == truth).double().mean().item()
+    validation_accuracies = {l2: score.accuracy for l2, score in validated.items()}
     return LinearProbeResult(
         accuracy, l2, validation_accuracies, len(train), len(test), seed, predictions.cpu(), ranks.cpu()
     )
@@ -276,10 +277,18 @@ def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
     return sorted(set(l2_grid), reverse=True)
 
 
+class Validation(NamedTuple):
+    """A classifier, and its accuracy in [0, 1] and mean cross-entropy on what was held out of its training set."""
+
+    accuracy: float
+    loss: float
+    model: LogisticRegression
+
+
 def validate(
     features: Tensor, labels: Tensor, held_out: Tensor, l2_grid: Sequence[float], *, max_iter: int = MAX_ITER
-) -> dict[float, tuple[float, LogisticRegression]]:
-    """Accuracy in [0, 1] on a part held out of the training set, and the classifier, for each L2 weight.
+) -> dict[float, Validation]:
+    """For each L2 weight a classifier, evaluated on a part held out of the training set.
 
     Args:
         features: `(n, d)`, as they are; standardised by what is not held out.
@@ -290,16 +299,21 @@ def validate(
     """
     train, validation = standardize(features[~held_out], features[held_out])
     models = regularization_path(train, labels[~held_out], l2_grid, max_iter=max_iter)
-    truth = labels[held_out]
-    return {
-        l2: ((model.logits(validation).argmax(1) == truth).double().mean().item(), model)
-        for l2, model in zip(l2_grid, models, strict=True)
-    }
+    truth, scores = labels[held_out], {}
+    for l2, model in zip(l2_grid, models, strict=True):
+        logits = model.logits(validation)
+        accuracy = (logits.argmax(1) == truth).double().mean().item()
+        scores[l2] = Validation(accuracy, F.cross_entropy(logits, truth).item(), model)
+    return scores
 
 
-def best_l2(accuracies: dict[float, float]) -> float:
-    """The L2 weight with the best accuracy; of equal ones the strongest."""
-    return max(accuracies, key=lambda value: (accuracies[value], value))
+def best_l2(scores: dict[float, tuple[float, float]]) -> float:
+    """The L2 weight with the best held-out `(accuracy, loss)`: of equally accurate ones that of the least loss.
+
+    On few images many weights have one accuracy, and the strongest of them may hardly tell the classes apart: its
+    nearly equal logits are then ordered by rounding, which differs between processors.
+    """
+    return max(scores, key=lambda l2: (scores[l2][0], -scores[l2][1], l2))
 
 
 __all__ = [

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
@@ -74,6 +75,18 @@ def check_masking(masking: str) -> None:
         raise ValueError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
 
 
+class MaskingHead(nn.Linear):
+    """A linear layer computed in float32 or wider, even under autocast.
+
+    Rounded logits tie, and a tie would be decided by the patch's place.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(self.weight.dtype, torch.float32)
+            return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
 class MaskingModule(nn.Module):
     """From patch tokens to the probability that each patch stays visible (CL-MAE, section 3)."""
 
@@ -91,7 +104,7 @@ class MaskingModule(nn.Module):
             for _ in range(config.masker_num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.masker_layer_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.num_patches)
+        self.head = MaskingHead(config.hidden_size, config.num_patches)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Keep probabilities m `(B, N)` in (0, 1) of patch tokens `(B, N, D)`, in float32 or wider."""
@@ -100,11 +113,9 @@ class MaskingModule(nn.Module):
         for layer in layers:
             hidden_states = layer(hidden_states)
         class_token = self.layernorm(last(hidden_states, num_queries=1)[:, 0])  # the others are of no more use
-        # Not in half precision: rounded logits tie, and a tie would be decided by the patch's place.
-        with torch.autocast(class_token.device.type, enabled=False):
-            dtype = torch.promote_types(self.head.weight.dtype, torch.float32)
-            logits = nn.functional.linear(class_token.to(dtype), self.head.weight.to(dtype), self.head.bias.to(dtype))
-        return logits.sigmoid()
+        logits = self.head(class_token)
+        # What stands in for the head (quantised, say) may compute in less.
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
 class CLMAEPreTrainedModel(MAEPreTrainedModel):
@@ -150,7 +161,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         curriculum_factor: torch.Tensor | float | None = None,
         compute_masker_loss: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CLMAEForPreTrainingOutput:
         """Reconstructs masked patches and, in training, judges the masks.
 
@@ -171,6 +182,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         Raises:
             ValueError: `masking` has no such value, or the images another shape than the configuration says.
         """
+        self._check_kwargs(kwargs)
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
@@ -280,15 +292,19 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         differentiate = torch.is_grad_enabled() and keep.requires_grad
         keep_values, numerators, gradients = keep.detach(), [], []
         count = self.soft_parts(*embeddings.shape[:2])
+        # No loss scaling reaches this pass: in float16 small gradients would be lost. A power of two alters no other.
+        scale = 2.0 ** math.floor(math.log2(self.config.patch_dim))
         for part, leaf, part_targets in zip(
-            *(tensor.chunk(count) for tensor in (embeddings.detach(), keep_values, targets)), strict=True
+            *(tensor.tensor_split(count) for tensor in (embeddings.detach(), keep_values, targets)), strict=True
         ):
             leaf = leaf.detach().requires_grad_(differentiate)
-            errors = patch_errors(self.soft_logits(part, leaf, grid_size), part_targets)
-            numerator = ((1 - leaf) * errors).sum()
+            # A view, because hooks that follow gradients (of `FlopCounterMode`, say) fail at a leaf in `autograd.grad`.
+            part_keep = leaf.view_as(leaf)
+            errors = patch_errors(self.soft_logits(part, part_keep, grid_size), part_targets)
+            numerator = ((1 - part_keep) * errors).sum()
             numerators.append(numerator.detach())
             if differentiate:
-                gradients += torch.autograd.grad(numerator, leaf)
+                gradients += torch.autograd.grad(numerator, leaf, torch.full_like(numerator, scale))
         totals = torch.stack([torch.stack(numerators).sum(), (1 - keep_values).sum()])
         total, weight = sum_across_processes(totals) if self.training else totals
         weight = weight.clamp_min(torch.finfo(weight.dtype).eps)  # nothing masked at all
@@ -297,13 +313,13 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
             return value
         gradient = torch.cat(gradients)
         # d(A / S) = dA / S + A / S² · dm, since S = Σ (1 − m).
-        gradient = gradient / weight + total / weight**2
+        gradient = gradient / (scale * weight) + total / weight**2
         return value + scale_gradient(((keep - keep.detach()) * gradient).sum(), world_size() if self.training else 1)
 
     def soft_parts(self, batch_size: int, num_tokens: int) -> int:
-        """In how many equal parts pass B takes a batch: up to `1 / (1 − mask_ratio)`, with enough tokens in each."""
-        most = min(batch_size * num_tokens // _MIN_TOKENS, round(1 / (1 - self.config.mask_ratio)))
-        return max(count for count in range(1, max(1, most) + 1) if batch_size % count == 0)
+        """In how many parts pass B takes a batch: up to `1 / (1 − mask_ratio)`, with enough tokens in each."""
+        by_size, by_memory = batch_size * num_tokens // _MIN_TOKENS, round(1 / (1 - self.config.mask_ratio))
+        return max(1, min(batch_size, by_size, by_memory))
 
     def soft_logits(self, embeddings: torch.Tensor, keep: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
         """Predicted patches `(B, N, p_h * p_w * C)` from all tokens `(B, 1 + N, D)`, patch i visible to the degree m_i.

@@ -7,12 +7,13 @@ The abstract fixes the ideas; architecture and losses here are this project's re
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cmae import CMAEConfig
@@ -82,8 +83,10 @@ class CMAEPositionHead(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.classifier = nn.Linear(config.hidden_size, config.num_patches)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.classifier(tokens)
+    def forward(self, tokens: torch.Tensor, withhold: bool = False) -> torch.Tensor:
+        """Scores of the N positions; with `withhold`, patch tokens without position get what stands for it."""
+        # Both here: a module's parameters may be present only while its forward runs (sharding, offloading).
+        return tokens + self.mask_token if withhold else self.classifier(tokens)
 
 
 class CMAEPreTrainedModel(CLMAEPreTrainedModel):
@@ -130,7 +133,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         compute_masker_loss: bool | None = None,
         compute_task_losses: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CMAEForPreTrainingOutput:
         """Reconstructs masked patches, contrasts views and predicts positions.
 
@@ -150,6 +153,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
             ValueError: The views are to be contrasted, but there is one of each image, or one image; or the images
                 have another shape than the configuration says.
         """
+        self._check_kwargs(kwargs)
         views = pixel_values.shape[1] if pixel_values.ndim == 5 else None
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding, views is not None)
         shape = (*pixel_values.shape[:-3], grid_size[0] * grid_size[1])
@@ -171,7 +175,8 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         if (masking == "learned" or compute_masker_loss) and not self.config.learned_masks:
             asked = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
             raise ValueError(f"{asked}, but `learned_masks` is false: this model has no masking module.")
-        if noise is None:
+        withhold = compute_task_losses and self.config.position_loss_weight > 0
+        if noise is None and (withhold or masking == "random"):
             noise = torch.rand(len(pixel_values), grid_size[0] * grid_size[1], device=pixel_values.device)
 
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
@@ -183,8 +188,8 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
             chosen, keep, terms = sample_masking(self.config, noise, len(pixel_values), grid_size), None, {}
             visible = self.vit.embeddings(pixel_values, interpolate_pos_encoding, chosen.ids_keep)
         withheld = None
-        if compute_task_losses and self.config.position_loss_weight > 0:
-            visible, withheld = self.withhold_positions(visible, chosen, noise, grid_size)
+        if withhold:
+            visible, withheld = self.withhold_positions(pixel_values, visible, chosen, noise, grid_size)
         encoded, logits, reconstruction_loss = self.autoencode(visible, chosen, targets, grid_size, **kwargs)
         tokens = encoded.last_hidden_state[:, 1:]
         loss = reconstruction_loss
@@ -214,11 +219,17 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         )
 
     def withhold_positions(
-        self, visible: torch.Tensor, chosen: Masking, noise: torch.Tensor, grid_size: tuple[int, int]
+        self,
+        pixel_values: torch.Tensor,
+        visible: torch.Tensor,
+        chosen: Masking,
+        noise: torch.Tensor,
+        grid_size: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replaces the position of some visible tokens by one learned vector.
 
         Args:
+            pixel_values (`(B, C, H, W)`): The images.
             visible (`(B, 1 + K, D)`): Class token and visible tokens.
             chosen: Which those are.
             noise (`(B, N)`): Uniform in [0, 1); its finer digits draw the tokens, so that one noise fixes everything.
@@ -236,10 +247,9 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
         num_visible = chosen.ids_keep.shape[1]
         digits = (noise.gather(1, chosen.ids_keep) * 2**12).frac()  # the visible tokens' noise itself is small
         withheld = digits.argsort(dim=1)[:, : int(num_visible * self.config.position_mask_ratio)]
-        is_withheld = torch.zeros_like(digits, dtype=torch.bool).scatter(1, withheld, True).unsqueeze(-1)
-        positions = self.vit.embeddings.position_embeddings[0, 1:][chosen.ids_keep]
-        patches = visible[:, 1:]
-        patches = torch.where(is_withheld, patches - positions + self.position_head.mask_token, patches)
+        bare = self.vit.embeddings.patch_embeddings(pixel_values, chosen.ids_keep.gather(1, withheld))
+        bare = self.position_head(bare, withhold=True)
+        patches = visible[:, 1:].scatter(1, withheld.unsqueeze(-1).expand_as(bare), bare)
         return torch.cat([visible[:, :1], patches], dim=1), withheld
 
     def predict_positions(

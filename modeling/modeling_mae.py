@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.backbone_utils import BackboneMixin
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
@@ -251,7 +253,9 @@ class MAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.patch_embeddings = MAEPatchEmbeddings(config)
         # A buffer, because it is never trained: what `from_pretrained` loads into a parameter gets a gradient.
-        self.register_buffer("position_embeddings", torch.zeros(1, 1 + config.num_patches, config.hidden_size))
+        # Set here too, not by `_init_weights` alone, which may be switched off.
+        positions = sincos_positions(config.hidden_size, config.grid_size)
+        self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
     def forward(
         self,
@@ -280,13 +284,22 @@ def check_pixel_values(
             f"`pixel_values` has shape {tuple(pixel_values.shape)}; expected (batch_size, {'views, ' * views}"
             f"{config.num_channels}, height, width): the model was made with `num_channels` = {config.num_channels}."
         )
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` has dtype {pixel_values.dtype}; give normalised images of a floating-point type, as the "
+            "model's image processor makes them."
+        )
+    if pixel_values.shape[0] == 0:
+        raise ValueError(
+            f"`pixel_values` has shape {tuple(pixel_values.shape)}, an empty batch; give at least one image."
+        )
     size, patch_size = tuple(pixel_values.shape[-2:]), pair(config.patch_size)
     if size != pair(config.image_size) and not interpolate_pos_encoding:
         raise ValueError(
             f"`pixel_values` are {size[0]}x{size[1]} pixels, the model was made for {pair(config.image_size)[0]}x"
             f"{pair(config.image_size)[1]}: resize the images, or pass `interpolate_pos_encoding=True`."
         )
-    if size[0] % patch_size[0] or size[1] % patch_size[1]:
+    if not min(size) or size[0] % patch_size[0] or size[1] % patch_size[1]:
         raise ValueError(
             f"`pixel_values` are {size[0]}x{size[1]} pixels, no multiple of the patch size {patch_size[0]}x"
             f"{patch_size[1]}: resize or crop the images."
@@ -303,7 +316,8 @@ class MAEDecoder(nn.Module):
         width = config.decoder_hidden_size
         self.decoder_embed = nn.Linear(config.hidden_size, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.register_buffer("decoder_pos_embed", torch.zeros(1, 1 + config.num_patches, width))
+        positions = sincos_positions(width, config.grid_size)
+        self.register_buffer("decoder_pos_embed", positions.to(torch.get_default_dtype()))
         self.decoder_layers = nn.ModuleList(
             MAELayer(
                 config,
@@ -355,6 +369,20 @@ class MAEDecoder(nn.Module):
 
 # What CMAE's pretraining adds; every other model of the families leaves it aside.
 TASK_HEADS = [r"^projector\.", r"^position_head\."]
+# What callers within transformers may pass to any model.
+_KEYWORDS = {"return_dict", *TransformersKwargs.__annotations__}
+# transformers' ViTMAE is ours parameter for parameter, but its folders keep the names of version 4 (those that version
+# 5 writes have one more, `decoder_encoder`). Applied in this order.
+_VIT_MAE_NAMES = {
+    r"decoder_encoder\.layer\.": "decoder_layers.",
+    r"encoder\.layer\.": "layers.",
+    r"attention\.attention\.query": "attention.q_proj",
+    r"attention\.attention\.key": "attention.k_proj",
+    r"attention\.attention\.value": "attention.v_proj",
+    r"attention\.output\.dense": "attention.o_proj",
+    r"intermediate\.dense": "mlp.fc1",
+    r"output\.dense": "mlp.fc2",
+}
 
 
 class MAEPreTrainedModel(PreTrainedModel):
@@ -382,6 +410,16 @@ class MAEPreTrainedModel(PreTrainedModel):
             raise ValueError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
         super().__init__(config, *args, **kwargs)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', from a folder of its ViTMAE too; what is saved afterwards has the native names."""
+        if kwargs.get("key_mapping") is not None:
+            return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **{**kwargs, "key_mapping": _VIT_MAE_NAMES})
+        # Or else saving would go back to the names that were read.
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._weight_conversions = None
+        return loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # transformers.initialization leaves weights alone that were loaded; so only its functions are used, on whole
@@ -406,7 +444,14 @@ class MAEPreTrainedModel(PreTrainedModel):
             width = self.config.decoder_hidden_size
             init.copy_(module.decoder_pos_embed, sincos_positions(width, self.config.grid_size))
 
-    def _check_output_attentions(self, kwargs: dict[str, Any]) -> None:
+    def _check_kwargs(self, kwargs: dict[str, Any]) -> None:
+        for name, value in kwargs.items():
+            if name not in _KEYWORDS:
+                names = [name for name in inspect.signature(self.forward).parameters if name != "kwargs"]
+                raise ValueError(
+                    f"`{name}` (here a {type(value).__name__}) is no argument of {type(self).__name__}: leave it out, "
+                    f"or give one of {', '.join(names)}."
+                )
         # The fused kernels have no attention weights to give; transformers would return an empty tuple.
         wanted = kwargs.get("output_attentions", self.config.output_attentions)
         if wanted and self.config._attn_implementation != "eager":
@@ -462,7 +507,7 @@ class MAEModel(MAEPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         attention_bias: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MAEModelOutput:
         """Encodes images.
 
@@ -481,9 +526,9 @@ class MAEModel(MAEPreTrainedModel):
             ValueError: The images have another shape than the configuration says, or not exactly one of
                 `pixel_values` and `inputs_embeds` was given.
         """
+        self._check_kwargs(kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
             raise ValueError("give either `pixel_values` or `inputs_embeds`, not both or neither.")
-        self._check_output_attentions(kwargs)
         masking = None
         if inputs_embeds is None:
             if noise is not None:
@@ -543,7 +588,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         pixel_values: torch.Tensor,
         noise: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MAEForPreTrainingOutput:
         """Reconstructs masked patches.
 
@@ -563,6 +608,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         (torch.Size([2, 64, 48]), tensor(0.7500))
         ```
         """
+        self._check_kwargs(kwargs)
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         if noise is None:
             noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
@@ -618,7 +664,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """Classifies images.
 
@@ -629,6 +675,7 @@ class MAEForImageClassification(MAEPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
         """
+        self._check_kwargs(kwargs)
         outputs = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         logits = self.classifier(self.fc_norm(outputs.pooler_output))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -645,17 +692,31 @@ class MAEBackbone(BackboneMixin, MAEModel):
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
     @can_return_tuple
+    @filter_output_hidden_states
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None, **kwargs: Any
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
     ) -> BackboneOutput:
-        """Feature maps of images `(batch_size, num_channels, height, width)`; arguments as [`MAEModel`]'s."""
-        wanted = kwargs.pop("output_hidden_states", None)
-        wanted = self.config.output_hidden_states if wanted is None else wanted
-        # Not super(): BackboneMixin stands between and has a forward of its own.
-        outputs = MAEModel.forward(
-            self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, **kwargs
-        )
+        """Feature maps of images.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images,
+                each side at least a patch long; what is left over of it beyond whole patches, at the bottom and the
+                right, is not seen (as in `Dinov2Backbone`).
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`): Accept images of another size than the
+                configured one.
+            kwargs: `output_hidden_states` (also the numbers of those that are wanted), `output_attentions`,
+                `return_dict`.
+        """
+        self._check_kwargs(kwargs)
+        if interpolate_pos_encoding:
+            height, width = (
+                size - size % patch if size > patch else size
+                for size, patch in zip(pixel_values.shape[-2:], pair(self.config.patch_size), strict=True)
+            )
+            pixel_values = pixel_values[..., :height, :width]
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
+        # Not super(): BackboneMixin stands between and has a forward of its own.
+        outputs = MAEModel.forward(self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         feature_maps = []
         for stage, hidden_state in zip(self.stage_names, outputs.hidden_states, strict=True):
             if stage in self.out_features:
@@ -664,9 +725,7 @@ class MAEBackbone(BackboneMixin, MAEModel):
                     feature_map = feature_map[:, 1:].transpose(1, 2).unflatten(2, grid_size).contiguous()
                 feature_maps.append(feature_map)
         return BackboneOutput(
-            feature_maps=tuple(feature_maps),
-            hidden_states=outputs.hidden_states if wanted else None,
-            attentions=outputs.attentions,
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 

@@ -29,7 +29,7 @@ class ScaledRateArguments(TrainingArguments):
     num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
     weight_decay: float = field(
-        default=0.05, metadata={"help": "Weight decay; none on biases, norms, tokens and positions."}
+        default=0.05, metadata={"help": "Weight decay; none on biases, norms and other 1-D parameters (MAE's rule)."}
     )
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Learning-rate schedule, by transformers' name."}
@@ -53,6 +53,11 @@ class ScaledRateArguments(TrainingArguments):
         if own_rate:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
+        if self.world_size > 1 and not self.accelerator_config.even_batches:
+            raise ValueError(
+                f"`accelerator_config` has `even_batches` false, but {self.world_size} processes must take equally "
+                "many batches of equally many images, or wait for each other for ever; leave it true."
+            )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
         if own_rate:
@@ -60,9 +65,14 @@ class ScaledRateArguments(TrainingArguments):
             self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
 
     @property
+    def images_per_batch(self) -> int:
+        """Images of a batch in all processes: each has one of its own, or with `split_batches` they share it."""
+        return self.train_batch_size * (1 if self.accelerator_config.split_batches else self.world_size)
+
+    @property
     def total_train_batch_size(self) -> int:
-        """Images an optimiser step: devices x images a device x accumulation steps."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+        """Images per optimiser step: those of a batch in all processes x accumulation steps."""
+        return self.images_per_batch * self.gradient_accumulation_steps
 
     def _check(self) -> None:
         if not math.isfinite(self.base_learning_rate) or self.base_learning_rate < 0:

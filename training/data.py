@@ -413,6 +413,13 @@ class _ImageViews:
             raise ValueError(f"`on_bad_image` is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` is {crop_scale}; give two shares of the area, 0 < low <= high <= 1.")
+        if not 0 < crop_ratio <= 1:
+            raise ValueError(f"`crop_ratio` is {crop_ratio}; give a number in (0, 1].")
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != num_channels or (name == "std" and min(values) <= 0):
+                above = ", each above 0" if name == "std" else ""
+                raise ValueError(f"`{name}` is {values}; give one number for each of {num_channels} channels{above}.")
+        _check_count("num_views", num_views)
         dataset, image_column = _prepare_images(dataset, image_column)
         self._array_dtype = array_dtype(dataset.features[image_column])
         self.dataset = dataset.select_columns([image_column])  # so that no other column is read or decoded
@@ -441,8 +448,8 @@ class _ImageViews:
             return {name: views[0], "noise": noise[0]}
         return {name: torch.stack(views), "noise": noise}
 
-    def _views(self, value: Any, epoch: int, key: int) -> list[torch.Tensor]:
-        """The views `(C, H, W)` that a sample shows of an undecoded image."""
+    def _views(self, value: Any, epoch: int, key: int, index: int = 0) -> list[torch.Tensor]:
+        """The views `(C, H, W)` that a sample shows of an undecoded image, that of the data set's `index`."""
         if not self.train:
             return [center_view(self._decode(value), self.image_size, self.crop_ratio)]
         # What is cropped is drawn for the whole image, and of a JPEG before it is decoded, in no more detail than that.
@@ -451,19 +458,19 @@ class _ImageViews:
 
         def reduction(height: int, width: int) -> float:
             nonlocal size, drawn
-            size, drawn = (height, width), self._draw(height, width, epoch, key)
+            size, drawn = (height, width), self._draw(height, width, epoch, key, index)
             return min(self._reduction(*box[2:]) for box, _ in drawn)
 
         image = self._decode(value, reduction)
         found = image.shape[:2]
         if size is None:
-            drawn = self._draw(*found, epoch, key)
+            drawn = self._draw(*found, epoch, key, index)
         elif size != found:
             drawn = [(scale_box(box, size, found), flipped) for box, flipped in drawn]
         views = [(crop_and_resize(image, box, self.image_size), flipped) for box, flipped in drawn]
         return [pixels.flip(-1) if flipped else pixels for pixels, flipped in views]
 
-    def _draw(self, height: int, width: int, epoch: int, key: int) -> list[tuple[Box, bool]]:
+    def _draw(self, height: int, width: int, epoch: int, key: int, index: int = 0) -> list[tuple[Box, bool]]:
         """Of each view: a part of an image of this size, and whether it is mirrored."""
         generator = sample_generator(self.seed, epoch, key, "augmentation")
         drawn = []
@@ -471,7 +478,7 @@ class _ImageViews:
             if self.crop_boxes is None:
                 box = random_resized_crop_box(height, width, generator, self.crop_scale)
             else:
-                box = contrastive_crop_box(height, width, self.crop_boxes[key].tolist(), generator, self.crop_scale)
+                box = contrastive_crop_box(height, width, self.crop_boxes[index].tolist(), generator, self.crop_scale)
             drawn.append((box, self.horizontal_flip and torch.rand((), generator=generator).item() < 0.5))
         return drawn
 
@@ -557,7 +564,8 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
 
     def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
         epoch, index = divmod(int(key), len(self))
-        return self._sample(self._read(index, lambda value: self._views(value, epoch, index)), epoch, index)
+        views = self._read(index, lambda value, shown: self._views(value, epoch, index, shown))
+        return self._sample(views, epoch, index)
 
     def whole_image(self, index: int) -> torch.Tensor:
         """All of an image, un-augmented and squeezed to `image_size`: normalised `(C, H, W)`."""
@@ -571,10 +579,10 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
 
     def _load(self, index: int) -> np.ndarray:
         """An image: in training, in the detail that any crop of it may need."""
-        return self._read(index, lambda value: self._decode(value, self._for_any_crop if self.train else None))
+        return self._read(index, lambda value, _: self._decode(value, self._for_any_crop if self.train else None))
 
-    def _read(self, index: int, decode: Callable[[Any], Any]) -> Any:
-        """What `decode` makes of an image; with `on_bad_image="skip"`, of the next one that it can be done with."""
+    def _read(self, index: int, decode: Callable[[Any, int], Any]) -> Any:
+        """What `decode` makes of an image and its index; with `on_bad_image="skip"`, of the next one that is good."""
         value, cause = None, None
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
@@ -582,7 +590,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
                 continue
             try:
                 value = self.dataset[candidate][self.image_column]
-                return decode(undecoded(value, self._array_dtype))
+                return decode(undecoded(value, self._array_dtype), candidate)
             except ImageDecodeError as error:
                 if self.on_bad_image == "raise":
                     raise self._error(str(candidate), value, error) from error

@@ -123,7 +123,7 @@ class FlopCounter(TorchDispatchMode):
 
 
 def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
-    """FLOPs of an optimiser step: forward and backward pass of its batch, counted from the shapes of the real model.
+    """FLOPs of an optimiser step in all processes: forward and backward pass, counted from the real shapes.
 
     Matrix products and convolutions, 2 FLOPs a multiplication with addition, as torch counts them. With a
     `masker_update_interval` the mean over its steps. What gradient checkpointing computes again does not count.
@@ -145,7 +145,7 @@ def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     flops = count(curriculum_factor=1.0, compute_masker_loss=True)
     if interval > 1:
         flops = (flops + (interval - 1) * count(curriculum_factor=1.0, compute_masker_loss=False)) / interval
-    return args.gradient_accumulation_steps * flops
+    return args.total_train_batch_size // args.train_batch_size * flops
 
 
 def count_encoder_flops(config: MAEConfig) -> int:

@@ -215,7 +215,8 @@ def rotate_checkpoints(
     if limit is None or limit < 1:
         return
     found = sorted(checkpoints(output_dir), key=lambda path: (checkpoint_step(path) <= step, checkpoint_step(path)))
-    kept = [path for path in found if checkpoint_step(path) == step or (best and path == Path(best))]
+    same = best and os.path.realpath(best)
+    kept = [path for path in found if checkpoint_step(path) == step or os.path.realpath(path) == same]
     others = [path for path in found if path not in kept]
     for path in others[: max(0, len(found) - max(limit, len(kept)))]:
         with contextlib.suppress(OSError):

@@ -8,53 +8,46 @@ import functools
 import inspect
 import itertools
 import math
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import run_as_future
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, get_scheduler
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, SchedulerType
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, SchedulerType
 from transformers.utils import PushInProgress, logging
 
 from clmae.configuration.configuration_mae import pair
 from clmae.model_cards import EditedCardError, RunRecord, describe_data, hub_files, upload, write_card
-from clmae.model_cards.record import RECORD_NAME
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.arguments import PretrainingArguments
-from clmae.training.callbacks import (
-    ContrastiveCropCallback,
-    DifficultyCallback,
-    EpochCallback,
-    PictureCallback,
-    shield_workers,
-)
+from clmae.training.base import BaseTrainer, check_pixel_values, first_samples
+from clmae.training.callbacks import ContrastiveCropCallback, DifficultyCallback, PictureCallback
 from clmae.training.curriculum import (
     curriculum_factor,
     keep_probability_statistics,
     keep_probability_sums,
     mask_warnings,
 )
-from clmae.training.data import DataArguments, ImageDataset, StreamingImageDataset, unnormalized
+from clmae.training.data import DataArguments, StreamingImageDataset, unnormalized
 from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
 from clmae.training.flops import step_flops
 from clmae.training.images import normalize, sample_generator
 from clmae.training.pictures import curves_figure, save_figure
 from clmae.training.resident import ResidentImageDataset, collate
-from clmae.training.sealing import checkpoints, choose_checkpoint, is_sealed, rotate_checkpoints, run_lock, seal, unseal
+from clmae.training.sealing import checkpoints, is_sealed, unseal
 
 logger = logging.get_logger(__name__)
 
-# Checkpoints of several processes on CPUs: accelerate calls the second one's device cpu:1, which torch 2.11 refuses.
-torch.serialization.register_package(
-    15, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+_LOOK_STEPS = 100  # after which losses are read back also where nothing is logged
+
+_REMEDY = (
+    "Make an `ImageDataset(dataset, image_column, ...)` of images (in `clmae.training.data`, as is `build_datasets`, "
+    "which makes it of a folder), or give samples {'pixel_values': (C, H, W)}, or a `data_collator`."
 )
 
 _NO_WORKERS = {
@@ -63,34 +56,7 @@ _NO_WORKERS = {
 }
 
 
-class EpochSampler(Sampler[int]):
-    """A new order of `num_samples` every epoch, as keys `epoch * num_samples + index` (see [`ImageDataset`]).
-
-    Order and keys are functions of seed and epoch alone, so a resumed run sees what the whole run would have.
-    """
-
-    def __init__(self, num_samples: int, seed: int):
-        self.num_samples = num_samples
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Takes effect when the next epoch starts."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __iter__(self) -> Iterator[int]:
-        yield from (self.epoch * self.num_samples + self.order(self.epoch)).tolist()
-
-    def order(self, epoch: int) -> torch.Tensor:
-        """Indices in the order of an epoch."""
-        # -1 is no sample's key: the order has a stream of its own.
-        return torch.randperm(self.num_samples, generator=sample_generator(self.seed, epoch, -1))
-
-
-class CurriculumTrainer(Trainer):
+class CurriculumTrainer(BaseTrainer):
     """Pretrains masked autoencoders: `MAEForPreTraining`, transformers' `ViTMAEForPreTraining`, `CLMAEForPreTraining`.
 
     A `Trainer` in every respect (callbacks, logging, mixed precision, accumulation, DDP, resume), that also
@@ -114,7 +80,7 @@ class CurriculumTrainer(Trainer):
     are keyed by seed, step and process.
 
     Raises:
-        ValueError: `args` are no [`PretrainingArguments`], or the data set is smaller than a batch.
+        ValueError: `args` are no [`PretrainingArguments`]; a data set is empty, too small, or without pixels.
 
     Example:
 
@@ -147,7 +113,10 @@ class CurriculumTrainer(Trainer):
             raise ValueError(f"`args` is a {type(args).__name__}; pass PretrainingArguments (same fields, and more).")
         if kwargs.get("compute_metrics") is not None:
             raise ValueError("`compute_metrics` is given, but predictions are not gathered; use clmae.evaluation.")
-        _check_size(train_dataset, args)
+        if data_collator is None:
+            for name, sample in first_samples(train_dataset, eval_dataset):
+                fields = sample if isinstance(sample, Mapping) else getattr(sample, "__dict__", {})
+                check_pixel_values(name, sample, fields.get("pixel_values"), _REMEDY)
         if isinstance(train_dataset, StreamingImageDataset) and _reads_in_parts(args):
             train_dataset = train_dataset.part(args.process_index, args.world_size)
         if getattr(train_dataset, "device_resident", False):
@@ -169,7 +138,7 @@ class CurriculumTrainer(Trainer):
         self._check_model()
         self._check_contrast()
         self._accepts_noise = "noise" in inspect.signature(self.model.forward).parameters
-        self._sums: dict[str, tuple[torch.Tensor, int]] = {}
+        self._sums: dict[str, torch.Tensor] = {}  # by name, `(2,)`: sum and number of finite values
         self._keep_sums: dict[int, torch.Tensor] = {}  # by optimiser step
         self._held_out: dict[str, torch.Tensor] | None = None
         # Mean and standard deviation of the channels: as they are, and on the device.
@@ -179,8 +148,6 @@ class CurriculumTrainer(Trainer):
         self._warned: set[str] = set()
         self._watch = FiniteWatch(self.accelerator.gather)
         self._skipped = 0
-        self._in_checkpoint = False
-        self.add_callback(EpochCallback(self))
         self._crops = None
         if getattr(self.train_dataset, "crop_boxes", None) is not None:
             if not isinstance(self.model, MAEPreTrainedModel):
@@ -235,7 +202,7 @@ class CurriculumTrainer(Trainer):
         """Refuses batches of one image, which the last one of an epoch may be, before the first step."""
         if not getattr(self.model.config, "contrastive_loss_weight", 0):
             return
-        args, batch = self.args, self.args.train_batch_size * self.args.world_size
+        args, batch = self.args, self.args.images_per_batch
         images = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
         if batch == 1:
             raise ValueError(
@@ -247,65 +214,31 @@ class CurriculumTrainer(Trainer):
                 f"`dataloader_drop_last` is false, and {images} training images in batches of {batch} leave one alone, "
                 "with nothing to contrast it with: drop the last batch, or take another batch size."
             )
-        if args.world_size > 1 and not self.accelerator.even_batches:
-            raise ValueError(
-                "`accelerator_config` has `even_batches` false, but contrast is over the images of all processes, and "
-                "these must hold equally many; leave it true."
-            )
 
     @property
     def has_masking_module(self) -> bool:
         """Whether the model learns its masks."""
         return hasattr(self.model, "masking_module")
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's folder; `True` for the newest valid one of `output_dir`.
-            kwargs: The Trainer's other arguments.
-
-        Raises:
-            ValueError: The checkpoint is damaged, there is none, or another run uses `output_dir`.
-            NonFiniteError: A loss or a gradient became nan or inf.
-        """
-        if resume_from_checkpoint and not hasattr(self.train_dataset, "__len__"):
+    def _train_from(self, checkpoint: str | None, **kwargs: Any) -> Any:
+        if checkpoint and not hasattr(self.train_dataset, "__len__"):
             logger.warning("Resuming a stream: the run continues exactly only within the stream's first pass.")
-        with run_lock(self.args.output_dir) if self.is_world_process_zero() else contextlib.nullcontext():
-            checkpoint = self._choose_checkpoint(resume_from_checkpoint)
-            self._sums, self._keep_sums, self._warned, self._skipped = {}, {}, set(), 0
-            self._watch.clear()
-            if self._crops is not None:
-                self._crops.reset()
-                if checkpoint:
-                    self._crops.load(checkpoint)
-            elif checkpoint and (Path(checkpoint) / ContrastiveCropCallback.file_name).is_file():
-                logger.warning(f"{checkpoint} was made with `contrastive_crop`; this run goes on with random crops.")
-            self._record.start(checkpoint, self.args)
-            try:
-                with fast_float32_matmul(self.args):
-                    return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-            finally:
-                self._record.stop(self.state.global_step)
-
-    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
-        """As [`choose_checkpoint`]; read in one process, for all."""
-        chosen: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                chosen[0] = choose_checkpoint(wanted, self.args.output_dir)
-            except ValueError as error:
-                chosen[1] = str(error)
-        checkpoint, message = broadcast_object_list(chosen)
-        if message is not None:
-            raise ValueError(message)
-        return checkpoint
+        self._sums, self._keep_sums, self._warned, self._skipped = {}, {}, set(), 0
+        self._watch.clear()
+        if self._crops is not None:
+            self._crops.reset()
+            if checkpoint:
+                self._crops.load(checkpoint)
+        elif checkpoint and (Path(checkpoint) / ContrastiveCropCallback.file_name).is_file():
+            logger.warning(f"{checkpoint} was made with `contrastive_crop`; this run goes on with random crops.")
+        self._record.start(checkpoint, self.args)
+        try:
+            with fast_float32_matmul(self.args):
+                return super()._train_from(checkpoint, **kwargs)
+        finally:
+            self._record.stop(self.state.global_step)
 
     # -- optimiser ------------------------------------------------------------------------------------------------
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay on everything but biases, norms and other 1-D parameters (MAE's recipe)."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimiser, with the masking module in parameter groups of its own."""
@@ -347,13 +280,6 @@ class CurriculumTrainer(Trainer):
 
     # -- data -----------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, ImageDataset):
-            self.epoch_sampler = EpochSampler(len(dataset), self.data_seed)
-            return self.epoch_sampler
-        return super()._get_train_sampler(train_dataset)
-
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader, whose workers leave a SIGTERM to the run; none where the images are on the device.
 
@@ -367,7 +293,7 @@ class CurriculumTrainer(Trainer):
         if self._normalizes:
             self.train_dataset = unnormalized(train_dataset)
         try:
-            return shield_workers(self._train_dataloader())
+            return self._train_dataloader()
         finally:
             self.train_dataset = train_dataset
 
@@ -384,16 +310,6 @@ class CurriculumTrainer(Trainer):
         loader.dataset.num_processes, loader.dataset.process_index = 1, 0
         return loader
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The Trainer's loader, with its last batch."""
-        with self._replaced(dataloader_drop_last=False):
-            return shield_workers(super().get_eval_dataloader(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """The Trainer's loader, with its last batch."""
-        with self._replaced(dataloader_drop_last=False):
-            return super().get_test_dataloader(test_dataset)
-
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if "pixels" in inputs:
             inputs = dict(inputs)
@@ -405,22 +321,6 @@ class CurriculumTrainer(Trainer):
             inputs["pixel_values"] = normalize(pixels, *(peak * values for values in self._moments[1]))
         return super()._prepare_inputs(inputs)
 
-    @contextlib.contextmanager
-    def _replaced(self, **values: Any) -> Iterator[None]:
-        # Of the arguments, for a while: the Trainer has one set of them for all loaders, but only training may leave
-        # images out, and only it may do without workers; and it saves them as they are, the token among them.
-        own = {name: getattr(self.args, name) for name in values}
-        vars(self.args).update(values)
-        try:
-            yield
-        finally:
-            vars(self.args).update(own)
-
-    @property
-    def data_seed(self) -> int:
-        """Seed of the order of the images and of masks that the data set does not bring."""
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
     def held_out_batch(self) -> dict[str, torch.Tensor]:
         """The first `num_probe_images` of `eval_dataset`, with fixed `noise`, on the device; the same every time."""
         if self._held_out is None:
@@ -428,10 +328,11 @@ class CurriculumTrainer(Trainer):
             source = next(iter(source.values())) if isinstance(source, dict) else source  # the first of several
             samples = list(itertools.islice(_samples(source), self.args.num_probe_images))
             batch = self.data_collator(samples)
+            batch = {name: batch[name] for name in ("pixel_values", "noise") if name in batch}
             if batch["pixel_values"].ndim == 5:  # several views of each image: one of them is judged
                 batch = {name: values[:, 0] for name, values in batch.items()}
             batch.setdefault("noise", self._noise(batch["pixel_values"], 0, 0))
-            self._held_out = self._prepare_inputs({k: batch[k] for k in ("pixel_values", "noise")})
+            self._held_out = self._prepare_inputs(batch)
         return self._held_out
 
     def _noise(self, pixel_values: torch.Tensor, step: int, key: int) -> torch.Tensor:
@@ -554,42 +455,55 @@ class CurriculumTrainer(Trainer):
 
     def _observe(self, loss: torch.Tensor, outputs: Any, factor: torch.Tensor | float | None) -> None:
         """Adds a batch's scalars to the running sums, on the device."""
-        step, losses = self.state.global_step, {"loss": loss.detach().mean()}
-        if not isinstance(outputs, dict):
-            self._watch.add_losses(step, losses)
-            return
-        values = {
+        step, terms = self.state.global_step, outputs if isinstance(outputs, dict) else {}
+        values = {"loss": loss.detach().mean()} | {
             name: value.detach().float().mean()  # under DataParallel one value a device
-            for name, value in outputs.items()
+            for name, value in terms.items()
             if name != "loss" and isinstance(value, torch.Tensor) and (value.ndim == 0 or name.endswith("_loss"))
         }
-        self._watch.add_losses(step, {**losses, **{k: v for k, v in values.items() if k.endswith("_loss")}})
+        self._watch.add_losses(step, {name: value for name, value in values.items() if name.endswith("loss")})
         if factor is not None:
             values["curriculum_factor"] = torch.as_tensor(factor, device=self.args.device)
-        if outputs.get("keep_probabilities") is not None:
+        if terms.get("keep_probabilities") is not None:
             # Of the whole batch of a step: a spread between images does not average over its parts.
-            sums = keep_probability_sums(outputs["keep_probabilities"])
+            sums = keep_probability_sums(terms["keep_probabilities"])
             self._keep_sums[step] = self._keep_sums[step] + sums if step in self._keep_sums else sums
         for name, value in values.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            finite = value.isfinite()  # what is not belongs to a step that is skipped
-            self._sums[name] = (total + torch.where(finite, value, 0), count + finite)
+            self._add(name, value)
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        finite = values.isfinite()  # what is not belongs to a step that is skipped
+        sums = torch.stack([torch.where(finite, values, 0).float().sum(), finite.float().sum()])
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def _fold(self) -> None:
+        """Takes the statistics of the keep probabilities, step by step, into the running sums; by all processes."""
+        if self._keep_sums:
+            sums = self.accelerator.reduce(torch.stack(list(self._keep_sums.values())), reduction="sum")
+            for name, values in keep_probability_statistics(sums).items():
+                self._add(name, values)
+            self._warn(sums[[step >= self._settled for step in self._keep_sums]])
+            self._keep_sums = {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs; the training log also carries the means of every scalar since the last, over all processes."""
+        """Logs; the training log also carries the means of every scalar since the last, over all processes.
+
+        What no step has known (all were skipped) is left out.
+        """
         if "loss" in logs and self._sums:
+            self._fold()
             names = sorted(self._sums)
-            means = torch.stack([self._sums[name][0] / self._sums[name][1] for name in names])
-            means = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs.update(zip(names, means, strict=True))
-            if self._keep_sums:
-                sums = self.accelerator.reduce(torch.stack(list(self._keep_sums.values())), reduction="sum")
-                logs.update({k: v.mean().item() for k, v in keep_probability_statistics(sums).items()})
-                self._warn(sums[[step >= self._settled for step in self._keep_sums]])
+            sums = self.accelerator.reduce(torch.stack([self._sums[name] for name in names]), reduction="sum").tolist()
+            means = {name: total / count for name, (total, count) in zip(names, sums, strict=True) if count}
+            if "loss" in means:
+                means["loss"] = logs["loss"]
+            else:
+                del logs["loss"]
+            logs.update(means)
             rates = {group["lr"] for group in self.optimizer.param_groups if group.get("masking_module")}
             if rates:
                 logs["masker_learning_rate"] = max(rates)
-            self._sums, self._keep_sums = {}, {}
+            self._sums = {}
         super().log(logs, start_time)
 
     # -- nan and inf ----------------------------------------------------------------------------------------------
@@ -656,39 +570,17 @@ class CurriculumTrainer(Trainer):
         return [index for start in starts for index in order[start : start + size]]
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        # Where the loss is read back anyway, and before anything is saved.
-        if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+        # Where the loss is read back anyway, and before anything is saved; and often enough that nothing piles up.
+        due = self.state.global_step % _LOOK_STEPS == 0
+        if due or self.control.should_log or self.control.should_save or self.control.should_evaluate:
             self._check_finite()
+        if due:
+            self._fold()
         super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run that was killed after its last checkpoint has nothing left to do; the Trainer would take another step.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
         self._check_finite()
         return super()._finalize_training(*args, **kwargs)
-
-    # -- checkpoints ----------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, then sealed, and only then are older ones deleted."""
-        run, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
-        folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            unseal(folder)  # an earlier run may have left one of this step
-        self._in_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._in_checkpoint, self.args.save_total_limit = False, limit
-        self.accelerator.wait_for_everyone()  # each process saves its own random state
-        if self.args.should_save:
-            seal(folder)
-            rotate_checkpoints(run, self.state.global_step, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's; the folder is sealed. A model that is not finite is not saved.
@@ -697,20 +589,12 @@ class CurriculumTrainer(Trainer):
             NonFiniteError: A loss or a gradient since the last look was nan or inf.
         """
         self._check_finite()
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if self.args.should_save:
-            unseal(folder)
         super().save_model(output_dir, _internal_call)
-        if self._in_checkpoint:
-            self.args.save_total_limit = None  # the Trainer would delete older ones before this one is sealed
-        elif self.args.should_save:
-            seal_model(folder)
 
     # -- record, card and Hub -------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        with self._replaced(hub_token=None):  # the arguments are saved, too, and checkpoints are passed on
-            super()._save(output_dir, *args, **kwargs)
+        super()._save(output_dir, *args, **kwargs)
         if not self.args.should_save:
             return
         folder = self.args.output_dir if output_dir is None else output_dir
@@ -851,13 +735,6 @@ def fast_float32_matmul(args: PretrainingArguments) -> Iterator[None]:
         torch.set_float32_matmul_precision(default)
 
 
-def seal_model(folder: str | os.PathLike) -> None:
-    """Seals the model in a folder: its weights, configuration and code, but no pictures, scores or card."""
-    files = [name for name in hub_files(folder) if name.endswith((".json", ".py", ".safetensors"))]
-    files += [name for name in (RECORD_NAME, TRAINING_ARGS_NAME) if Path(folder, name).is_file()]
-    seal(folder, files)
-
-
 def _samples(dataset: Any) -> Iterator[Any]:
     """The samples in order, of a map-style or an iterable data set."""
     return (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__len__") else iter(dataset)
@@ -871,14 +748,3 @@ def _reads_in_parts(args: PretrainingArguments) -> bool:
     by_epoch = "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     config = args.accelerator_config
     return args.world_size > 1 and config.dispatch_batches is None and not config.split_batches and not by_epoch
-
-
-def _check_size(train_dataset: Any, args: PretrainingArguments) -> None:
-    if train_dataset is None or not hasattr(train_dataset, "__len__") or not args.dataloader_drop_last:
-        return
-    batch = args.train_batch_size * args.world_size
-    if len(train_dataset) < batch:
-        raise ValueError(
-            f"`per_device_train_batch_size` asks for batches of {batch} images in all, but the training set has "
-            f"{len(train_dataset)}: take a smaller batch, or `dataloader_drop_last=False`."
-        )

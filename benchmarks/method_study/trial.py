@@ -23,7 +23,7 @@ from torch import nn
 
 from clmae import CLMAEConfig, CLMAEForPreTraining, MAEConfig, MAEForPreTraining
 from clmae.modeling.losses import contrastive_loss, masked_mean, patch_errors, patch_targets, patchify
-from clmae.modeling.masking import Masking, gather_tokens, keep_lowest
+from clmae.modeling.masking import Masking, keep_lowest
 from clmae.modeling.modeling_mae import MAELayer, select_visible
 from clmae.training.flops import FlopCounter
 from clmae.training.resident import crop_and_resize_batch, random_resized_crop_boxes
@@ -82,6 +82,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cmae_1_jitter_one_norm_positions": dict(
         decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, positions=0.1
     ),
+    "cmae_3_jitter_one_norm": dict(
+        decoder=SMALL_DECODER, contrast=3.0, jitter=True, decoded_views=1, projector_norm=True
+    ),
+    "cmae_1_jitter_both_one_norm": dict(
+        decoder=SMALL_DECODER, contrast=1.0, jitter=True, jitter_both=True, decoded_views=1, projector_norm=True
+    ),
+    "cmae_1_jitter_one_layernorm": dict(
+        decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm="layer"
+    ),
+    "cmae_1_jitter_one_norm_cool": dict(
+        decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, temperature=0.5
+    ),
+    "cmae_1_jitter_one_norm_sharp": dict(
+        decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, temperature=0.1
+    ),
+    "cmae_1_jitter_one_norm_ratio_60": dict(
+        decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, ratio=0.6
+    ),
+    "error_1_partner": dict(masks="error", beta=1.0, end=0.0),
+    "error_3_partner": dict(masks="error", beta=3.0, end=0.0),
 }
 
 
@@ -90,10 +110,11 @@ class Trial(nn.Module):
 
     Options: `ratio` (mask ratio), `granularity` (masks of g x g patches), `beta` (weight of the predicted error against
     Gumbel noise), `raw_errors` (errors in pixel units), `error_task` (the predictor's gradient reaches the patch
-    embedding), `start` and `cooldown` (curriculum from `start` to -1, ending with random masks at that share of the
-    run), `contrast` (weight of InfoNCE between two views), `jitter` (colours of the second view), `decoded_views`,
-    `projector_norm` (BatchNorm in the projector), `frozen_patches` (patch embedding), `positions` (weight of the
-    position regression, positions staying in the input).
+    embedding), `start`, `end` and `cooldown` (curriculum from `start` to `end`, ending with random masks at that share
+    of the run), `contrast` (weight of InfoNCE between two views), `temperature` (of InfoNCE), `jitter` (colours of the
+    second view), `jitter_both` (of both), `decoded_views`, `projector_norm` (BatchNorm, or `layer`: LayerNorm, in the
+    projector), `frozen_patches` (patch embedding), `positions` (weight of the position regression, positions staying in
+    the input).
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -123,7 +144,8 @@ class Trial(nn.Module):
                 )
             )
         if self.views == 2:
-            norm = [nn.BatchNorm1d(512)] if options.get("projector_norm") else []
+            kind = options.get("projector_norm")
+            norm = [nn.LayerNorm(512) if kind == "layer" else nn.BatchNorm1d(512)] if kind else []
             self.projector = nn.Sequential(nn.Linear(width, 512), *norm, nn.GELU(), nn.Linear(512, 128))
         if options.get("positions"):
             self.position_head = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, 64))
@@ -194,7 +216,7 @@ class Trial(nn.Module):
             loss = loss + terms["prediction"]
         if self.training and self.views == 2:
             first, second = self.projector(encoded[:, 1:].mean(1)).unflatten(0, (-1, 2)).unbind(1)
-            terms["contrast"] = contrastive_loss(first, second, 0.2)
+            terms["contrast"] = contrastive_loss(first, second, options.get("temperature", 0.2))
             loss = loss + options["contrast"] * terms["contrast"]
         if self.training and options.get("positions"):
             scores = self.position_head(encoded[:, 1:])
@@ -233,7 +255,9 @@ def load_cifar(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     if not cache.exists():
         table = parquet.read_table(folder / "train-00000-of-00001.parquet")
         images = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"]))) for row in table["image"].to_pylist()])
-        torch.save((torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())), cache)
+        torch.save(
+            (torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())), cache
+        )
     return torch.load(cache, weights_only=True)
 
 
@@ -258,8 +282,10 @@ def step_flops(options: dict[str, Any]) -> float:
 
 
 @torch.no_grad()
-def evaluate(trial: Trial, images: torch.Tensor, labels: torch.Tensor, bank_size: int, linear: bool = False) -> dict[str, float]:
-    """k-NN (cosine, k = 20, T = 0.07) and logistic regression: fitted on the first `bank_size` images, evaluated on the rest."""
+def evaluate(
+    trial: Trial, images: torch.Tensor, labels: torch.Tensor, bank_size: int, linear: bool = False
+) -> dict[str, float]:
+    """k-NN (cosine, k = 20, T = 0.07) and logistic regression, of all images after the first `bank_size`, by these."""
     trial.eval()
     features = torch.cat([trial.model.vit((batch.float() - MEAN) / STD).pooler_output for batch in images.split(500)])
     trial.train()
@@ -324,14 +350,16 @@ def main() -> None:
     warm_up = max(1, int(0.05 * steps))
     held_out = (images[40000:40256].float() - MEAN) / STD
     held_out_noise = torch.rand(256, 64, generator=torch.Generator().manual_seed(7))
-    record: dict[str, Any] = dict(variant=arguments.variant, seed=arguments.seed, options=options, cost=cost, steps=steps)
+    record: dict[str, Any] = dict(
+        variant=arguments.variant, seed=arguments.seed, options=options, cost=cost, steps=steps
+    )
     record["log"], record["curve"] = [], {}
     order, position, spent = torch.randperm(40000, generator=generator), 0, 0.0
     began = time.time()
     for step in range(steps):
         start, cooldown = options.get("start", 1.0), options.get("cooldown", 1.0)
         progress = step / steps
-        factor = start + (-1.0 - start) * min(1.0, progress / cooldown)
+        factor = start + (options.get("end", -1.0) - start) * min(1.0, progress / cooldown)
         random_masks = progress >= cooldown or options.get("masks", "random") == "random"
         ramp = min(1.0, (step + 1) / warm_up)
         decay = 0.5 * (1 + math.cos(math.pi * max(0, step - warm_up) / (steps - warm_up)))
@@ -347,6 +375,8 @@ def main() -> None:
         pixels = crop_and_resize_batch(images[index], boxes, flips, (32, 32))
         if options.get("jitter"):
             pixels[1::2] = colour_jitter(pixels[1::2], generator)
+        if options.get("jitter_both"):
+            pixels[::2] = colour_jitter(pixels[::2], generator)
         pixels = (pixels - MEAN) / STD
         noise = torch.rand(len(index), 64, generator=generator)
         terms = trial(pixels, noise, factor, random_masks, masker=step % options.get("interval", 1) == 0)
@@ -367,7 +397,9 @@ def main() -> None:
             print(arguments.variant, arguments.seed, json.dumps(entry), flush=True)
         if (step + 1) % max(1, steps // 4) == 0 and step + 1 < steps - 4:
             spent -= time.time()
-            record["curve"][(step + 1) * BATCH] = evaluate(trial, images[30000:45000], labels[30000:45000], 10000)["knn"]
+            record["curve"][(step + 1) * BATCH] = evaluate(trial, images[30000:45000], labels[30000:45000], 10000)[
+                "knn"
+            ]
             spent += time.time()
     record["seconds"] = round(time.time() - began - spent, 1)
     record |= evaluate(trial, images, labels, 40000, linear=True)

@@ -14,7 +14,6 @@ from clmae.evaluation.finetuning.models import LinearProbe, from_scratch, load_c
 from clmae.evaluation.finetuning.parameters import (
     freeze_all_but_last,
     frozen_modules,
-    is_decayed,
     layer_ids,
     layer_lr_scales,
     parameter_groups,
@@ -37,7 +36,6 @@ __all__ = [
     "freeze_all_but_last",
     "from_scratch",
     "frozen_modules",
-    "is_decayed",
     "label_subset",
     "layer_ids",
     "layer_lr_scales",

@@ -108,12 +108,16 @@ class AugmentedImages(ImageDataset):
 
     def __getitem__(self, key: int) -> tuple[Tensor, Tensor, int]:
         epoch, index = divmod(int(key), len(self))
-        (pixels,) = self._read(index, lambda value: self._views(value, epoch, index))
+
+        def read(value: Any, shown: int) -> tuple[Tensor, Tensor]:  # the next image stands in for a bad one
+            return self._views(value, epoch, index, shown)[0], self.labels[shown]
+
+        pixels, label = self._read(index, read)
         with _drawing_from(sample_generator(self.seed, epoch, index, "after the crop")):
             if self.randaugment_magnitude:
                 pixels = self._rand_augment(pixels)
             pixels = self.erase(normalize(pixels, self.mean, self.std))
-        return pixels, self.labels[index], int(key)
+        return pixels, label, int(key)
 
     def _rand_augment(self, pixels: Tensor) -> Tensor:
         # Posterising and equalising are made for 8 bits.
@@ -148,7 +152,7 @@ class MixingCollator:
 
     def __call__(self, samples: Sequence[tuple]) -> dict[str, Tensor]:
         pixel_values, labels, *keys = zip(*samples, strict=True)
-        batch = torch.stack(pixel_values), torch.stack(labels)
+        batch = torch.stack(pixel_values), torch.stack([torch.as_tensor(label) for label in labels])
         if keys and self.mixers:
             with _drawing_from(sample_generator(self.seed, 0, keys[0][0], "mixing")):
                 batch = self.mixers[int(torch.randint(len(self.mixers), ()))](*batch)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import AutoConfig, AutoImageProcessor, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning.arguments import ClassificationArguments
@@ -36,6 +35,7 @@ from clmae.model_cards.files import write_whole
 from clmae.model_cards.run import read_model_config
 from clmae.training.callbacks import InterruptCallback
 from clmae.training.data import AnyDataset, take_samples
+from clmae.training.sealing import checkpoints, is_sealed
 
 
 class _Data(NamedTuple):
@@ -192,7 +192,7 @@ def _run(
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / name.replace(" ", "_"))
     record = Path(args.output_dir) / "run.json"
-    done, checkpoint = _earlier(record, settings, bool(args.resume_from_checkpoint))
+    done, goes_on = _earlier(record, settings, bool(args.resume_from_checkpoint))
     if done is not None:
         return done
     interrupt = InterruptCallback()
@@ -209,7 +209,7 @@ def _run(
     content: dict[str, Any] = {"settings": settings, "row": None}
     _write(record, content, args)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=goes_on)
     finally:
         interrupt.restore()
     if interrupt.interrupted:
@@ -221,18 +221,14 @@ def _run(
     scores.details["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     row = make_row(name, trainer.model.classifier.in_features, scores)
     trainer.save_model()
-    if isinstance(trainer.model, LinearProbe) and args.should_save:
-        trainer.model.save_pretrained(args.output_dir)  # the Trainer knows of no configuration, and writes none
     _write(record, {**content, "row": asdict(row), "predictions": scores.predictions.tolist()}, args)
     return row, scores.predictions
 
 
-def _earlier(
-    record: Path, settings: dict[str, Any], resume: bool
-) -> tuple[tuple[EvaluationRow, Tensor] | None, str | None]:
-    """Row and predictions, if an earlier run finished them; otherwise the checkpoint to go on from, if there is one."""
+def _earlier(record: Path, settings: dict[str, Any], resume: bool) -> tuple[tuple[EvaluationRow, Tensor] | None, bool]:
+    """Row and predictions, if an earlier run finished them; otherwise whether there are checkpoints to go on from."""
     if not record.is_file():
-        return None, None
+        return None, False
     if not resume:
         raise ValueError(
             f"`output_dir` {str(record.parents[1])!r} holds an earlier run ({record.parent.name}): go on with "
@@ -248,9 +244,10 @@ def _earlier(
                 f"{old.get(changed[0])!r} and is {new.get(changed[0])!r}. Take the same, or another `output_dir`."
             )
     if saved["row"] is None:
-        return None, get_last_checkpoint(str(record.parent))
+        # Where the first save was cut off, there is nothing to go on from.
+        return None, any(is_sealed(checkpoint) for checkpoint in checkpoints(record.parent))
     intervals = {name: tuple(interval) for name, interval in saved["row"].pop("intervals").items()}
-    return (EvaluationRow(**saved["row"], intervals=intervals), torch.tensor(saved["predictions"])), None
+    return (EvaluationRow(**saved["row"], intervals=intervals), torch.tensor(saved["predictions"])), False
 
 
 def _write(record: Path, content: dict[str, Any], args: TrainingArguments) -> None:

@@ -4,7 +4,9 @@
 import re
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from clmae.training.base import is_decayed
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|blocks)\.(\d+)\.")
 
@@ -49,12 +51,6 @@ def layer_lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
     return {name: decay ** (depth + 1 - i) for name, i in ids.items()}
 
 
-def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to biases, norms, layer scales, tokens and positions."""
-    last = name.rsplit(".", 1)[-1]
-    return parameter.ndim > 1 and "token" not in last and "position" not in last
-
-
 def parameter_groups(
     model: nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
@@ -63,7 +59,7 @@ def parameter_groups(
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate, decay = learning_rate * scales[name], weight_decay if is_decayed(name, parameter) else 0.0
+            rate, decay = learning_rate * scales[name], weight_decay if is_decayed(parameter) else 0.0
             group = groups.setdefault((rate, decay), {"params": [], "lr": rate, "weight_decay": decay})
             group["params"].append(parameter)
     return sorted(groups.values(), key=lambda group: (-group["lr"], -group["weight_decay"]))
@@ -91,4 +87,4 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     return [part for child in model.children() for part in frozen_modules(child)] if parameters else []
 
 
-__all__ = ["freeze_all_but_last", "frozen_modules", "is_decayed", "layer_ids", "layer_lr_scales", "parameter_groups"]
+__all__ = ["freeze_all_but_last", "frozen_modules", "layer_ids", "layer_lr_scales", "parameter_groups"]

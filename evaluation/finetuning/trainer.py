@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.data import Dataset, Sampler
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
 from clmae.evaluation.finetuning.lars import LARS
+from clmae.evaluation.finetuning.models import LinearProbe
 from clmae.evaluation.finetuning.parameters import frozen_modules, parameter_groups
 from clmae.evaluation.report import TOP_K, Scores
-from clmae.model_cards.files import replacing
-from clmae.training.callbacks import EpochCallback
-from clmae.training.trainer import EpochSampler
+from clmae.training.base import BaseTrainer, check_pixel_values, first_samples
+
+_REMEDY = "Make a `LabelledImages(dataset, processor)` of it (in `clmae.evaluation.features`), or give (tensor, label)."
 
 
 class EMACallback(TrainerCallback):
@@ -64,12 +65,9 @@ class EMACallback(TrainerCallback):
         """Moves the average."""
         self._update(list(self.average.values()), list(self.parameters.values()), None)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Puts the average beside the weights."""
-        if args.should_save:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.file_name
-            with replacing(path) as temporary:
-                save_file(self.average, temporary)
+    def save(self, checkpoint: str) -> None:
+        """Puts the average into a checkpoint."""
+        save_file(self.average, Path(checkpoint) / self.file_name)
 
     @torch.no_grad()
     def on_train_end(
@@ -80,11 +78,12 @@ class EMACallback(TrainerCallback):
             value.copy_(self.average[name])
 
 
-class ClassificationTrainer(Trainer):
+class ClassificationTrainer(BaseTrainer):
     """Trains a classifier by [`FinetuningArguments`] or [`LinearLarsArguments`].
 
     The loss is the cross-entropy to the mixed and smoothed targets; evaluation predicts the (up to) five likeliest
-    classes. What is frozen stays in evaluation mode and out of the optimiser.
+    classes. What is frozen stays in evaluation mode and out of the optimiser. Checkpoints, resume and order of
+    the images are those of [`BaseTrainer`].
 
     Args:
         model: From [`load_classifier`] or [`from_scratch`].
@@ -92,6 +91,9 @@ class ClassificationTrainer(Trainer):
         train_dataset: [`AugmentedImages`].
         eval_dataset: Gives `(pixel_values, label)`.
         num_classes: Of the targets.
+
+    Raises:
+        ValueError: `train_dataset` is of another kind, `eval_dataset` empty or without pixels.
     """
 
     args: ClassificationArguments
@@ -106,6 +108,14 @@ class ClassificationTrainer(Trainer):
         num_classes: int,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(train_dataset, AugmentedImages):
+            raise ValueError(
+                f"`train_dataset` is a {type(train_dataset).__name__}: make an `AugmentedImages(dataset, image_column, "
+                "labels, ...)` of it (in `clmae.evaluation.finetuning`)."
+            )
+        for name, sample in first_samples(None, eval_dataset):
+            has_tensor = isinstance(sample, (tuple, list)) and isinstance(sample[0], Tensor)
+            check_pixel_values(name, sample, sample[0] if has_tensor else None, _REMEDY)
         collator = MixingCollator(
             num_classes,
             mixup_alpha=getattr(args, "mixup_alpha", 0.0),
@@ -124,19 +134,25 @@ class ClassificationTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False  # the loss below is a mean over its batch, whatever the model's would be
         self._frozen = frozen_modules(self.model)
-        self.add_callback(EpochCallback(self))
         ema_decay = getattr(args, "ema_decay", 0.0)
         self._ema = EMACallback(self.model, ema_decay) if ema_decay else None
         if self._ema is not None:
             self.add_callback(self._ema)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's, from the path of a checkpoint."""
+    def _train_from(self, checkpoint: str | None, **kwargs: Any) -> Any:
         if self._ema is not None:
             self._ema.average = {}
-            if resume_from_checkpoint:
-                self._ema.load(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            if checkpoint:
+                self._ema.load(checkpoint)
+        return super()._train_from(checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)
+        if self._ema is not None and self._in_checkpoint and self.args.should_save:
+            self._ema.save(str(output_dir))
+        if isinstance(self.model, LinearProbe) and not self._in_checkpoint and self.args.should_save:
+            # The Trainer knows of no configuration, and writes none; its checkpoints hold what it loads.
+            self.model.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """LARS for the linear probe, otherwise the Trainer's choice with layer-wise learning rates."""
@@ -169,11 +185,6 @@ class ClassificationTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=smoothing)
         return (loss, {"logits": logits}) if return_outputs else loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        self.epoch_sampler = EpochSampler(len(dataset), self.args.data_order_seed)
-        return self.epoch_sampler
 
 
 def _top_classes(logits: Tensor, labels: Tensor) -> Tensor:

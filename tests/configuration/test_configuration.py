@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 
 import pytest
@@ -206,6 +207,26 @@ def test_round_trip_through_json(config_class, tmp_path):
         assert {**loaded.to_dict(), "_name_or_path": ""} == expected
         assert loaded.grid_size == config.grid_size
         assert loaded.out_indices == [1, 12]
+
+
+@pytest.mark.parametrize("config_class", [MAEConfig, CLMAEConfig, CMAEConfig])
+@pytest.mark.parametrize("name", ["layer_norm_epsilon", "num_hidden_layer", "mask_ratios"])
+def test_an_unknown_key_of_a_file_is_kept_with_a_warning(config_class, name, tmp_path, caplog):
+    config = config_class()
+    setattr(config, name, 0.25)  # as of a later version, or of a program that sets all names that it knows
+    config.save_pretrained(tmp_path)
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    file = tmp_path / "config.json"
+    loaded = [config_class.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)]
+    loaded += [config_class.from_json_file(file), config_class.from_dict(json.loads(file.read_text()))]
+    logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert [getattr(each, name) for each in loaded] == [0.25] * 4
+    assert caplog.text.count(f"`{name}` is no field of {config_class.__name__} and has no effect; did you mean") >= 4
+    loaded[0].save_pretrained(tmp_path)
+    assert json.loads(file.read_text())[name] == 0.25
+    for make in (config_class, lambda **fields: config_class.from_pretrained(tmp_path, **fields)):
+        with pytest.raises(ValueError, match=f"`{name}` is no field.*did you mean"):
+            make(**{name: 0.25})
 
 
 def test_a_bad_file_is_refused(tmp_path):

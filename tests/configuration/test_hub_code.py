@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -226,3 +228,77 @@ def test_a_family_from_elsewhere_is_saved_without_code(tmp_path):
     OtherConfig().save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+USERS = """
+from clmae import FAMILIES
+{family_config}, _, {family_model}, *_ = FAMILIES["{family}"]
+class UsersConfig({family_config}):
+    {model_type}
+class UsersModel({family_model}):
+    config_class = UsersConfig
+"""
+# In a process of its own, where nothing has registered the classes: what the folder names them.
+READER = """
+import sys
+from transformers import AutoModelForPreTraining
+for folder in sys.argv[1:]:
+    model = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True)
+    print(type(model).__name__, type(model.config).__name__)
+    model.save_pretrained(folder)
+"""
+
+
+@pytest.fixture(scope="module")
+def users_folders(tmp_path_factory, tiny_config):
+    """Models of a user's subclasses, with the family's `model_type` and their own, registered as transformers says."""
+    root, folders = tmp_path_factory.mktemp("users"), {}
+    for family in FAMILIES:
+        for own in (False, True):
+            name = f"users_{family}_{own}"
+            names = dict(family_config="Base", family_model="BaseModel", family=family)
+            source = USERS.format(**names, model_type=f"model_type = '{name}'" if own else "pass")
+            (root / f"{name}.py").write_text(source)
+            spec = importlib.util.spec_from_file_location(name, root / f"{name}.py")
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            module.UsersConfig.register_for_auto_class()
+            module.UsersModel.register_for_auto_class("AutoModelForPreTraining")
+            fields = {name: value for name, value in tiny_config(family).to_dict().items() if name != "model_type"}
+            folders[family, own] = root / name
+            module.UsersModel(module.UsersConfig(**fields)).save_pretrained(folders[family, own])
+    return root, folders
+
+
+def test_a_users_subclass_is_loaded_as_itself(users_folders):
+    root, folders = users_folders
+    for (family, own), folder in folders.items():
+        users = {"AutoConfig": "UsersConfig", "AutoModelForPreTraining": "UsersModel"}
+        users = {auto_class: f"{folder.name}.{name}" for auto_class, name in users.items()}
+        expected = users if own else hub_auto_map(FAMILIES[family][0]) | users
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == expected
+    # With the family's `model_type`, transformers takes the family's class once `clmae` is imported; so that one first.
+    order = [folders["mae", False], *(folder for (_, own), folder in folders.items() if own)]
+    environment = os.environ | {"HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for _ in range(2):  # and again, as what was loaded so saved it
+        done = subprocess.run(
+            [sys.executable, "-c", READER, *map(str, order)], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.split() == ["UsersModel", "UsersConfig"] * len(order)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_users_subclass_registered_here_needs_no_flag(users_folders, family):
+    _, folders = users_folders
+    module = sys.modules[f"users_{family}_True"]
+    AutoConfig.register(module.UsersConfig.model_type, module.UsersConfig)
+    AutoModelForPreTraining.register(module.UsersConfig, module.UsersModel)
+    assert type(AutoModelForPreTraining.from_pretrained(folders[family, True])) is module.UsersModel
+
+
+def test_another_familys_entries_are_not_taken_over(tmp_path, tiny_config):
+    for family, other in itertools.permutations(FAMILIES, 2):
+        FAMILIES[family][1](tiny_config(family)).save_pretrained(tmp_path)
+        FAMILIES[other][0].from_pretrained(tmp_path).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == hub_auto_map(FAMILIES[other][0])

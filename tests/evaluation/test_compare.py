@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import TrainingArguments
 
 import clmae
 from clmae.evaluation import compare as module
@@ -102,6 +103,16 @@ def test_steps_for_flops_is_the_most_that_fits(recipe, crop):
         fits = [steps for steps in range(1, 60) if cost.flops(steps, steps) <= budget]
         assert cost.steps_for(budget) == max(fits)
     assert cost.steps_for(0) == 1
+
+
+@pytest.mark.parametrize(("split", "factor"), [(False, 2), (True, 1)])
+def test_cost_is_that_of_all_processes(recipe, monkeypatch, split, factor):
+    alone = Cost(recipe("mae"), 40)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    both = Cost(recipe("mae", args={"accelerator_config": {"split_batches": split}}), 40)
+    assert both.images_per_step == factor * alone.images_per_step
+    assert both.step_flops == factor * alone.step_flops
+    assert both.steps_per_epoch * factor == alone.steps_per_epoch
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------------

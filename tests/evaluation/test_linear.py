@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
 
 from clmae.evaluation.linear import (
     L2_GRID,
+    best_l2,
     fit_logistic_regression,
     linear_probe,
     regularization_path,
@@ -103,12 +104,14 @@ def test_choice_ignores_the_test_set():
     assert result.accuracy != other.accuracy
 
 
-def test_of_equal_candidates_the_strongest_is_chosen():
+def test_of_equally_accurate_candidates_that_of_the_least_loss_is_chosen():
     train, labels = blobs(spread=0.001)
     result = linear_probe(train, labels, train, labels, l2_grid=(1e-3, 1e-2, 1e-4))
     assert result.validation_accuracies == {1e-2: 1.0, 1e-3: 1.0, 1e-4: 1.0}
-    assert result.l2 == 1e-2
+    assert result.l2 == 1e-4  # the classes are apart: the weaker the penalty, the surer
     assert result.accuracy == 1.0
+    assert best_l2({1.0: (0.5, 0.2), 0.1: (0.5, 0.1), 0.01: (0.4, 0.0)}) == 0.1
+    assert best_l2({0.1: (0.5, 0.2), 1.0: (0.5, 0.2)}) == 1.0
 
 
 def test_scale_and_constant_columns_do_not_matter():

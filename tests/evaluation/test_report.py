@@ -88,7 +88,7 @@ def test_whole_path(model_folder, image_folder, tmp_path):
         for row in result.rows:
             assert row.intervals.keys() == row.accuracies.keys()
             assert all(low <= row.accuracies[column] <= high for column, (low, high) in row.intervals.items())
-    assert results["linear"].rows[2].details["l2"] == 10.0
+    assert results["linear"].rows[2].details["l2"] == 1e-06
     assert results["linear"].rows[2].details["validation_accuracies"]["1e-06"] == 100.0
 
     path = tmp_path / "new" / "linear.json"

@@ -41,6 +41,9 @@ def build(tiny_config, request):
     return make
 
 
+BF16_EPS = torch.finfo(torch.bfloat16).eps
+
+
 def prepare(model, setting: str):
     if setting == "checkpointing":
         model.gradient_checkpointing_enable()
@@ -174,16 +177,17 @@ def test_pass_b_leaves_no_gradient_on_the_backbone(build, make_images, setting, 
 
 def test_how_many_parts_pass_b_has(build):
     model = build(mask_ratio=0.75)
-    # Batch and tokens of an image: small batches stay whole, parts are equal, and no more than keep the memory down.
-    cases = {(4, 17): 1, (64, 197): 1, (128, 197): 2, (129, 197): 3, (127, 197): 1, (256, 197): 4, (1024, 197): 4}
+    # Batch and tokens of an image: small batches stay whole, and there are no more parts than keep the memory down.
+    cases = {(4, 17): 1, (64, 197): 1, (128, 197): 3, (127, 197): 3, (251, 197): 4, (256, 197): 4, (1024, 197): 4}
     assert {case: model.soft_parts(*case) for case in cases} == cases
     assert build(mask_ratio=0.5).soft_parts(1024, 197) == 2
 
 
 @every_setting
-def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting):
+@pytest.mark.parametrize("batch_size", [16, 14])
+def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting, batch_size):
     model = prepare(build(), setting)
-    pixel_values = make_images(model.config, 16)
+    pixel_values = make_images(model.config, batch_size)
     whole, outputs = step(model, setting, pixel_values, curriculum_factor=-0.7)
     seen, soft_logits = [], type(model).soft_logits
     monkeypatch.setattr(
@@ -192,11 +196,15 @@ def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting):
     monkeypatch.setattr(modeling_cl_mae, "_MIN_TOKENS", 17)
     parts, part_outputs = step(model, setting, pixel_values, curriculum_factor=-0.7)
     assert len(seen) == 4 * len(outputs)
-    assert len(set(seen)) == 1
+    assert max(seen) - min(seen) <= 1
     for output, expected in zip(part_outputs, outputs, strict=True):
         torch.testing.assert_close(output.soft_reconstruction_loss, expected.soft_reconstruction_loss)
+    # In bf16 every product is rounded, and how it is summed up depends on the batch and on the processor.
+    half = setting in ("bfloat16", "autocast")
     for name, gradient in whole.items():
-        torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+        size = gradient.abs().max().item()
+        tolerance = {"rtol": 0, "atol": 2 * BF16_EPS * size} if half else {"rtol": 1e-4, "atol": 1e-7}
+        torch.testing.assert_close(parts[name], gradient, msg=name, **tolerance)
 
 
 @every_setting
@@ -248,15 +256,6 @@ def test_the_soft_gradient_flips_sign_exactly(build, make_images, setting, as_te
         assert torch.equal(gradient, adversary[0][name]), name
 
 
-def test_checkpointing_changes_no_gradient(build, make_images):
-    model = build()
-    pixel_values = make_images(model.config, 4)
-    expected, _ = step(model, "plain", pixel_values, curriculum_factor=-0.7)
-    actual, _ = step(prepare(model, "checkpointing"), "checkpointing", pixel_values, curriculum_factor=-0.7)
-    for name, gradient in actual.items():
-        assert torch.equal(gradient, expected[name]), name
-
-
 def test_reentrant_checkpointing_is_refused(build, make_images):
     model = build()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -295,6 +294,25 @@ def test_half_precision_is_close(build, make_images, setting):
     for ours, theirs in zip(halves(rough), halves(exact), strict=True):
         flat, expected_flat = (torch.cat([g[name].flatten().float() for name in ours]) for g in (ours, theirs))
         assert torch.nn.functional.cosine_similarity(flat, expected_flat, dim=0) > 0.99
+
+
+def test_pass_b_keeps_small_gradients_in_float16(build, make_images):
+    """It differentiates within the forward pass, where no loss scaling reaches it."""
+    model = build(image_size=64, patch_size=16, norm_pix_loss=False)
+    with torch.no_grad():
+        model.decoder.decoder_pred.weight *= 1e-3
+        model.decoder.decoder_pred.bias.zero_()
+    pixel_values = 0.01 * make_images(model.config, 4)
+    keep = torch.rand(4, 16, requires_grad=True)
+    gradients = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.float16, enabled=half):
+            embeddings = model.vit.embeddings(pixel_values)
+            loss = model.soft_reconstruction_loss(
+                embeddings, keep, patch_targets(pixel_values, (16, 16), False), (4, 4)
+            )
+        gradients += torch.autograd.grad(loss, keep)
+    assert (gradients[1] - gradients[0]).norm() < 0.01 * gradients[0].norm()
 
 
 # -- forward ----------------------------------------------------------------------------------------------------------

@@ -231,8 +231,8 @@ def test_withheld_positions_cannot_be_read_off_the_input(build, monkeypatch):
     withheld = accuracy_after(build(contrastive_loss_weight=0.0, position_mask_ratio=1.0), 150)
     assert withheld < 0.15  # chance is 1/16 = 0.0625, of 256 tokens
 
-    def give(self, visible, chosen, noise, grid_size):
-        _, withheld = original(self, visible, chosen, noise, grid_size)
+    def give(self, pixel_values, visible, *rest):
+        _, withheld = original(self, pixel_values, visible, *rest)
         return visible, withheld
 
     original = CMAEForPreTraining.withhold_positions

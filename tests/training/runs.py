@@ -113,6 +113,7 @@ def record_run(
     everything: bool = False,
     resident: bool = False,
     stream: bool = False,
+    count: int = 16,
     resume: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -120,11 +121,11 @@ def record_run(
 
     Not by AdamW: it turns the rounding errors of gradients that are 0 into whole steps. Of a CL-MAE, or with
     `everything` of a CMAE with learned masks, two views, and crops around the objects; with `resident` from a device-
-    resident data set, with `stream` from a stream of two shards; `resume` is a checkpoint.
+    resident data set, with `stream` from a stream of two shards; `count` images; `resume` is a checkpoint.
     """
     first = FirstGradients()
     model = tiny_model("cmae", learned_masks=True) if everything else tiny_model()
-    dataset = image_dataset(contrastive_crop=everything, num_views=1 + everything, device_resident=resident)
+    dataset = image_dataset(count, contrastive_crop=everything, num_views=1 + everything, device_resident=resident)
     if stream:
         rows, names = pil_dataset(16).to_iterable_dataset(num_shards=2), ("image_size", "num_channels", "num_patches")
         fields = {name: getattr(dataset, name) for name in (*names, "patch_size", "mean", "std")}
@@ -140,14 +141,13 @@ def record_run(
         output_dir,
         model,
         train_dataset=dataset,
-        optim="sgd",
         eval_dataset=image_dataset(8, train=False),
         eval_strategy="steps",
         eval_steps=2,
         difficulty_steps=2,
         picture_steps=2,
         callbacks=[first],
-        **options,
+        **{"optim": "sgd", **options},
     )
     trainer.train(resume_from_checkpoint=resume)
     return {

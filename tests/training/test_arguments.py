@@ -7,6 +7,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from clmae import MAEForPreTraining
+from clmae.evaluation.finetuning import FinetuningArguments, LinearLarsArguments
 from clmae.training import CurriculumTrainer, PretrainingArguments
 
 
@@ -22,6 +23,28 @@ def test_learning_rate_scales_with_the_total_batch(make):
     args = make(base_learning_rate=1e-3, per_device_train_batch_size=64, gradient_accumulation_steps=8)
     assert args.total_train_batch_size == 512
     assert args.learning_rate == 2e-3
+
+
+KINDS = (PretrainingArguments, FinetuningArguments, LinearLarsArguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("split", "images"), [(True, 64), (False, 128)])
+def test_processes_share_batches_that_are_split(monkeypatch, tmp_path, kind, split, images):
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    fields = dict(base_learning_rate=1e-3, per_device_train_batch_size=64, gradient_accumulation_steps=2)
+    args = kind(str(tmp_path), use_cpu=True, accelerator_config={"split_batches": split}, **fields)
+    assert args.total_train_batch_size == 2 * images
+    assert args.learning_rate == 1e-3 * 2 * images / 256
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_processes_with_unequal_batches_are_refused(monkeypatch, tmp_path, kind):
+    fields = dict(use_cpu=True, accelerator_config={"even_batches": False})
+    kind(str(tmp_path), **fields)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    with pytest.raises(ValueError, match=r"`accelerator_config` has `even_batches` false.* 2 processes"):
+        kind(str(tmp_path), **fields)
 
 
 def test_given_learning_rate_is_kept(make):

@@ -19,10 +19,10 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from clmae.training import InterruptCallback
+from clmae.training.base import EpochSampler
 from clmae.training.callbacks import EpochCallback
 from clmae.training.data import make_image_processor
 from clmae.training.sealing import verify
-from clmae.training.trainer import EpochSampler
 
 from .runs import assert_equal_weights, logged, tiny_trainer, weights
 

@@ -425,10 +425,17 @@ def test_unnormalized_samples_become_the_same(kind, views):
         assert "pixel_values" in dataset[0], "the data set itself stays as it was"
 
 
-@pytest.mark.parametrize("crop_scale", [(0, 1), (0.5, 0.2), (0.2, 1.5), (-0.1, 1)], ids=str)
-def test_wrong_crop_scale(crop_scale):
-    with pytest.raises(ValueError, match=rf"`crop_scale` is {re.escape(str(crop_scale))}; give .*0 < low <= high <= 1"):
-        ImageDataset(memory(), "image", **{**SETTINGS, "crop_scale": crop_scale})
+WRONG_VIEWS = [("crop_scale", value) for value in ((0, 1), (0.5, 0.2), (0.2, 1.5), (-0.1, 1))]
+WRONG_VIEWS += [("crop_ratio", 0), ("crop_ratio", 1.5), ("std", [0.5, 0.0, 0.5]), ("std", [0.5]), ("mean", [0.5, 0.5])]
+WRONG_VIEWS += [("num_views", 0)]
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_VIEWS, ids=str)
+@pytest.mark.parametrize("kind", [ImageDataset, StreamingImageDataset])
+def test_wrong_views(kind, name, value):
+    source = memory() if kind is ImageDataset else stream(8)
+    with pytest.raises(ValueError, match=rf"`{name}` is {re.escape(str(value))}; give "):
+        kind(source, "image", **{**SETTINGS, name: value})
 
 
 def smooth_jpeg(height, width):
@@ -589,6 +596,18 @@ def test_skip_takes_the_next_readable_image(monkeypatch):
     assert read == ["1.png"], "what is known to be bad is not decoded again"
 
 
+def test_skip_crops_around_the_object_of_the_image_that_is_shown():
+    fields = dict(image_size=(20, 24), patch_size=(4, 4), num_patches=30, on_bad_image="skip", contrastive_crop=True)
+    dataset = ImageDataset(memory(6, bad=[2]), "image", **{**SETTINGS, **fields})
+    boxes = dataset.crop_boxes
+    boxes[2], boxes[3] = torch.tensor([1.0, 1, 1, 1]), torch.tensor([0.0, 0, 0, 0])
+    sample = unnormalized(dataset)[2]["pixels"]
+    boxes[2] = torch.tensor([0.0, 0, 0, 0])  # the bad one's own box says nothing
+    assert torch.equal(unnormalized(dataset)[2]["pixels"], sample)
+    boxes[3] = torch.tensor([1.0, 1, 1, 1])
+    assert not torch.equal(unnormalized(dataset)[2]["pixels"], sample)
+
+
 def test_all_bad_or_empty():
     with pytest.raises(
         ValueError, match=r"none of the 3 images of `dataset` can be used; the last one: it cannot be dec"
@@ -611,9 +630,10 @@ def test_images_smaller_than_a_patch():
 
 
 def test_wrong_number_of_channels_is_not_skipped():
+    five = {**SETTINGS, "num_channels": 5, "mean": [0.5] * 5, "std": [0.5] * 5}
     for on_bad_image in ("raise", "skip"):
         with pytest.raises(ValueError, match="`num_channels` is 5, but the data set holds encoded images"):
-            ImageDataset(memory(2), "image", **{**SETTINGS, "num_channels": 5}, on_bad_image=on_bad_image)
+            ImageDataset(memory(2), "image", **five, on_bad_image=on_bad_image)
     with pytest.raises(ValueError, match="`on_bad_image` is 'ignore'; choose one of raise, skip"):
         ImageDataset(memory(2), "image", **SETTINGS, on_bad_image="ignore")
 

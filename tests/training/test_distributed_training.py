@@ -37,8 +37,20 @@ RUNS = {
     "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
     "everything": dict(SHORT, everything=True, contrastive_crop_interval=0.5),
     "resident": dict(SHORT, resident=True, save_strategy="steps", save_steps=2),
+    # The processes share a batch of 8, by which the learning rate goes.
+    "split": dict(
+        max_steps=4,
+        learning_rate=None,
+        base_learning_rate=0.32,
+        per_device_train_batch_size=8,
+        accelerator_config={"split_batches": True},
+    ),
 }
 STREAM = dict(SHORT, stream=True)
+# An epoch's last batch holds 5 images of 13, which are repeated until both processes have 4.
+UNEVEN = dict(SHORT, count=13, everything=True, dataloader_drop_last=False, optim="adamw_torch")
+RESUMED = dict(UNEVEN, resume=f"{len(RUNS) + 1}/rank-0/checkpoint-2")
+UNEVEN |= dict(save_strategy="steps", save_steps=2)
 PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
 
 
@@ -52,13 +64,15 @@ def two_processes(tmp_path_factory) -> Path:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
     script = Path(__file__).with_name("distributed_run.py")
-    runs = json.dumps([dict(per_device_train_batch_size=4, **options) for options in (*RUNS.values(), STREAM)])
+    runs = json.dumps(
+        [{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)]
+    )
     done = subprocess.run(
         [*launcher, str(script), str(folder), runs],
         env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -70,7 +84,7 @@ def runs(request, two_processes, tmp_path_factory):
     folder = two_processes / str(list(RUNS).index(request.param))
     two = [torch.load(folder / f"rank-{rank}" / "result.pt") for rank in (0, 1)]
     torch.set_num_threads(1)
-    alone = record_run(tmp_path_factory.mktemp("alone"), per_device_train_batch_size=8, **RUNS[request.param])
+    alone = record_run(tmp_path_factory.mktemp("alone"), **{**RUNS[request.param], "per_device_train_batch_size": 8})
     return *two, alone, folder
 
 
@@ -145,3 +159,14 @@ def test_each_process_reads_its_part_of_a_stream(two_processes, tmp_path):
         both = first["seen"][images] + second["seen"][images]
         assert len(set(both)) == 16
         assert set(both) == set(alone["seen"][images.start * 2 : images.stop * 2])
+
+
+def test_last_batches_are_filled_up_and_two_processes_go_on_where_they_were(two_processes):
+    whole, resumed = (
+        [torch.load(two_processes / str(len(RUNS) + run) / f"rank-{rank}" / "result.pt") for rank in (0, 1)]
+        for run in (1, 2)
+    )
+    assert [len(run["seen"]) for run in whole] == [4 * 4] * 2  # steps, images
+    assert [len(run["seen"]) for run in resumed] == [2 * 4] * 2
+    for other in (whole[1], *resumed):
+        torch.testing.assert_close(other["weights"], whole[0]["weights"], rtol=0, atol=0)

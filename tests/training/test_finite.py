@@ -167,6 +167,30 @@ def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, monkeypatch,
     assert 4 not in logged(trainer, "grad_norm")
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("family", "fields"), [("mae", {}), ("cl_mae", {}), ("cmae", {}), ("cmae", {"learned_masks": True})]
+)
+def test_a_window_of_skipped_steps_logs_what_is_known(tmp_path, family, fields, what):
+    trainer = tiny_trainer(tmp_path, tiny_model(family, **fields), max_steps=4, max_skipped_steps=2, logging_steps=2)
+    for step in (1, 2):
+        Poison(trainer, step, "reconstruction_loss" if what == "loss" else what)
+    trainer.train()
+    first, second, _ = trainer.state.log_history
+    assert all(math.isfinite(value) for value in first.values())
+    assert ("loss" in first) == ("reconstruction_loss" in first) == (what == "gradient")
+    assert first.get("loss") != 0
+    assert {"loss", "reconstruction_loss", "grad_norm"} <= second.keys()
+
+
+def test_nothing_piles_up_where_nothing_is_logged(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=110, logging_strategy="no")
+    Poison(trainer, 3)
+    with pytest.raises(NonFiniteError, match="Step 3: "):
+        trainer.train()
+    assert trainer.state.global_step == 100
+
+
 def test_one_step_too_many(tmp_path):
     trainer = tiny_trainer(tmp_path, "mae", max_steps=6, max_skipped_steps=2)
     for step in (2, 4, 5):

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -16,8 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clmae.training import sealing
-from clmae.training import trainer as trainer_module
+from clmae.training import base, sealing
 from clmae.training.sealing import choose_checkpoint, last_valid_checkpoint, rotate_checkpoints, run_lock, seal, verify
 
 from .runs import assert_equal_weights, image_dataset, tiny_model, tiny_trainer, weights
@@ -184,6 +185,15 @@ def test_rotation_goes_by_steps(folder, step, limit, best, left):
     assert (folder / "checkpoint-best").is_dir()
 
 
+@pytest.mark.parametrize("spelling", ["relative", "slash", "link"])
+def test_the_best_checkpoint_stays_however_it_is_spelled(folder, monkeypatch, spelling):
+    (folder / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    best = {"relative": "checkpoint-8", "slash": f"{folder}/./checkpoint-8/", "link": folder / "link" / "checkpoint-8"}
+    rotate_checkpoints(folder, 10, 1, best[spelling])
+    assert {sealing.checkpoint_step(path) for path in sealing.checkpoints(folder)} == {8, 10}
+
+
 def test_a_checkpoint_that_is_half_deleted_does_not_count(folder, monkeypatch):
     delete = shutil.rmtree
 
@@ -316,7 +326,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_sealed(tmp_path, monkeypa
         seen.append([path.name for path in sealing.checkpoints(tmp_path) if not verify(path)])
         seal(folder, names)
 
-    monkeypatch.setattr(trainer_module, "seal", look)
+    monkeypatch.setattr(base, "seal", look)
     trainer.train()
     assert seen == [[], ["checkpoint-2"], ["checkpoint-4"]]
     assert [path.name for path in sealing.checkpoints(tmp_path)] == ["checkpoint-6"]
@@ -337,6 +347,12 @@ def test_a_model_that_is_written_over_is_not_sealed_meanwhile(finished, tmp_path
     with pytest.raises(OSError, match="disk full"):
         trainer.save_model()
     assert "not sealed" in verify(tmp_path)[0]
+
+
+def test_importing_leaves_torchs_deserialisers_as_they_are():
+    code = "import torch; known = list(torch.serialization._package_registry); import clmae.training, clmae.evaluation"
+    code += "; assert torch.serialization._package_registry == known"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 # -- one run at a time ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -23,9 +24,9 @@ from transformers import (
 
 from clmae.training import CurriculumTrainer, PictureCallback, PretrainingArguments, curriculum_factor
 from clmae.training import trainer as trainer_module
+from clmae.training.base import EpochSampler
 from clmae.training.data import ImageDataset, StreamingImageDataset, make_image_processor
 from clmae.training.flops import step_flops
-from clmae.training.trainer import EpochSampler
 
 from .runs import (
     CONFIG,
@@ -443,13 +444,14 @@ def astray(**fields):
     return model
 
 
-@pytest.mark.parametrize("logging_steps", [1, 20])
-def test_masks_that_go_astray_are_reported_once_and_early(tmp_path, monkeypatch, logging_steps):
+@pytest.mark.parametrize(("logging", "first"), [(1, 51), (20, 60), (1000, 100), ("no", 100)])
+def test_masks_that_go_astray_are_reported_once_and_early(tmp_path, monkeypatch, logging, first):
     warnings = []
     monkeypatch.setattr(trainer_module.logger, "warning", warnings.append)
-    options = dict(per_device_train_batch_size=8, masker_learning_rate_multiplier=0.0, logging_steps=logging_steps)
-    tiny_trainer(tmp_path, astray(), max_steps=80, **options).train()
-    first = -(-51 // logging_steps) * logging_steps  # the first log that holds a step from 50 on
+    options = dict(per_device_train_batch_size=8, masker_learning_rate_multiplier=0.0)
+    # Where nothing is logged, every hundred steps: nothing may pile up.
+    options |= {"logging_strategy": "no"} if logging == "no" else {"logging_steps": logging}
+    tiny_trainer(tmp_path, astray(), max_steps=101, **options).train()
     assert [message.split(":")[0] for message in warnings] == [f"Step {first}"] * 3
     assert "collapsed" in warnings[0]
     assert "saturated" in warnings[1]
@@ -644,6 +646,45 @@ def test_data_set_smaller_than_a_batch_is_refused(tmp_path):
     trainer = tiny_trainer(tmp_path, train_dataset=image_dataset(7), **options)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def pil_samples(count: int = 8) -> list[Image.Image]:
+    return [row["image"] for row in pil_dataset(count)]
+
+
+WRONG_SAMPLES = {
+    r"a tuple of \(\w*Image\w*, int\)": [(image, 0) for image in pil_samples()],
+    "a dict with 'image'": pil_dataset(8),
+    r"a \w*Image\w*": pil_samples(),
+    r"`pixel_values` of torch\.uint8": [{"pixel_values": torch.zeros(3, 16, 16, dtype=torch.uint8)}] * 8,
+    r"`pixel_values` that are a \w*Image\w*": [{"pixel_values": image} for image in pil_samples()],
+    r"a tuple of \(Tensor, int\)": [(sample["pixel_values"], 0) for sample in plain_dataset(8)],
+    "a dict with 'image',": pil_dataset(8).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize("came", WRONG_SAMPLES)
+def test_samples_that_are_no_pixels_are_refused_at_once(tmp_path, came, name):
+    with pytest.raises(ValueError, match=rf"`{name}` gives {came}.*`ImageDataset\("):
+        tiny_trainer(tmp_path, "mae", max_steps=1, **{name: WRONG_SAMPLES[came]})
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+@pytest.mark.parametrize(
+    "empty", [[], pil_dataset(1).select([]), pil_dataset(1).to_iterable_dataset().take(0)], ids=repr
+)
+def test_empty_data_sets_are_refused_at_once(tmp_path, empty, name):
+    with pytest.raises(ValueError, match=f"`{name}` is empty"):
+        tiny_trainer(tmp_path, "mae", max_steps=1, dataloader_drop_last=False, **{name: empty})
+
+
+def test_an_own_collator_makes_pixels_of_what_it_likes(tmp_path):
+    def collate(images):
+        return {"pixel_values": torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 255 for i in images])}
+
+    own = dict(train_dataset=pil_samples(), eval_dataset=pil_samples(), data_collator=collate)
+    tiny_trainer(tmp_path, tiny_model("mae", image_size=20), max_steps=1, picture_steps=1, **own).train()
 
 
 def test_bf16(tmp_path):
@@ -958,8 +999,9 @@ def test_contrast_needs_other_images(tmp_path):
     tiny_trainer(tmp_path, model, train_dataset=one_view, dataloader_drop_last=False, max_steps=3).train()
 
 
-def test_pictures_of_an_evaluation_set_with_views(tmp_path):
-    views = [{"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)} for _ in range(8)]
+@pytest.mark.parametrize("label", [{}, {"label": 1}], ids=["plain", "label"])
+def test_pictures_of_an_evaluation_set_with_views(tmp_path, label):
+    views = [{"pixel_values": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16), **label} for _ in range(8)]
     trainer = tiny_trainer(tmp_path, tiny_model("cmae"), train_dataset=views, eval_dataset=views)
     assert trainer.held_out_batch()["pixel_values"].shape == (8, 3, 16, 16)
     assert trainer.held_out_batch()["noise"].shape == (8, 16)

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clmae.evaluation.finetuning import AugmentedImages, MixingCollator, label_subset
 
@@ -57,6 +58,21 @@ def test_samples_depend_on_seed_epoch_and_index_alone():
         assert label == key % 3  # six images; the classes take turns
     assert not torch.equal(in_order[0][0], in_order[6][0])  # another epoch
     assert not torch.equal(in_order[0][0], augmented(**{**STRONG, "seed": 6})[0][0])
+
+
+def test_an_image_that_stands_in_for_a_bad_one_brings_its_own_label():
+    colours = coloured_images(6)
+    arrays = [Image.fromarray(np.array(pixels, np.uint8)) for pixels in colours["image"]]
+    encoded = datasets.Dataset.from_dict({"image": arrays}, features=datasets.Features({"image": datasets.Image()}))
+    rows = encoded.cast_column("image", datasets.Image(decode=False)).to_list()
+    rows[2]["image"]["bytes"] = b"broken"
+    dataset = datasets.Dataset.from_list(rows, features=datasets.Features({"image": datasets.Image()}))
+    fields = dict(image_size=(16, 16), num_channels=3, mean=[0.5] * 3, std=[0.5] * 3, on_bad_image="skip")
+    images = AugmentedImages(dataset, "image", torch.tensor(colours["label"]), **fields)
+    for epoch in (0, 1):
+        pixels, label, key = images[6 * epoch + 2]
+        assert pixels.mean((1, 2)).argmax() == label == 0  # of the next image; its own was 2
+        assert key == 6 * epoch + 2
 
 
 def test_samples_leave_the_global_random_state_alone():

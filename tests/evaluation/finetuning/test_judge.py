@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, TrainerState
 
 from clmae import FAMILIES
 from clmae.evaluation.finetuning import ClassificationTrainer, FinetuningArguments, LinearLarsArguments, finetune
 from clmae.training.data import make_image_processor
+from clmae.training.sealing import verify
 
 from .samples import PLAIN, coloured_images
 
@@ -69,9 +71,6 @@ def test_interrupted_run_goes_on_to_the_same_result(saved, dataset, arguments, m
     broken.output_dir = str(tmp_path / "second")
     steps = []
 
-    class Killed(Exception):
-        pass
-
     original = ClassificationTrainer.training_step
 
     def training_step(self, *rest, **kwargs):
@@ -97,6 +96,61 @@ def test_interrupted_run_goes_on_to_the_same_result(saved, dataset, arguments, m
         finetune(saved, dataset, broken)
 
 
+class Killed(Exception):
+    """As if the process had been killed."""
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(ema_decay=0.5)], ids=["plain", "average"])
+@pytest.mark.parametrize("moment", ["first save", "second save", "after the last step"])
+def test_killed_run_goes_on_from_its_newest_whole_checkpoint(
+    saved, dataset, arguments, monkeypatch, tmp_path, moment, fields
+):
+    fields = dict(learning_rate=1e-2, max_steps=4, save_strategy="steps", save_steps=2, **fields)
+    whole = finetune(saved, dataset, arguments(**fields), baselines=False)
+    args, saves = arguments(**fields), []
+    args.output_dir += "-killed"
+
+    def kill_at(owner, name, number):
+        original = getattr(owner, name)
+
+        def call(*rest, **options):
+            saves.append(name)
+            if len(saves) == number:
+                raise Killed
+            return original(*rest, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    if moment == "after the last step":
+        kill_at(ClassificationTrainer, "predict", 1)
+    else:  # the weights are there already
+        kill_at(TrainerState, "save_to_json", 1 if moment == "first save" else 2)
+    with pytest.raises(Killed):
+        finetune(saved, dataset, args, baselines=False)
+    args.resume_from_checkpoint = "last"
+    result = finetune(saved, dataset, args, baselines=False)
+    assert result.rows == whole.rows
+    assert torch.equal(result.predictions.predictions, whole.predictions.predictions)
+    folder = Path(args.output_dir, "pretrained")
+    assert [verify(path) for path in (folder, folder / "checkpoint-4")] == [[], []]
+    expected, found = (
+        load_file(Path(path, "pretrained", "model.safetensors"))
+        for path in (f"{args.output_dir}"[:-7], args.output_dir)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_every_test_image_is_judged(saved, dataset, arguments):
+    fields = dict(per_device_train_batch_size=12, per_device_eval_batch_size=8, eval_strategy="epoch")
+    fields["validation_share"] = 0.25  # 36 images are trained on: whole batches
+    whole = finetune(saved, dataset, arguments(**fields), baselines=False)
+    args = arguments(**fields, dataloader_drop_last=True)
+    args.output_dir += "-dropped"
+    result = finetune(saved, dataset, args, baselines=False)
+    assert len(result.predictions.predictions) == 30
+    assert result.rows == whole.rows
+
+
 def test_trained_model_is_saved_whole(saved, dataset, arguments, tmp_path):
     finetune(saved, dataset, arguments(), baselines=False)
     folder = tmp_path / "out" / "pretrained"
@@ -116,6 +170,7 @@ def test_a_linear_probe_is_saved_as_its_encoder_and_a_linear_layer(
     args = arguments(LinearLarsArguments, feature=feature, learning_rate=100.0, max_steps=40)
     result = finetune(tmp_path / "model", dataset, args, baselines=False)
     folder = tmp_path / "out" / "pretrained"
+    assert verify(folder) == []
     loaded = AutoModel.from_pretrained(folder).eval()
     assert type(loaded) is type(encoder)
     assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())

@@ -62,8 +62,7 @@ def test_groups_hold_every_trained_parameter_once_with_its_rate_and_decay(name):
     assert sum(len(group["params"]) for group in groups) == len(seen)
     assert seen.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
     for parameter, decay in seen.items():
-        matrix = parameter.endswith(("proj.weight", "projection.weight", "classifier.weight", ".weight")) and not any(
-            part in parameter for part in ("norm", "lambda")
-        )
-        assert decay == (0.05 if matrix else 0.0), parameter
+        # As in pretraining: no decay for biases, norms and layer scales, which are vectors.
+        assert decay == (0.05 if model.get_parameter(parameter).ndim > 1 else 0.0), parameter
+    assert any("token" in parameter and decay for parameter, decay in seen.items())
     assert groups[0]["lr"] == pytest.approx(0.1)  # what the Trainer logs

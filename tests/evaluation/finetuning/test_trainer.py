@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from transformers import TrainerCallback, ViTConfig, ViTModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -19,8 +21,9 @@ from clmae.evaluation.finetuning import (
     classifier_scores,
     load_classifier,
 )
+from clmae.training.sealing import run_lock
 
-from .samples import PLAIN, STRONG, VIT, augmented
+from .samples import PLAIN, STRONG, VIT, augmented, coloured_images
 
 
 class Fixed(nn.Module):
@@ -137,6 +140,42 @@ def test_average_of_the_weights_is_what_is_judged_and_survives_a_resume(saved, a
     plain = ClassificationTrainer(load_classifier(saved, args, 3), args, augmented(**STRONG), num_classes=3)
     with pytest.raises(ValueError, match="kept no average"):
         plain.train(resume_from_checkpoint=str(tmp_path))
+
+
+WRONG_SAMPLES = {
+    r"a tuple of \(Image, int\)": [(Image.new("RGB", (16, 16)), 0)] * 4,
+    "a dict with 'image', 'label'": coloured_images(4),
+    r"`pixel_values` of torch\.uint8": [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 4,
+}
+
+
+@pytest.mark.parametrize("came", WRONG_SAMPLES)
+def test_images_that_are_no_pixels_are_refused_at_once(saved, arguments, came):
+    model, wrong = load_classifier(saved, arguments(), 3), WRONG_SAMPLES[came]
+    with pytest.raises(ValueError, match=r"`train_dataset` is a (list|Dataset).*`AugmentedImages\("):
+        ClassificationTrainer(model, arguments(), wrong, num_classes=3)
+    with pytest.raises(ValueError, match=rf"`eval_dataset` gives {came}.*`LabelledImages\("):
+        ClassificationTrainer(model, arguments(), augmented(), wrong, num_classes=3)
+
+
+def test_empty_evaluation_data_are_refused_and_small_training_data_too(saved, arguments):
+    model = load_classifier(saved, arguments(), 3)
+    with pytest.raises(ValueError, match="`eval_dataset` is empty"):
+        ClassificationTrainer(model, arguments(), augmented(), [], num_classes=3)
+    with pytest.raises(ValueError, match="batches of 16 images in all, but the training set has 6"):
+        ClassificationTrainer(model, arguments(dataloader_drop_last=True), augmented(), num_classes=3)
+
+
+def test_a_folder_in_use_is_refused_and_tokens_are_not_saved(saved, arguments):
+    args = arguments(save_strategy="steps", save_steps=3, hub_token="hf_do_not_tell")
+    trainer = ClassificationTrainer(load_classifier(saved, args, 3), args, augmented(), num_classes=3)
+    with run_lock(args.output_dir), pytest.raises(ValueError, match=r"`output_dir` .* is in use"):
+        trainer.train()
+    trainer.train()
+    trainer.save_model()
+    files = [path for path in Path(args.output_dir).rglob("*") if path.is_file()]
+    assert "training_args.bin" in {path.name for path in files}
+    assert [path for path in files if b"hf_do_not_tell" in path.read_bytes()] == []
 
 
 def test_scores_by_hand():
