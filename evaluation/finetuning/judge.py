@@ -222,8 +222,6 @@ def _run(
     scores.details["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     row = make_row(name, trainer.model.classifier.in_features, scores)
     trainer.save_model()
-    if isinstance(trainer.model, LinearProbe) and args.should_save:
-        trainer.model.save_pretrained(args.output_dir)  # the Trainer knows of no configuration, and writes none
     _write(record, {**content, "row": asdict(row), "predictions": scores.predictions.tolist()}, args)
     return row, scores.predictions
 

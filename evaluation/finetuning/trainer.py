@@ -17,6 +17,7 @@ from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, LinearLarsArguments
 from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
 from clmae.evaluation.finetuning.lars import LARS
+from clmae.evaluation.finetuning.models import LinearProbe
 from clmae.evaluation.finetuning.parameters import frozen_modules, parameter_groups
 from clmae.evaluation.report import TOP_K, Scores
 from clmae.training.base import BaseTrainer, check_pixel_values, first_samples
@@ -150,6 +151,9 @@ class ClassificationTrainer(BaseTrainer):
         super()._save(output_dir, *args, **kwargs)
         if self._ema is not None and self._in_checkpoint and self.args.should_save:
             self._ema.save(str(output_dir))
+        if isinstance(self.model, LinearProbe) and not self._in_checkpoint and self.args.should_save:
+            # The Trainer knows of no configuration, and writes none; its checkpoints hold what it loads.
+            self.model.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """LARS for the linear probe, otherwise the Trainer's choice with layer-wise learning rates."""

@@ -99,7 +99,7 @@ def test_wrong_use_is_refused_at_once(inputs, protocol, options, message):
 
 
 def test_missing_model_is_reported(inputs, tmp_path):
-    with pytest.raises(UsageError, match=r"`model` .*nothing.* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"`model` .*nothing.* cannot be loaded"):
         run("finetune", ["--model", str(tmp_path / "nothing"), *inputs[2:], "--output", str(tmp_path / "o.json")])
 
 

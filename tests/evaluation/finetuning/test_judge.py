@@ -170,6 +170,7 @@ def test_a_linear_probe_is_saved_as_its_encoder_and_a_linear_layer(
     args = arguments(LinearLarsArguments, feature=feature, learning_rate=100.0, max_steps=40)
     result = finetune(tmp_path / "model", dataset, args, baselines=False)
     folder = tmp_path / "out" / "pretrained"
+    assert verify(folder) == []
     loaded = AutoModel.from_pretrained(folder).eval()
     assert type(loaded) is type(encoder)
     assert all(torch.equal(tensor, encoder.state_dict()[name]) for name, tensor in loaded.state_dict().items())
