@@ -43,7 +43,7 @@ class CLMAEConfig(MAEConfig):
         curriculum_end (`float`, *optional*, defaults to -1.0): λ_CL at the last step; negative is an adversary.
 
     Raises:
-        ValueError: A field has the wrong type or value; the message names field, value and remedy.
+        InputError: A field has the wrong type or value; the message names field, value and remedy.
     """
 
     model_type = "cl_mae"

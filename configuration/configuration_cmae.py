@@ -37,7 +37,7 @@ class CMAEConfig(CLMAEConfig):
             CL-MAE, instead of at random.
 
     Raises:
-        ValueError: A field has the wrong type or value; the message names field, value and remedy.
+        InputError: A field has the wrong type or value; the message names field, value and remedy.
     """
 
     model_type = "cmae"

@@ -92,7 +92,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices (`list`, *optional*): Backbone: which of `"stem", "stage1", ...` to return.
 
     Raises:
-        ValueError: A field has the wrong type or value; the message names field, value and remedy.
+        InputError: A field has the wrong type or value; the message names field, value and remedy.
 
     Example:
 
@@ -156,7 +156,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """As transformers', which sets overrides (`from_pretrained(..., mask_ratio=0.5)`) unchecked.
 
         Raises:
-            ValueError: Whatever is wrong with `config_dict`, which may come from anywhere.
+            InputError: Whatever is wrong with `config_dict`, which may come from anywhere.
         """
         cls._check_unknown(kwargs)
         cls._check_entries(config_dict)
@@ -180,7 +180,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             config.to_json_string()
             if config.dtype is not None:
                 _ = config.dtype.is_floating_point  # as a model will ask
-        except ValueError:
+        except InputError:
             raise
         except Exception as error:  # whatever transformers' own fields lead to, which it does not always check
             raise InputError(f"the configuration cannot be used: {type(error).__name__}: {error}") from error
@@ -256,7 +256,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
             kwargs: Fields that differ from the preset.
 
         Raises:
-            ValueError: The size has no such name, or a field is wrong.
+            InputError: The size has no such name, or a field is wrong.
         """
         if size not in SIZES:
             raise InputError(f"`model_size` is {size!r}; choose one of {', '.join(SIZES)}.")
@@ -268,7 +268,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     # -- checks -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raises ValueError for a field of the wrong type or value; done when the configuration or a model is made."""
+        """Raises InputError for a field of the wrong type or value; done when the configuration or a model is made."""
         self._check_activation()
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
             self._check_int(name)

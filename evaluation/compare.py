@@ -91,7 +91,7 @@ class Judging:
         """Refuses what would fail only after the training.
 
         Raises:
-            ValueError: An unknown protocol, or `dataset` has no such split, no classes, or images without a class.
+            InputError: An unknown protocol, or `dataset` has no such split, no classes, or images without a class.
         """
         unknown = [protocol for protocol in self.protocols if protocol not in PROTOCOLS]
         if unknown or not self.protocols or len(set(self.protocols)) < len(self.protocols):
@@ -129,7 +129,7 @@ class Cost:
     """What training by a recipe costs, by the number of steps.
 
     Raises:
-        ValueError: The training set is smaller than a batch.
+        InputError: The training set is smaller than a batch.
     """
 
     def __init__(self, recipe: Recipe, num_images: int):
@@ -229,7 +229,7 @@ def make_plan(
         reference, to a step.
 
     Raises:
-        ValueError: The recipes' data differ or cannot be read, or an argument is out of range.
+        InputError: The recipes' data differ or cannot be read, or an argument is out of range.
     """
     _check_recipes(recipes)
     for name, value in (("images_seen", images_seen), ("num_points", num_points)):
@@ -289,7 +289,7 @@ def keep_plan(plan: Plan, path: Path) -> None:
     """Writes the plan, or checks that it is the one that was written.
 
     Raises:
-        ValueError: It is another; the message names what differs.
+        InputError: It is another; the message names what differs.
     """
     new = plan.to_json()
     if not path.is_file():
@@ -446,7 +446,7 @@ def compare(
         What is in `table.json`; `None` after Ctrl-C.
 
     Raises:
-        ValueError: Unknown budgets, or another plan's folder.
+        InputError: Unknown budgets, or another plan's folder.
     """
     if not budgets or any(budget not in BUDGETS for budget in budgets) or len(set(budgets)) < len(budgets):
         raise InputError(f"`budgets` is {list(budgets)}; give some of {', '.join(BUDGETS)}, each at most once.")

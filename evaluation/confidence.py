@@ -34,7 +34,7 @@ def mean_interval(
         seed: Of the draws; the same seed gives the same interval.
 
     Raises:
-        ValueError: There is no value, or an option is out of range.
+        InputError: There is no value, or an option is out of range.
     """
     if values.ndim != 1 or not len(values):
         raise InputError(f"`values` has shape {tuple(values.shape)}; give (n,) with at least one sample.")

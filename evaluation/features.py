@@ -50,7 +50,7 @@ class LabelledImages(Dataset):
         class_names: By class number, or `None` where the data set gives numbers alone.
 
     Raises:
-        ValueError: There is no such column, the data set is empty or a stream, a label is missing, an image has several
+        InputError: There is no such column, the data set is empty or a stream, a label is missing, an image has several
             labels, labels are no classes (fractions), or a word is not in `class_names`. When indexed: an image cannot
             be decoded; the message names its index and path.
     """
@@ -105,7 +105,7 @@ class LabelledImages(Dataset):
         Of images that are files, their paths, sizes and times of change count, not what is in them.
 
         Raises:
-            ValueError: The processor does not say what it does.
+            InputError: The processor does not say what it does.
         """
         if not hasattr(self.processor, "to_json_string"):
             raise InputError(
@@ -148,7 +148,7 @@ def find_class_column(dataset: datasets.Dataset, name: str | None = None) -> str
     """The column of classes: as [`find_label_column`], or one of words, if it is named or called like one of labels.
 
     Raises:
-        ValueError: There is none or there are several, or what is there is no class: several labels, fractions.
+        InputError: There is none or there are several, or what is there is no class: several labels, fractions.
     """
     features = dataset.features
     candidates = [column for column in (LABEL_NAMES if name is None else [name]) if column in features]
@@ -267,7 +267,7 @@ def extract_features(
         cache are mapped from the file, and read as they are needed.
 
     Raises:
-        ValueError: An unknown feature or layer, or one that the model does not give.
+        InputError: An unknown feature or layer, or one that the model does not give.
     """
     feature = feature or default_feature(model, layer)
     if feature not in FEATURES:
@@ -599,7 +599,7 @@ def _reduced_size(num_channels: int, height: int, width: int) -> tuple[int, int]
 
 
 def check_features(part: str, features: Tensor) -> None:
-    """ValueError unless `features` is `(n, d)` with n >= 1 and finite; `part` is the argument's prefix: `"train"`."""
+    """InputError unless `features` is `(n, d)` with n >= 1 and finite; `part` is the argument's prefix: `"train"`."""
     if features.ndim != 2 or 0 in features.shape:
         raise InputError(f"`{part}_features` has shape {tuple(features.shape)}; give (n, d) with at least one sample.")
     if not torch.isfinite(features).all():
@@ -607,7 +607,7 @@ def check_features(part: str, features: Tensor) -> None:
 
 
 def check_labelled(part: str, features: Tensor, labels: Tensor) -> None:
-    """ValueError unless `features` passes [`check_features`] and `labels` is `(n,)`, integers >= 0, for the same n."""
+    """InputError unless `features` passes [`check_features`] and `labels` is `(n,)`, integers >= 0, for the same n."""
     check_features(part, features)
     if labels.ndim != 1 or len(labels) != len(features):
         raise InputError(
@@ -621,7 +621,7 @@ def check_labelled(part: str, features: Tensor, labels: Tensor) -> None:
 
 
 def check_same_width(train_features: Tensor, test_features: Tensor) -> None:
-    """ValueError unless `train_features` `(n, d)` and `test_features` `(m, d)` match, and the latter are finite."""
+    """InputError unless `train_features` `(n, d)` and `test_features` `(m, d)` match, and the latter are finite."""
     check_features("test", test_features)
     if train_features.shape[1] != test_features.shape[1]:
         raise InputError(

@@ -92,7 +92,7 @@ def few_shot_probe(
         seed: Of the first draw.
 
     Raises:
-        ValueError: As [`linear_probe`], or no class is large enough for any of `shots`.
+        InputError: As [`linear_probe`], or no class is large enough for any of `shots`.
     """
     check_labelled("train", train_features, train_labels)
     check_labelled("test", test_features, test_labels)

@@ -60,7 +60,7 @@ def knn_predict(
         For each k, the predicted classes, `(m,)` int64 on the references' device.
 
     Raises:
-        ValueError: Shapes do not match, features are not finite, labels are not classes, or an option is out of range.
+        InputError: Shapes do not match, features are not finite, labels are not classes, or an option is out of range.
     """
     ks = _check(train_features, train_labels, test_features, ks, chunk_size)
     if not temperature > 0:
@@ -100,7 +100,7 @@ def knn_accuracy(
     `test_labels` `(m,)` are the queries' classes; one that no reference has counts as an error.
 
     Raises:
-        ValueError: As [`knn_predict`], or `test_labels` does not match `test_features`.
+        InputError: As [`knn_predict`], or `test_labels` does not match `test_features`.
     """
     check_labelled("test", test_features, test_labels)
     predictions = knn_predict(
@@ -129,7 +129,7 @@ def knn_euclidean_accuracy(
     Of classes with equally many votes, the one with the nearest neighbour wins. Arguments as for [`knn_accuracy`].
 
     Raises:
-        ValueError: As [`knn_accuracy`].
+        InputError: As [`knn_accuracy`].
     """
     check_labelled("test", test_features, test_labels)
     _check(train_features, train_labels, test_features, (k,), chunk_size)

@@ -87,7 +87,7 @@ def linear_probe(
         max_iter: Most L-BFGS iterations for one candidate.
 
     Raises:
-        ValueError: Shapes do not match, features are not finite, labels are missing or too few, or an option is out
+        InputError: Shapes do not match, features are not finite, labels are missing or too few, or an option is out
             of range.
     """
     check_labelled("train", train_features, train_labels)
@@ -147,7 +147,7 @@ def regularization_path(
         One classifier for each L2 weight, in their order.
 
     Raises:
-        ValueError: There is one class only, shapes do not match, or features are not finite.
+        InputError: There is one class only, shapes do not match, or features are not finite.
     """
     check_labelled("train", features, labels)
     num_classes = int(labels.max()) + 1
@@ -237,7 +237,7 @@ def stratified_mask(labels: Tensor, share: float, seed: int) -> Tensor:
         seed: The same seed gives the same part, on any device.
 
     Raises:
-        ValueError: A class has fewer than two samples, of which at least one must stay, or `share` is out of range.
+        InputError: A class has fewer than two samples, of which at least one must stay, or `share` is out of range.
     """
     if not 0 < share < 1:
         raise InputError(f"`validation_share` is {share}; give a number between 0 and 1.")
@@ -272,7 +272,7 @@ def random_ranks(labels: Tensor, seed: int) -> Tensor:
 
 
 def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
-    """The candidates, the strongest first; ValueError unless there are some, all above 0."""
+    """The candidates, the strongest first; InputError unless there are some, all above 0."""
     if not l2_grid or not min(l2_grid) > 0:
         raise InputError(f"`l2_grid` is {tuple(l2_grid)}; give numbers above 0.")
     return sorted(set(l2_grid), reverse=True)

@@ -319,7 +319,7 @@ def evaluate_protocols(
         A result for each protocol, by its name.
 
     Raises:
-        ValueError: An unknown protocol, classes that differ between the sets, images that cannot be read, or what a
+        InputError: An unknown protocol, classes that differ between the sets, images that cannot be read, or what a
             protocol asks for is not there.
     """
     chosen = _choose_protocols(protocols)
@@ -369,7 +369,7 @@ def make_row(name: str, dimension: int, scores: Scores) -> EvaluationRow:
 
 
 def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
-    """ValueError unless both have the same class names in the same order, or none."""
+    """InputError unless both have the same class names in the same order, or none."""
     if train.class_names != test.class_names:
         found = [names and names[:5] for names in (train.class_names, test.class_names)]
         raise InputError(
@@ -430,7 +430,7 @@ def evaluate_model(
         options: The other arguments of [`evaluate_protocols`].
 
     Raises:
-        ValueError: There is no such model, the data set has no such split or column, and whatever
+        InputError: There is no such model, the data set has no such split or column, and whatever
             [`evaluate_protocols`] refuses.
     """
     _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
@@ -470,13 +470,13 @@ def load_splits(
     """Training and test images, and what the test images are; the arguments are those of [`evaluate_model`].
 
     Raises:
-        ValueError: There is no such split, both are the same images, or none can be held out.
+        InputError: There is no such split, both are the same images, or none can be held out.
     """
 
     def load(option: str, split: str) -> datasets.Dataset:
         try:
             return load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{error} (`{option}` chooses the split that is read here.)") from error
 
     train = load("train_split", train_split)
@@ -491,7 +491,7 @@ def load_splits(
         return train, test, test_split
     try:
         test = load("test_split", "test")
-    except ValueError:
+    except InputError:
         test = train  # there is no such split
     if train._fingerprint != test._fingerprint:
         return train, test, "test"

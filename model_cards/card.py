@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
+from clmae.configuration.errors import InputError
 from clmae.model_cards import sections
 from clmae.model_cards.families import FAMILIES
 from clmae.model_cards.files import write_whole
@@ -29,7 +30,7 @@ _AUTHOR_DEFAULT = """\
 *To be written by the model's author.*"""
 
 
-class EditedCardError(ValueError):
+class EditedCardError(InputError):
     """A card holds words that making it anew would lose."""
 
 
@@ -147,7 +148,7 @@ def write_card(
 
     Raises:
         EditedCardError: There is a README.md that was not made here, or was edited outside of the author's section.
-        ValueError: As [`read_run`].
+        InputError: As [`read_run`].
     """
     run, path = read_run(folder), Path(folder, CARD_NAME)
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -80,7 +80,7 @@ def check_folder(folder: str | os.PathLike, progress: Callable[[list], Any] = it
         progress: Wraps the list of weight files, to show how far it is.
 
     Raises:
-        ValueError: It says everything that is wrong.
+        InputError: It says everything that is wrong.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,7 +115,7 @@ def check_card(folder: str | os.PathLike) -> None:
     """Refuses a card that is missing, has no front matter, or shows pictures that are not there.
 
     Raises:
-        ValueError: It says what is wrong.
+        InputError: It says what is wrong.
     """
     folder = Path(folder)
     card = folder / CARD_NAME

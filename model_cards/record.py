@@ -168,7 +168,7 @@ def read_json(path: str | os.PathLike) -> Any:
     """What a JSON file holds; `None` if there is no such file.
 
     Raises:
-        ValueError: The file is no JSON.
+        InputError: The file is no JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))

@@ -49,7 +49,7 @@ def read_run(folder: str | os.PathLike) -> Run:
     """Reads an output folder.
 
     Raises:
-        ValueError: It holds no model of a family that cards are made for, or a broken file.
+        InputError: It holds no model of a family that cards are made for, or a broken file.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -88,7 +88,7 @@ def read_model_config(model_path: str | os.PathLike, name: str = "`model`", **kw
         kwargs: Of `AutoConfig.from_pretrained`.
 
     Raises:
-        ValueError: There is no such model, or its configuration cannot be read.
+        InputError: There is no such model, or its configuration cannot be read.
     """
     path = os.fspath(model_path)
     problem = None

@@ -131,7 +131,7 @@ class Import:
         """The model with these weights, without a second copy of them but for fused queries, keys and values.
 
         Raises:
-            ValueError: Weights are missing, or one has another shape than the others ask for.
+            InputError: Weights are missing, or one has another shape than the others ask for.
         """
         if self.missing:
             raise InputError(
@@ -165,7 +165,7 @@ def read_weights(weights: Mapping[str, torch.Tensor], **fields: Any) -> Import:
             before what is inferred.
 
     Raises:
-        ValueError: The layout is none of these, or a field that cannot be inferred was not given.
+        InputError: The layout is none of these, or a field that cannot be inferred was not given.
     """
     # DistributedDataParallel's prefix; and what transformers 5 calls the decoder's blocks in the files it writes, where
     # its renaming for version 4 reaches too far.
@@ -200,7 +200,7 @@ def read_weights(weights: Mapping[str, torch.Tensor], **fields: Any) -> Import:
 
 
 def detect_layout(names: Iterable[str]) -> Layout:
-    """The layout that the parameter `names` are in; ValueError if it is none that we know."""
+    """The layout that the parameter `names` are in; InputError if it is none that we know."""
     names = list(names)
     for layout, sign in _SIGNS:
         if sign in names:
@@ -416,7 +416,7 @@ def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
     """`(config.json, weights)` of timm's `VisionTransformer`; encoder or classifier, with either pooling.
 
     Raises:
-        ValueError: timm's model has no such activation or epsilon.
+        InputError: timm's model has no such activation or epsilon.
     """
     config = model.config
     for name, only in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):

@@ -87,7 +87,7 @@ def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: flo
     similarities.
 
     Raises:
-        ValueError: There is one image, and so nothing to tell it from.
+        InputError: There is one image, and so nothing to tell it from.
     """
     if len(first) < 2:
         raise InputError(

@@ -71,7 +71,7 @@ class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
 
 
 def check_masking(masking: str) -> None:
-    """ValueError where `masking` is none of those there are."""
+    """InputError where `masking` is none of those there are."""
     if masking not in MASKINGS:
         raise InputError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
 
@@ -181,7 +181,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: `masking` has no such value, or the images another shape than the configuration says.
+            InputError: `masking` has no such value, or the images another shape than the configuration says.
         """
         self._check_kwargs(kwargs)
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)

@@ -151,7 +151,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: The views are to be contrasted, but there is one of each image, or one image; or the images
+            InputError: The views are to be contrasted, but there is one of each image, or one image; or the images
                 have another shape than the configuration says.
         """
         self._check_kwargs(kwargs)

@@ -276,7 +276,7 @@ class MAEEmbeddings(nn.Module):
 def check_pixel_values(
     config: MAEConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None, views: bool = False
 ) -> tuple[int, int]:
-    """The patch grid `(h, w)` of `pixel_values`; ValueError where they are not what the configuration expects.
+    """The patch grid `(h, w)` of `pixel_values`; InputError where they are not what the configuration expects.
 
     With `views` every image has several: `(B, V, C, H, W)`.
     """
@@ -524,7 +524,7 @@ class MAEModel(MAEPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: The images have another shape than the configuration says, or not exactly one of
+            InputError: The images have another shape than the configuration says, or not exactly one of
                 `pixel_values` and `inputs_embeds` was given.
         """
         self._check_kwargs(kwargs)

@@ -17,7 +17,7 @@ class ScaledRateArguments(TrainingArguments):
     """`TrainingArguments` whose learning rate follows the total batch, with what MAE's recipes share as defaults.
 
     Raises:
-        ValueError: One of the fields is out of range; the message names it.
+        InputError: One of the fields is out of range; the message names it.
     """
 
     base_learning_rate: float = field(
@@ -108,7 +108,7 @@ class PretrainingArguments(ScaledRateArguments):
     computed from `base_learning_rate`.
 
     Raises:
-        ValueError: One of the fields below is out of range; the message names it.
+        InputError: One of the fields below is out of range; the message names it.
     """
 
     masker_learning_rate_multiplier: float = field(

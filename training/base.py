@@ -66,7 +66,7 @@ class BaseTrainer(Trainer):
     - Weight decay is on all that [`is_decayed`].
 
     Raises:
-        ValueError: The training set is smaller than a batch.
+        InputError: The training set is smaller than a batch.
     """
 
     args: ScaledRateArguments
@@ -99,7 +99,7 @@ class BaseTrainer(Trainer):
             kwargs: The Trainer's other arguments.
 
         Raises:
-            ValueError: The checkpoint is damaged, there is none, or another run uses `output_dir`.
+            InputError: The checkpoint is damaged, there is none, or another run uses `output_dir`.
             NonFiniteError: In pretraining, a loss or a gradient became nan or inf.
         """
         with run_lock(self.args.output_dir) if self.is_world_process_zero() else contextlib.nullcontext():
@@ -118,7 +118,7 @@ class BaseTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 chosen[0] = choose_checkpoint(wanted, self.args.output_dir)
-            except ValueError as error:
+            except InputError as error:
                 chosen[1] = str(error)
         checkpoint, message = broadcast_object_list(chosen)
         if message is not None:
@@ -240,7 +240,7 @@ def first_samples(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, 
     """The first sample of each data set that is not this project's own, with the name of its argument.
 
     Raises:
-        ValueError: A data set is empty.
+        InputError: A data set is empty.
     """
     several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
     for name, dataset in [("train_dataset", train_dataset), *(("eval_dataset", dataset) for dataset in several)]:
@@ -262,7 +262,7 @@ def check_pixel_values(name: str, sample: Any, pixel_values: Any, remedy: str) -
         remedy: What to do, as a sentence.
 
     Raises:
-        ValueError: `pixel_values` are missing, or no array of floats; the message says what came.
+        InputError: `pixel_values` are missing, or no array of floats; the message says what came.
     """
     with contextlib.suppress(TypeError, ValueError):  # lists of what are no numbers, or of unequal lengths
         pixel_values = torch.as_tensor(pixel_values) if isinstance(pixel_values, (list, np.ndarray)) else pixel_values

@@ -137,7 +137,7 @@ class ContrastiveCropCallback(_TrainerAware):
         """Takes the boxes of a checkpoint.
 
         Raises:
-            ValueError: The checkpoint has none, or of another number of images.
+            InputError: The checkpoint has none, or of another number of images.
         """
         path, boxes = Path(checkpoint) / self.file_name, self.trainer.train_dataset.crop_boxes
         if not path.is_file():

@@ -46,7 +46,7 @@ def contrastive_crop_box(
         `(top, left, height, width)` in pixels, inside the image.
 
     Raises:
-        ValueError: `box` is none, or `alpha` is not positive and finite.
+        InputError: `box` is none, or `alpha` is not positive and finite.
     """
     top, left, bottom, right = box = tuple(map(float, box))
     if not (0 <= top <= bottom <= 1 and 0 <= left <= right <= 1):  # also true for nan
@@ -132,7 +132,7 @@ def heat_map_box(
         float32 `(B, 4)` on the same device: `(top, left, bottom, right)` in fractions of the height and width.
 
     Raises:
-        ValueError: An argument has another shape or range than described.
+        InputError: An argument has another shape or range than described.
     """
     if heat_maps.ndim != 3 or 0 in heat_maps.shape[1:]:
         raise InputError(f"`heat_maps` has the shape {tuple(heat_maps.shape)}; give (batch, rows, columns) of patches.")
@@ -167,7 +167,7 @@ def box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         float32 `(B,)` in [0, 1]; 0 where both boxes have no area.
 
     Raises:
-        ValueError: The shapes are not both `(B, 4)`.
+        InputError: The shapes are not both `(B, 4)`.
     """
     if boxes.shape != others.shape or boxes.ndim != 2 or boxes.shape[1] != 4:
         raise InputError(

@@ -109,7 +109,7 @@ def load_image_dataset(
         `(dataset, image_column)`. A folder with several classes has a `"label"` column.
 
     Raises:
-        ValueError: There is no such source, split or column, or no image in it.
+        InputError: There is no such source, split or column, or no image in it.
     """
     if isinstance(source, (str, os.PathLike)):
         dataset = _load_path(os.fspath(source), split, config_name, streaming)
@@ -305,7 +305,7 @@ def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
     """The column of class labels: the one named, the only `ClassLabel`, or the only integer column named like one.
 
     Raises:
-        ValueError: There is none, there are several, or the one named holds no integers.
+        InputError: There is none, there are several, or the one named holds no integers.
     """
     features = _resolved(dataset).features
     if name is not None:
@@ -365,7 +365,7 @@ def hold_out(
         `(train, held_out)`, both in the data set's order.
 
     Raises:
-        ValueError: One of the parts would be empty.
+        InputError: One of the parts would be empty.
     """
     size = len(dataset)
     count = fraction_or_count if isinstance(fraction_or_count, int) else math.ceil(size * fraction_or_count)
@@ -500,9 +500,9 @@ class _ImageViews:
             )
         return image
 
-    def _error(self, where: str, value: Any, cause: Exception) -> ValueError:
+    def _error(self, where: str, value: Any, cause: Exception) -> InputError:
         path = value.get("path") if isinstance(value, dict) else None
-        return ValueError(
+        return InputError(
             f"image {where}{f' ({path})' if path else ''} of `dataset` cannot be used: {cause} "
             "Remove or replace it, or set `on_bad_image` to skip."
         )
@@ -537,7 +537,7 @@ class ImageDataset(_ImageViews, torch.utils.data.Dataset):
         on_bad_image (`str`): `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
     Raises:
-        ValueError: When constructed: the data set is empty, or its first image (with `"skip"`: every image) is bad.
+        InputError: When constructed: the data set is empty, or its first image (with `"skip"`: every image) is bad.
             When indexed: the image is bad, and `on_bad_image` is `"raise"`.
     """
 
@@ -610,7 +610,7 @@ class StreamingImageDataset(_ImageViews, torch.utils.data.IterableDataset):
         excluded (`frozenset[int]`): [`content_key`]s of images to leave out, because they are held out.
 
     Raises:
-        ValueError: As [`ImageDataset`]; with `on_bad_image="skip"` bad images are left out.
+        InputError: As [`ImageDataset`]; with `on_bad_image="skip"` bad images are left out.
     """
 
     def __init__(
@@ -832,7 +832,7 @@ class DataArguments:
         """Mean and standard deviation for each of `num_channels` channels, given or default.
 
         Raises:
-            ValueError: There is not one value a channel.
+            InputError: There is not one value a channel.
         """
         default = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if num_channels == 3 else ([0.5] * num_channels,) * 2
         mean = list(default[0] if self.image_mean is None else self.image_mean)
@@ -858,7 +858,7 @@ def build_datasets(
         `eval_split` is named, or if there is only one image.
 
     Raises:
-        ValueError: The data cannot be found, read or shown as asked.
+        InputError: The data cannot be found, read or shown as asked.
     """
     mean, std = args.mean_and_std(config.num_channels)
     image_size = pair(config.image_size)
@@ -893,7 +893,7 @@ def _split(args: DataArguments) -> tuple[ImageSource, ImageSource | None, frozen
     if args.eval_split is not None:
         try:
             evaluation = load_image_dataset(args.dataset, args.eval_split, **load)
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"{error} (Leave out `eval_split` to hold out training images instead.)") from error
     else:
         if isinstance(train, datasets.IterableDataset):

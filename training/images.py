@@ -30,8 +30,8 @@ _PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _PIL_VIA = {"La": "LA", "RGBa": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "LAB": "RGB"}
 
 
-class ImageDecodeError(ValueError):
-    """One image cannot be read; the message says why. (Wrong settings raise a plain ValueError.)"""
+class ImageDecodeError(InputError):
+    """One image cannot be read; the message says why. (Wrong settings raise a plain InputError.)"""
 
 
 # -- decoding ---------------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def decode_image(value: Any, num_channels: int, reduction: Callable[[int, int], 
 
     Raises:
         ImageDecodeError: The image is missing, broken, empty, or has other channels or values than described.
-        ValueError: `num_channels` is none that an encoded image can be converted to.
+        InputError: `num_channels` is none that an encoded image can be converted to.
     """
     if isinstance(value, dict):
         if value.get("bytes") is None and not value.get("path"):

@@ -188,7 +188,7 @@ class ResidentImageDataset(ImageDataset):
         device (`torch.device`): Where the images are kept: 1 byte a value, or 4 if they have more than 8 bits.
 
     Raises:
-        ValueError: The images differ in size or type, one of them is bad (unless these are skipped), they do not fit
+        InputError: The images differ in size or type, one of them is bad (unless these are skipped), they do not fit
             on the device, or `source` is for evaluation.
     """
 

@@ -169,7 +169,7 @@ def choose_checkpoint(wanted: str | os.PathLike | bool | None, output_dir: str |
     One that is named may be unsealed (another program may have written it), which is warned about.
 
     Raises:
-        ValueError: There is no valid checkpoint, or the one that was named is damaged; with what is wrong.
+        InputError: There is no valid checkpoint, or the one that was named is damaged; with what is wrong.
     """
     if not wanted:
         return None
@@ -237,7 +237,7 @@ def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
     network drives), nothing is locked.
 
     Raises:
-        ValueError: Another run holds it, or the folder cannot be written to.
+        InputError: Another run holds it, or the folder cannot be written to.
     """
     folder = os.path.realpath(output_dir)
     path = Path(folder, LOCK_NAME)

@@ -81,7 +81,7 @@ class CurriculumTrainer(BaseTrainer):
     are keyed by seed, step and process.
 
     Raises:
-        ValueError: `args` are no [`PretrainingArguments`]; a data set is empty, too small, or without pixels.
+        InputError: `args` are no [`PretrainingArguments`]; a data set is empty, too small, or without pixels.
 
     Example:
 

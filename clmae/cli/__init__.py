@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
         # Imported only now: the help does not wait for matplotlib and datasets.
         return importlib.import_module(f"clmae.cli.{name}").run(rest)
-    except ValueError as error:  # InputError among them: what the user gave cannot be worked with
+    except InputError as error:
         print(f"clmae: error: {error}", file=sys.stderr)
         return 2
     except ArithmeticError as error:

@@ -110,7 +110,7 @@ def recipe(path: str, overrides: Sequence[str], output_dir: str) -> Recipe:
     argv = ["--config", path, *overrides, "--output_dir", output_dir]
     try:
         config, data, args, known = read_arguments(argv)
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"recipe {path}: {error}") from error
     return Recipe(Path(path).stem, config, data, args, _options(path, overrides, known))
 

@@ -62,7 +62,7 @@ def run(protocol: str, argv: Sequence[str]) -> int:
 
     Raises:
         InputError: The command line is wrong, or the model cannot be loaded.
-        ValueError: What was given cannot be worked with.
+        InputError: What was given cannot be worked with.
     """
     if protocol not in PROTOCOLS:
         raise InputError(

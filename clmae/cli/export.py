@@ -136,7 +136,7 @@ def run_source(source: Source) -> Outputs:
 
 
 def check(outputs: Outputs, expected: Outputs) -> None:
-    """Prints the largest difference of each of the exported model's outputs; ValueError if one is too large."""
+    """Prints the largest difference of each of the exported model's outputs; InputError if one is too large."""
     for name, output in outputs.items():
         difference = (output - expected[name]).abs().max().item()
         print(f"max abs difference from the source, {name}: {difference:.1e}")

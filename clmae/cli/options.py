@@ -137,9 +137,12 @@ def parse(
         if argument.startswith("--") and name.removeprefix("no_") not in names and name not in names:
             raise InputError(f"unknown option {argument.partition('=')[0]!r}{nearest(name, names)}")
     parser.error = _raise_usage_error  # argparse would print the whole usage and exit
-    *objects, unknown = parser.parse_args_into_dataclasses(
-        [*recipe_to_argv(recipe), *rest], return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *objects, unknown = parser.parse_args_into_dataclasses(
+            [*recipe_to_argv(recipe), *rest], return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # transformers' own, of TrainingArguments that do not go together
+        raise InputError(str(error)) from error
     if unknown:
         raise InputError(f"unknown argument {unknown[0]!r}; options begin with --")
     return tuple(objects)

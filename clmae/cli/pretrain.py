@@ -97,7 +97,7 @@ def read_arguments(
     """What to train, on what and how; and every option's value by its name.
 
     Raises:
-        InputError, ValueError: An option is unknown, has a wrong value, or does not go with another.
+        InputError: An option is unknown, has a wrong value, or does not go with another.
     """
     config_class = FAMILIES[_family(argv)][0]
     groups = {

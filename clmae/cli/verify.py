@@ -61,7 +61,7 @@ def unsealed_problems(folder: Path) -> list[str]:
         if not isinstance(config, dict):
             return ["config.json is missing." if config is None else "config.json holds no configuration."]
         problems = [f"{name} is missing." for name in code_files(folder) if not (folder / name).is_file()]
-    except ValueError as error:
+    except InputError as error:
         return [str(error)]
     names: dict[str, set[str]] = {"model.safetensors": set()}  # of the weights that each file is to hold
     if not (folder / "model.safetensors").is_file() and index is not None:

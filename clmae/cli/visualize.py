@@ -48,7 +48,7 @@ def run(argv: Sequence[str]) -> int:
     for path in args.images:
         try:
             views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
-        except ValueError as error:
+        except InputError as error:
             raise InputError(f"`images`: {path}: {error}") from error
     num_patches = math.prod(n // p for n, p in zip(size, pair(model.config.patch_size), strict=True))
     noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))

@@ -50,7 +50,7 @@ class ClassificationArguments(ScaledRateArguments):
     `load_best_model_at_end` asks for) a part of the training set is held out, and evaluated on.
 
     Raises:
-        ValueError: One of the fields is out of range; the message names it.
+        InputError: One of the fields is out of range; the message names it.
     """
 
     output_dir: str | None = field(

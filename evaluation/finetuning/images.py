@@ -32,7 +32,7 @@ def label_subset(
         Indices in ascending order.
 
     Raises:
-        ValueError: Both sizes are given, one is out of range, or a class has too few samples.
+        InputError: Both sizes are given, one is out of range, or a class has too few samples.
     """
     if labels_per_class is not None and label_fraction is not None:
         raise InputError(
@@ -76,7 +76,7 @@ class AugmentedImages(ImageDataset):
         randaugment_magnitude, randaugment_std, random_erasing_probability: See [`FinetuningArguments`].
 
     Raises:
-        ValueError: As [`ImageDataset`]; or RandAugment is to be done on images with other than 1 or 3 channels.
+        InputError: As [`ImageDataset`]; or RandAugment is to be done on images with other than 1 or 3 channels.
     """
 
     def __init__(
@@ -130,9 +130,9 @@ class AugmentedImages(ImageDataset):
                 pixels = self.randaugment(pixels)
         return pixels
 
-    def _error(self, where: str, value: Any, cause: Exception) -> ValueError:
+    def _error(self, where: str, value: Any, cause: Exception) -> InputError:
         path = value.get("path") if isinstance(value, dict) else None
-        return ValueError(
+        return InputError(
             f"image {where}{f' ({path})' if path else ''} of the training images cannot be used: {cause} Remove or "
             "replace it."
         )

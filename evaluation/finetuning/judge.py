@@ -83,7 +83,7 @@ def finetune(
         Rows `"pretrained"` and its baseline, in percent; the settings hold all that is needed to repeat them.
 
     Raises:
-        ValueError: There is no such model; something else that was given cannot be worked with; `output_dir` holds
+        InputError: There is no such model; something else that was given cannot be worked with; `output_dir` holds
             another run.
 
     >>> finetune("out/mae", "./labelled", FinetuningArguments(output_dir="out/ft", num_train_epochs=20)).to_markdown()

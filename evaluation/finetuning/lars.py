@@ -37,7 +37,7 @@ class LARS(torch.optim.Optimizer):
         trust_coefficient: η, above 0.
 
     Raises:
-        ValueError: A number is out of range.
+        InputError: A number is out of range.
     """
 
     def __init__(

@@ -85,7 +85,7 @@ def load_classifier(
         num_classes, class_names: Of the head.
 
     Raises:
-        ValueError: There is no such checkpoint, it is of another kind, or lacks weights of the encoder.
+        InputError: There is no such checkpoint, it is of another kind, or lacks weights of the encoder.
     """
     config = read_model_config(model_path)
     probe = isinstance(args, LinearLarsArguments)

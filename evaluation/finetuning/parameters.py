@@ -22,7 +22,7 @@ def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
         The depths by parameter name, and the number of blocks L.
 
     Raises:
-        ValueError: There are no numbered blocks.
+        InputError: There are no numbered blocks.
     """
     names = [name for name, _ in model.named_parameters()]
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
@@ -70,7 +70,7 @@ def freeze_all_but_last(model: nn.Module, trained_blocks: int) -> None:
     """Leaves gradients to the last blocks and what follows them (last LayerNorm, classifier).
 
     Raises:
-        ValueError: There are not so many blocks.
+        InputError: There are not so many blocks.
     """
     ids, depth = layer_ids(model)
     if not 0 <= trained_blocks <= depth:

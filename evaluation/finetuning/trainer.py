@@ -42,7 +42,7 @@ class EMACallback(TrainerCallback):
         """Takes the average of a checkpoint.
 
         Raises:
-            ValueError: It has none.
+            InputError: It has none.
         """
         path = Path(checkpoint) / self.file_name
         if not path.is_file():
@@ -94,7 +94,7 @@ class ClassificationTrainer(BaseTrainer):
         num_classes: Of the targets.
 
     Raises:
-        ValueError: `train_dataset` is of another kind, `eval_dataset` empty or without pixels.
+        InputError: `train_dataset` is of another kind, `eval_dataset` empty or without pixels.
     """
 
     args: ClassificationArguments

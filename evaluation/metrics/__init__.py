@@ -12,7 +12,7 @@ def metric_folder(name: str) -> str:
     """The folder of one of `METRICS`, for `evaluate.load(metric_folder("top1_accuracy"))`.
 
     Raises:
-        ValueError: There is no such metric.
+        InputError: There is no such metric.
     """
     if name not in METRICS:
         raise InputError(f"`name` is {name!r}; choose one of {', '.join(METRICS)}.")

@@ -29,7 +29,7 @@ def class_counts(predictions: Tensor, references: Tensor) -> ClassCounts:
     """Counts of predicted and true classes, both `(n,)` integers >= 0; as many classes as the largest needs.
 
     Raises:
-        ValueError: There is no sample, shapes differ, or the numbers are no classes.
+        InputError: There is no sample, shapes differ, or the numbers are no classes.
     """
     for name, labels in (("predictions", predictions), ("references", references)):
         if labels.ndim != 1 or not len(labels) or len(labels) != len(references):
@@ -80,7 +80,7 @@ def true_class_ranks(scores: Tensor, references: Tensor) -> Tensor:
         references: `(n,)` integers >= 0; a class without a column is rated below all others.
 
     Raises:
-        ValueError: Shapes do not match, or a score is not finite.
+        InputError: Shapes do not match, or a score is not finite.
     """
     if scores.ndim != 2 or 0 in scores.shape or references.shape != scores.shape[:1]:
         raise InputError(
@@ -101,7 +101,7 @@ def top_k_accuracy(scores: Tensor, references: Tensor, k: int) -> float:
     """Share of the samples whose class is among the k rated highest, in [0, 1]; see [`true_class_ranks`].
 
     Raises:
-        ValueError: As [`true_class_ranks`], or k is not in [1, num_classes].
+        InputError: As [`true_class_ranks`], or k is not in [1, num_classes].
     """
     ranks = true_class_ranks(scores, references)
     if not 1 <= k <= scores.shape[1]:

@@ -24,6 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining
 import clmae.cli.pretrain
 from clmae import FAMILIES, model_cards
 from clmae.cli import main
+from clmae.configuration.errors import InputError
 from clmae.model_cards import hub_files
 from clmae.modeling.conversion import to_mae
 from clmae.training.data import make_image_processor
@@ -93,7 +94,7 @@ def parsed(monkeypatch):
 
     def stop(data, config, seed):
         seen.update(data=data, config=config, seed=seed)
-        raise ValueError("this far and no further")
+        raise InputError("this far and no further")
 
     monkeypatch.setattr(clmae.training.build, "build_datasets", stop)
     return seen
@@ -108,6 +109,16 @@ def error(capsys, *argv):
 
 
 # -- clmae ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["pretrain", "verify", "visualize"])
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, command):
+    def run(argv):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(f"clmae.cli.{command}.run", run)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        main([command])
 
 
 def test_no_command_shows_how(capsys):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clmae import FAMILIES
 from clmae.cli.evaluate_trained import PROTOCOLS, run
-from clmae.cli.options import UsageError
+from clmae.configuration.errors import InputError
 from clmae.training.data import make_image_processor
 
 
@@ -94,7 +94,7 @@ def test_second_run_goes_on_only_if_it_is_told_to(inputs, tmp_path):
     ],
 )
 def test_wrong_use_is_refused_at_once(inputs, protocol, options, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(InputError, match=message):
         run(protocol, [*inputs, *options])
 
 

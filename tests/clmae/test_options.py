@@ -10,7 +10,6 @@ import pytest
 
 from clmae import CLMAEConfig, MAEConfig
 from clmae.cli.options import (
-    UsageError,
     config_options,
     given,
     nearest,
@@ -19,6 +18,7 @@ from clmae.cli.options import (
     recipe_to_argv,
     split_recipe,
 )
+from clmae.configuration.errors import InputError
 
 
 @dataclass
@@ -91,7 +91,7 @@ def test_booleans_take_a_value(text, value):
     ],
 )
 def test_mistakes_are_named(argv, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(InputError, match=message):
         parse_both(*argv)
 
 
@@ -153,17 +153,17 @@ def test_an_empty_value_is_that_of_an_option_that_has_none_by_default(recipe):
     ],
 )
 def test_bad_recipes(recipe, text, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(InputError, match=message):
         parse_both("--config", recipe(text))
 
 
 def test_recipe_that_is_not_there_or_no_text(tmp_path):
-    with pytest.raises(UsageError, match=r"--config .*none.yaml: No such file"):
+    with pytest.raises(InputError, match=r"--config .*none.yaml: No such file"):
         read_recipe(tmp_path / "none.yaml")
-    with pytest.raises(UsageError, match="--config"):
+    with pytest.raises(InputError, match="--config"):
         read_recipe(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(UsageError, match="not a YAML file"):
+    with pytest.raises(InputError, match="not a YAML file"):
         read_recipe(tmp_path / "binary.yaml")
 
 
