@@ -84,7 +84,7 @@ class RunRecord:
             held_out = next(iter(held_out.values()), None)
         record = {
             "sessions": self.sessions,
-            "total_train_batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "total_train_batch_size": args.total_train_batch_size,
             "seed": args.seed,
             "arguments": changed_arguments(args),
             "data": {

@@ -190,7 +190,9 @@ class BaseTrainer(Trainer):
             self._in_checkpoint, self.args.save_total_limit = False, limit
         self.accelerator.wait_for_everyone()  # each process saves its own random state
         if self.args.should_save:
-            seal(folder)
+            # Without the arguments, which name local folders and are not pushed with a checkpoint.
+            files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name != TRAINING_ARGS_NAME]
+            seal(folder, [name.as_posix() for name in files])
             rotate_checkpoints(run, self.state.global_step, limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -97,14 +97,13 @@ def load_classifier(
     options: dict[str, Any] = {"dtype": torch.float32}
     if fastest_attention(args.device) == "eager":  # which every model has
         options["attn_implementation"] = "eager"
-    if released_mae:
-        model = _from_vit_mae(model_path, config, probe)
-    else:
-        auto = AutoModel if probe else AutoModelForImageClassification
-        model, info = auto.from_pretrained(
-            model_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
-        )
-        _check_loaded(model_path, model, info["missing_keys"])
+    encoder_class, classifier_class = (
+        (MAEModel, MAEForImageClassification) if released_mae else (AutoModel, AutoModelForImageClassification)
+    )
+    model, info = (encoder_class if probe else classifier_class).from_pretrained(
+        model_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+    )
+    _check_loaded(model_path, model, info["missing_keys"])
     if probe:
         model = LinearProbe(model, num_classes, args.feature)
     _new_head(model, args)
@@ -126,17 +125,6 @@ def from_scratch(model: nn.Module, args: ClassificationArguments) -> nn.Module:
 def _mae_config(config: PretrainedConfig) -> MAEConfig:
     shared = inspect.get_annotations(MAEConfig).keys() & config.to_dict().keys()
     return MAEConfig(**{name: getattr(config, name) for name in shared if not name.startswith("_")})
-
-
-def _from_vit_mae(model_path: str | os.PathLike, config: MAEConfig, probe: bool) -> PreTrainedModel:
-    # In memory, because transformers reads (and renames) several generations of these files. The names are the same.
-    weights = AutoModel.from_pretrained(model_path, dtype=torch.float32).state_dict()
-    model = (MAEModel if probe else MAEForImageClassification)(config)
-    encoder = model if probe else model.vit
-    if not probe:
-        weights = {name: value for name, value in weights.items() if not name.startswith("layernorm.")}
-    encoder.load_state_dict(weights)
-    return model
 
 
 def _set_up(
