@@ -71,7 +71,7 @@ def _wide(summary: pd.DataFrame, seeds: int, with_costs: bool = True) -> pd.Data
 
     training = summary["protocol"] == "training"
     title = summary["column"].where(training, summary["protocol"] + ", " + summary["column"])
-    order = pd.concat([title[~training], title[training]]).unique()
+    order = sorted(title.unique(), key=lambda name: (name in set(title[training]), name == "s / step"))
     summary = summary.assign(title=title, text=summary.apply(cell, axis=1))
     table = summary.pivot(index="label", columns="title", values="text").fillna("-")
     table = table.reindex(index=summary["label"].unique(), columns=order)
