@@ -1,7 +1,7 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Faults, injected into runs: they are killed and hurt at random moments.
 
-    python benchmarks/faults.py                                               # all, about 15 minutes on one core
+    python benchmarks/faults.py                                              # all, about 15 minutes on one core
     python benchmarks/faults.py kill disk --scale 0.1 --output some_folder   # two of them, a tenth of the cases
 
 Writes `results.csv` and `results.md`: how many faults were tried, survived and lost; what is there of other faults
@@ -209,37 +209,6 @@ def undisturbed(processes: int = 1, **options: Any) -> tuple[Path, dict[str, tor
     return whole.parent, load_file(whole / "model.safetensors"), time.perf_counter() - begin
 
 
-def stop_runs(number: int, count: int, rng: random.Random) -> Row:
-    """Sends a signal at random moments of runs, which are resumed and stopped again; at their ends, compares."""
-    outcomes: Counter[str] = Counter()
-    scratch, expected, seconds = undisturbed()
-    folder, stopped, before = scratch / "run", 0, 0
-    while outcomes.total() < count:
-        process = start(folder)
-        # Mostly early: several stops in each run. Saves and evaluations are most of the time.
-        time.sleep(rng.uniform(0.05, 1) ** 2 * seconds)
-        finished = process.exitcode is not None
-        if not finished:
-            os.kill(process.pid, number)
-            end(process)
-            stopped += 1
-            last, _ = last_valid_checkpoint(folder)
-            step = 0 if last is None else checkpoint_step(last)
-            outcomes["a checkpoint was lost"] += step < before
-            before = step
-        if finished or stopped + outcomes.total() >= count:
-            outcomes[judge(folder, expected)] += stopped
-            shutil.rmtree(folder)
-            stopped = before = 0
-    return row(f"{signal.Signals(number).name} at a random moment", +outcomes, ("same weights",))
-
-
-def kill(scale: float, rng: random.Random) -> list[Row]:
-    """SIGKILL, SIGTERM and SIGINT at random moments."""
-    numbers = {signal.SIGKILL: 36, signal.SIGTERM: 12, signal.SIGINT: 12}
-    return [stop_runs(number, max(1, round(count * scale)), rng) for number, count in numbers.items()]
-
-
 def limit_files(size: int) -> None:
     """No file of this process can grow beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -326,21 +295,30 @@ class Injury(NamedTuple):
     Attributes:
         fault: Its line in the table.
         inflict: Called with the process, its folder and a source of random numbers.
-        code: Exit code of a run that was hurt.
+        code: Exit code of a run that was hurt; any, if not given.
         message: What it leaves in `log.txt`.
         before: As in [`start`].
         processes: As in [`start`].
+        count: How often.
     """
 
     fault: str
     inflict: Callable[[Any, Path, random.Random], None]
-    code: int
+    code: int | None
     message: str
     before: Callable[[], None] | None = None
     processes: int = 1
+    count: int = 10
+
+
+def stop(number: signal.Signals, count: int) -> Injury:
+    """By a signal. Saves and evaluations are most of a run's time, and so most of what is interrupted."""
+    fault = f"{number.name} at a random moment"
+    return Injury(fault, lambda process, *_: os.kill(process.pid, number), None, "", count=count)
 
 
 # fmt: off
+SIGNALS = (stop(signal.SIGKILL, 36), stop(signal.SIGTERM, 12), stop(signal.SIGINT, 12))
 INJURIES = {
     "workers": Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid"),
     "ranks": Injury(
@@ -358,7 +336,7 @@ def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
     outcomes, slowest, how = Counter(), 0.0, {"before": injury.before, "processes": injury.processes}
     scratch, expected, seconds = undisturbed(injury.processes)
     folder = scratch / "run"
-    for _ in range(max(1, round(10 * scale))):
+    for _ in range(max(1, round(injury.count * scale))):
         process = start(folder, **how)
         time.sleep(rng.uniform(0.1, 0.7) * seconds)
         late = process.exitcode is not None
@@ -370,7 +348,7 @@ def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
         log = (folder / "log.txt").read_text(errors="replace")
         if late or (code == 0 and injury.message not in log):
             outcomes[f"too late, {judge(folder, expected, **how)}"] += 1
-        elif code == injury.code and injury.message in log:
+        elif code is not None and injury.code in (None, code) and injury.message in log:
             outcomes[judge(folder, expected, **how)] += 1
         else:
             outcomes[f"ended with {code} and {last_line(folder)}"] += 1
@@ -441,7 +419,8 @@ def same(scale: float, rng: random.Random) -> list[Row]:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, Callable[[float, random.Random], list[Row]]] = {
-    **{"kill": kill, "disk": disk},
+    "kill": lambda scale, rng: [row for injury in SIGNALS for row in injure(injury, scale, rng)],
+    "disk": disk,
     **{name: functools.partial(injure, injury) for name, injury in INJURIES.items()},
     "same": same,
 }

@@ -88,26 +88,19 @@ def test_nothing_grows_over_a_short_soak(soak, tmp_path, monkeypatch):
     monkeypatch.setattr(soak, "WINDOW", 10)
     often = dict(eval_steps=20, difficulty_steps=20, save_steps=40, picture_steps=80, contrastive_crop_interval=0.2)
     windows = soak.soak(tmp_path, 160, **often)
-    assert [window["step"] for window in windows] == list(range(10, 161, 10))
+    assert list(windows["step"]) == list(range(10, 161, 10))
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-120", "checkpoint-160"}
     assert len(list((tmp_path / "pictures").glob("step-*.png"))) == 3
     settled = windows[5:]  # after the first evaluation, checkpoint, refresh and picture
-    assert len({window["open_files"] for window in settled}) == 1
-    assert settled[-1]["memory_mib"] - settled[0]["memory_mib"] < 16  # what drawing keeps at first, twice
+    assert settled["open_files"].nunique() == 1
+    assert settled["memory_mib"].iloc[-1] - settled["memory_mib"].iloc[0] < 16  # what drawing keeps at first, twice
 
 
 def test_what_grows_is_found(soak):
-    flat = [
-        {"step": step, "memory_mib": 900.0, "open_files": 20.0, "step_seconds": 0.01} for step in range(0, 2000, 50)
-    ]
-    assert [row["within"] for row in soak.judge(flat)] == [True] * 3
+    flat = pd.DataFrame({"step": range(0, 2000, 50), "memory_mib": 900.0, "open_files": 20.0, "step_seconds": 0.01})
+    assert list(soak.check(flat)["verdict"]) == ["flat"] * 3
     for name, growth in (("memory_mib", 2e-3), ("open_files", 1e-2), ("step_seconds", 1e-6)):
-        grown = [window | {name: window[name] + growth * window["step"]} for window in flat]
-        rows = {row["quantity"]: row for row in soak.judge(grown)}
-        assert [quantity for quantity, row in rows.items() if not row["within"]] == [name]
-        assert rows[name]["growth"] == pytest.approx(1000 * growth)
-        assert rows[name]["standard_error"] == pytest.approx(0, abs=1e-6)
-    generator = soak.np.random.default_rng(0)
-    steps = soak.np.arange(0, 10_000, 50.0)
-    found = [soak.slope(steps, generator.normal(0, 1, len(steps))) for _ in range(300)]
-    assert soak.np.std([growth for growth, _ in found]) == pytest.approx(found[0][1], rel=0.2)
+        rows = soak.check(flat.assign(**{name: flat[name] + growth * flat["step"]})).set_index("quantity")
+        assert list(rows.index[rows["verdict"] == "grows"]) == [name]
+        assert rows.loc[name, "growth"] == pytest.approx(1000 * growth)
+        assert rows.loc[name, "standard error"] == pytest.approx(0, abs=1e-6)
