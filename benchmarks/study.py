@@ -34,7 +34,8 @@ from transformers.utils import logging
 from clmae.cli.compare import WITHOUT_EFFECT
 from clmae.cli.options import recipe_to_argv
 from clmae.cli.pretrain import read_arguments
-from clmae.evaluation.compare import BASELINES, Cell, Evaluation, Plan, Recipe, Runner, last_difficulty, make_plan
+from clmae.evaluation.compare import Runner, last_difficulty
+from clmae.evaluation.plan import BASELINES, Cell, Evaluation, Plan, Recipe, make_plan
 from clmae.evaluation.report import PROTOCOLS
 from clmae.evaluation.tables import BUDGETS, accuracy_figure, curves_figure, results_to_markdown, summarize
 from clmae.model_cards.files import write_whole

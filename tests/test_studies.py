@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from clmae.evaluation import compare
+from clmae.evaluation import plan
 from clmae.model_cards.card import write_card
 
 from .training.runs import pil_dataset
@@ -84,7 +84,7 @@ def study(module, home, monkeypatch, capsys):
     """`study("run", ...)`: exit code, and what was printed."""
     monkeypatch.chdir(home)
     # Counted in test_compare.py, which takes its time.
-    monkeypatch.setattr(compare, "count_step_flops", lambda config, args: 3e6 if config.model_type == "cl_mae" else 1e6)
+    monkeypatch.setattr(plan, "count_step_flops", lambda config, args: 3e6 if config.model_type == "cl_mae" else 1e6)
 
     def call(command: str, *argv: object, output_dir: str | Path = "out", study: str = "tiny") -> tuple[int, str]:
         options = [study, "--output_dir", str(output_dir), "--dataset", "data"]
@@ -151,8 +151,7 @@ def test_two_processes_do_each_cell_once(study, home, tmp_path):
         "data",
         *options,
     ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(compare.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = str(BENCHMARKS.parent)
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen(argv, cwd=home, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]

@@ -11,7 +11,8 @@ from typing import Any
 
 from clmae.cli.options import UsageError, parse, read_recipe, split_options
 from clmae.cli.pretrain import read_arguments
-from clmae.evaluation.compare import BUDGETS, NUM_POINTS, Evaluation, Recipe, compare, make_plan
+from clmae.evaluation.compare import compare
+from clmae.evaluation.plan import BUDGETS, NUM_POINTS, Evaluation, Recipe, make_plan
 from clmae.evaluation.report import PROTOCOLS
 
 EXAMPLES = """\
@@ -80,8 +81,8 @@ def run(argv: Sequence[str]) -> int:
         own,
         prog="clmae compare",
         description="Pretrain by several recipes on the same images, with the same number of images seen and with the\n"
-        "same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. Killed at any point,\n"
-        "the same command goes on where it was.",
+        "same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. Killed at any\n"
+        "point, the same command goes on where it was.",
         examples=EXAMPLES,
     )
     recipes = [recipe(path, overrides, args.output_dir) for path in args.recipes]

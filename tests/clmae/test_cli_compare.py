@@ -26,6 +26,7 @@ from transformers import Trainer
 import clmae
 import clmae.evaluation.compare as module
 from clmae.cli import main
+from clmae.evaluation import plan
 from clmae.training.trainer import CurriculumTrainer
 
 PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
@@ -143,7 +144,7 @@ def test_a_run_is_what_pretrain_makes(finished, home):
 def test_a_finished_comparison_is_not_done_again(finished, monkeypatch, capsys):
     before = table_without_seconds(finished)
     (finished / "table.json").unlink()
-    monkeypatch.setattr(module, "evaluate_model", None)  # calling it would raise
+    monkeypatch.setattr(plan, "evaluate_model", None)  # calling it would raise
     monkeypatch.setattr(module, "CurriculumTrainer", None)
     assert main(command(finished, "--logging_steps", "7")) == 0  # an option without an effect
     assert "13 of 13 results are there" in capsys.readouterr().out
@@ -257,7 +258,7 @@ def half_an_optimizer(trainer, folder):
 PLACES = [
     lambda: kill_at(CurriculumTrainer, "training_step", 6 + 7),  # in the 7th step of the second run
     lambda: kill_at(Trainer, "_save_optimizer_and_scheduler", 1, half_an_optimizer),  # in its second checkpoint
-    lambda: kill_at(module, "evaluate_model", 2),  # between the points of its curve
+    lambda: kill_at(plan, "evaluate_model", 2),  # between the points of its curve
     lambda: kill_at(module, "summarize"),  # when only table.json is written
 ]
 
