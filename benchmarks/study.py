@@ -171,16 +171,13 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
     write_whole(base.with_suffix(".csv"), summarize(results[results["final"]]).to_csv(index=False))
     figures = {"": accuracy_figure(results), "-curves": curves_figure(results)}
     if settings.get("measure"):
-        rows = {(name, b): plan.steps[b][name] for b, name in plan.rows() if b}
-        logs = {
-            plan.recipes[name].label + (", equal compute" if b == "compute" else ""): [
-                log
-                for cell_run in {c.run for c in plan.cells([(b, name)], seeds)}
-                if (log := runner.training_log(cell_run))
-            ]
-            for name, b in rows
-        }
-        figures |= measure.figures({label: group for label, group in logs.items() if group})
+        logs: dict[str, list[measure.Log]] = {}
+        for run in dict.fromkeys(cell.run for cell in plan.cells(plan.rows(), seeds)):
+            if log := runner.training_log(run):
+                longer = plan.steps["images"][run.recipe] != run.steps
+                label = plan.recipes[run.recipe].label + ", equal compute" * longer
+                logs.setdefault(label, []).append(log)
+        figures |= measure.figures(logs)
     for name, figure in figures.items():
         save_figure(figure, base.with_name(f"{base.name}{name}.png"))
     print(text)

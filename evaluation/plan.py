@@ -312,19 +312,17 @@ def make_plan(
         if value is not None and value < 1:
             raise ValueError(f"`{name}` is {value}; give at least 1.")
     choose("baselines", baselines, BASELINES, least=0)
-    names = [recipe.name for recipe in recipes]
-    if reference is not None and reference not in names:
+    if reference is not None and reference not in (names := [recipe.name for recipe in recipes]):
         raise ValueError(f"`reference` is {reference!r}; give the name of one of the recipes: {', '.join(names)}.")
     for evaluation in evaluations.values():
         evaluation.check()
     first = recipes[0]
-    dataset, *_ = build_datasets(first.data, first.config, first.args.seed)
+    dataset = build_datasets(first.data, first.config, first.args.seed)[0]
     if not hasattr(dataset, "__len__"):
         raise ValueError("`streaming` gives no number of images to compare by; leave it out.")
     costs = {recipe.name: Cost(recipe, len(dataset)) for recipe in recipes}
     if images_seen is None:
-        cost = costs[first.name]
-        steps = first.args.max_steps
+        cost, steps = costs[first.name], first.args.max_steps
         steps = steps if steps > 0 else math.ceil(first.args.num_train_epochs * cost.steps_per_epoch)
         images_seen = steps * cost.images_per_step
     by_images = {name: max(1, round(images_seen / cost.images_per_step)) for name, cost in costs.items()}

@@ -115,6 +115,8 @@ def _draw(axis: Any, x: Sequence[Any], table: pd.DataFrame, **style: Any) -> Non
 def accuracy_figure(results: pd.DataFrame) -> Figure:
     """A panel for each dataset and protocol, a line or point for each row, with the 95 % interval over the seeds."""
     table = summarize(headlines(results[results["final"] & (results["protocol"] != "training")]))
+    # The reference is one run under both budgets.
+    table = table.drop_duplicates(["recipe", "step", "dataset", "protocol", "column"])
     table["name"] = table["label"].where(table["budget"] != "compute", table["label"] + ", equal compute")
     panels = list(table.groupby(["dataset", "protocol"], sort=False))
     height = -(-len(panels) // 3)
@@ -146,6 +148,7 @@ def curves_figure(results: pd.DataFrame) -> Figure:
     keys = points[["dataset", "protocol"]].drop_duplicates().values.tolist()
     keys = keys or table.loc[table["protocol"] != "training", ["dataset", "protocol"]].values.tolist()[:1]
     budgets = [budget for budget in table["budget"].unique() if budget]
+    colors = {label: f"C{i}" for i, label in enumerate(table["label"].unique())}
     figure = Figure(figsize=(9, 4 * len(keys)), layout="constrained")
     axes = figure.subplots(len(keys), 2, sharey="row", squeeze=False)
     panels = (("images", "images_seen", "images seen"), ("compute", "flops", "compute (FLOPs)"))
@@ -156,7 +159,7 @@ def curves_figure(results: pd.DataFrame) -> Figure:
             curves = measured[measured["budget"] == shown].sort_values("step", kind="stable")
             for recipe in measured.loc[measured["budget"] == shown, "label"].unique():
                 curve = curves[curves["label"] == recipe]
-                _draw(axis, curve[unit], curve, marker="o", label=recipe)
+                _draw(axis, curve[unit], curve, marker="o", label=recipe, color=colors[recipe])
             for (_, baseline), style in zip(measured[measured["budget"] == ""].iterrows(), ("--", ":"), strict=False):
                 axis.axhline(baseline["mean"], color="grey", linewidth=1, linestyle=style, label=baseline["label"])
             axis.set(title=f"{dataset}: runs at {BUDGETS[shown]}", xlabel=label)
