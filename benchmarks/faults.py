@@ -1,13 +1,14 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Faults, injected: runs that are killed and hurt, checkpoints that are damaged, images and configurations mutated.
+"""Faults, injected into runs: they are killed and hurt at random moments.
 
-    python benchmarks/faults.py                                               # all, about 30 minutes on one core
-    python benchmarks/faults.py kill files --scale 0.1 --output some_folder   # two of them, a tenth of the cases
+    python benchmarks/faults.py                                              # all, about 15 minutes on one core
+    python benchmarks/faults.py kill disk --scale 0.1 --output some_folder   # two of them, a tenth of the cases
 
-Writes `results.json` and `results.md`: how many faults were tried, survived and lost; what is there of other faults
+Writes `results.csv` and `results.md`: how many faults were tried, survived and lost; what is there of other faults
 stays. A run survives if, resumed, it ends bit by bit with the weights of an undisturbed one, and `clmae verify` finds
-its folder whole. An image or a configuration survives if it gives an image or a model, or the error that says why not,
-in reasonable time. `same` compares undisturbed runs with each other, and draws their losses (`losses.png`).
+its folder whole. `same` compares undisturbed runs with each other, and draws their losses (`losses.png`).
+
+    MUTATIONS=2000 python -m pytest tests/test_mutations.py                   # mutated images and configurations
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import io
 import json
-import logging
 import math
 import multiprocessing
 import os
@@ -29,21 +28,17 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
+import pandas as pd
 import psutil
 import torch
-import transformers
 from matplotlib.figure import Figure
-from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -51,41 +46,30 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import AutoModelForPreTraining
 
 import clmae
+from clmae.evaluation.tables import markdown_table
+from clmae.model_cards.files import write_whole
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments
 from clmae.training.data import ImageDataset
-from clmae.training.images import ImageDecodeError, decode_image
 from clmae.training.pictures import save_figure
 from clmae.training.sealing import LOCK_NAME, checkpoint_step, checkpoints, last_valid_checkpoint, verify
 
 TINY = dict(
-    hidden_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    intermediate_size=32,
-    decoder_hidden_size=8,
-    decoder_num_hidden_layers=1,
-    decoder_num_attention_heads=2,
-    image_size=16,
-    patch_size=4,
+    **dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16),
+    **dict(decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, patch_size=4),
 )
 MASKER = dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=32)
 STEPS, SAVE_STEPS = 48, 2
 PATIENCE = 60  # seconds that anything may take
 _FORK = multiprocessing.get_context("fork")  # a new process would import for seconds
-# What a run is in the midst of, by the trainer's method; told to the process that injects faults through shared memory.
-PHASES = {"a save": "_save_checkpoint", "an evaluation": "evaluate", "data loading": "get_batch_samples"}
-_phase = _FORK.RawValue("i", 0)  # 0, or the phase's place counted from 1
 _scratch: list[tempfile.TemporaryDirectory] = []  # until the end
 
 Row = dict[str, Any]
 
 
-def row(fault: str, outcomes: Counter, survived: tuple[str, ...]) -> Row:
+def row(fault: str, outcomes: Counter[str], survived: tuple[str, ...]) -> Row:
     """A line of the table, from how often each outcome was seen."""
-    good = sum(outcomes[name] for name in survived)
-    return {"fault": fault, "tried": outcomes.total(), "survived": good, "lost": outcomes.total() - good} | {
-        "outcomes": dict(outcomes)
-    }
+    tried, good = outcomes.total(), sum(outcomes[name] for name in survived)
+    return dict(fault=fault, tried=tried, survived=good, lost=tried - good, outcomes=dict(outcomes))
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -113,22 +97,10 @@ def make_trainer(
     views = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3, std=[0.25] * 3)
     everything = family == "cmae"
     defaults = dict(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=1e-3,
-        save_steps=SAVE_STEPS,
-        save_total_limit=2,
-        eval_strategy="steps",
-        eval_steps=3,
-        logging_steps=1,
-        difficulty_steps=0,
-        picture_steps=0,
-        dataloader_num_workers=1,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
+        **dict(output_dir=str(folder), max_steps=STEPS, learning_rate=1e-3, eval_strategy="steps", eval_steps=3),
+        **dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, save_steps=SAVE_STEPS, save_total_limit=2),
+        **dict(logging_steps=1, difficulty_steps=0, picture_steps=0, dataloader_num_workers=1),
+        **dict(use_cpu=True, disable_tqdm=True, report_to="none"),
     )
     return CurriculumTrainer(
         make_model(family),
@@ -141,30 +113,12 @@ def make_trainer(
     )
 
 
-def _report_phases(trainer: CurriculumTrainer) -> None:
-    def reporting(method: Callable[..., Any], number: int) -> Callable[..., Any]:
-        @functools.wraps(method)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            outer, _phase.value = _phase.value, number
-            try:
-                return method(*args, **kwargs)
-            finally:
-                _phase.value = outer
-
-        return call
-
-    for number, name in enumerate(PHASES.values(), start=1):
-        setattr(trainer, name, reporting(getattr(trainer, name), number))
-
-
 def work(folder: Path, before: Callable[[], Any] | None, options: dict[str, Any]) -> None:
     """A run from its newest valid checkpoint on; its exit code is 0, or 128 plus the signal that stopped it."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's, which a fork inherits and torchrun's process not
     interrupt = InterruptCallback()
     trainer = make_trainer(folder, callbacks=(interrupt,), **options)
-    _phase.value = 0
-    _report_phases(trainer)
     if before is not None:
         before()
     trainer.train(resume_from_checkpoint=bool(checkpoints(folder)))
@@ -255,83 +209,6 @@ def undisturbed(processes: int = 1, **options: Any) -> tuple[Path, dict[str, tor
     return whole.parent, load_file(whole / "model.safetensors"), time.perf_counter() - begin
 
 
-def stop_runs(number: int, count: int, rng: random.Random) -> Row:
-    """Sends a signal at random moments of runs, which are resumed and stopped again; at their ends, compares.
-
-    The moments are by turns any, and any within a save, an evaluation and the loading of data.
-    """
-    outcomes, exits, phases = Counter(), Counter(), Counter()
-    scratch, expected, seconds = undisturbed()
-    folder, stopped, before = scratch / "run", 0, 0
-    names = ["anything else", *PHASES]
-    while outcomes.total() < count:
-        process = start(folder)
-        # Mostly early: several stops in each run.
-        time.sleep(rng.uniform(0.05, 1) ** 2 * seconds)
-        wanted = exits.total() % len(names)
-        while wanted and _phase.value != wanted and process.exitcode is None:
-            time.sleep(1e-4)
-        finished = process.exitcode is not None
-        if not finished:
-            phase = _phase.value
-            os.kill(process.pid, number)
-            phases[names[phase]] += 1
-            exits[str(end(process))] += 1
-            stopped += 1
-            last, _ = last_valid_checkpoint(folder)
-            step = 0 if last is None else checkpoint_step(last)
-            if step < before:
-                outcomes["a checkpoint was lost"] += 1
-            before = step
-        if finished or stopped + outcomes.total() >= count:
-            outcomes[judge(folder, expected)] += stopped
-            shutil.rmtree(folder)
-            stopped = before = 0
-    during = ", ".join(f"{name} {phases[name]}" for name in names)
-    name = signal.Signals(number).name
-    return row(f"{name} at a random moment, in the midst of {during}", outcomes, ("same weights",)) | {"exits": exits}
-
-
-def kill(scale: float, rng: random.Random) -> list[Row]:
-    """SIGKILL, SIGTERM and SIGINT at random moments."""
-    numbers = {signal.SIGKILL: 36, signal.SIGTERM: 12, signal.SIGINT: 12}
-    return [stop_runs(number, max(1, round(count * scale)), rng) for number, count in numbers.items()]
-
-
-def flip(path: Path, rng: random.Random) -> None:
-    """Flips one bit."""
-    data = bytearray(path.read_bytes())
-    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-    path.write_bytes(data)
-
-
-DAMAGE: dict[str, Callable[[Path, random.Random], Any]] = {
-    "truncated": lambda path, rng: os.truncate(path, rng.randrange(path.stat().st_size)),
-    "bit-flipped": flip,
-    "emptied": lambda path, rng: path.write_bytes(b""),
-    "missing": lambda path, rng: path.unlink(),
-}
-
-
-def files(scale: float, rng: random.Random) -> list[Row]:
-    """Each kind of file of the newest checkpoint, damaged in each way."""
-    rows = []
-    scratch, expected, _ = undisturbed()
-    newest = checkpoints(scratch / "whole")[-1]
-    names = sorted(path.name for path in newest.iterdir())
-    for fault, damage in DAMAGE.items():
-        outcomes = Counter()
-        for name in rng.sample(names, max(1, round(len(names) * scale))):
-            folder = scratch / "run"
-            shutil.copytree(scratch / "whole", folder)
-            damage(folder / newest.name / name, rng)
-            found = any(name in problem for problem in verify(folder / newest.name))
-            outcomes[judge(folder, expected) if found else f"{name}: not found"] += 1
-            shutil.rmtree(folder)
-        rows.append(row(f"a file of a checkpoint {fault}", outcomes, ("same weights",)))
-    return rows
-
-
 def limit_files(size: int) -> None:
     """No file of this process can grow beyond `size` bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -418,21 +295,30 @@ class Injury(NamedTuple):
     Attributes:
         fault: Its line in the table.
         inflict: Called with the process, its folder and a source of random numbers.
-        code: Exit code of a run that was hurt.
+        code: Exit code of a run that was hurt; any, if not given.
         message: What it leaves in `log.txt`.
         before: As in [`start`].
         processes: As in [`start`].
+        count: How often.
     """
 
     fault: str
     inflict: Callable[[Any, Path, random.Random], None]
-    code: int
+    code: int | None
     message: str
     before: Callable[[], None] | None = None
     processes: int = 1
+    count: int = 10
+
+
+def stop(number: signal.Signals, count: int) -> Injury:
+    """By a signal. Saves and evaluations are most of a run's time, and so most of what is interrupted."""
+    fault = f"{number.name} at a random moment"
+    return Injury(fault, lambda process, *_: os.kill(process.pid, number), None, "", count=count)
 
 
 # fmt: off
+SIGNALS = (stop(signal.SIGKILL, 36), stop(signal.SIGTERM, 12), stop(signal.SIGINT, 12))
 INJURIES = {
     "workers": Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid"),
     "ranks": Injury(
@@ -450,7 +336,7 @@ def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
     outcomes, slowest, how = Counter(), 0.0, {"before": injury.before, "processes": injury.processes}
     scratch, expected, seconds = undisturbed(injury.processes)
     folder = scratch / "run"
-    for _ in range(max(1, round(10 * scale))):
+    for _ in range(max(1, round(injury.count * scale))):
         process = start(folder, **how)
         time.sleep(rng.uniform(0.1, 0.7) * seconds)
         late = process.exitcode is not None
@@ -462,7 +348,7 @@ def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
         log = (folder / "log.txt").read_text(errors="replace")
         if late or (code == 0 and injury.message not in log):
             outcomes[f"too late, {judge(folder, expected, **how)}"] += 1
-        elif code == injury.code and injury.message in log:
+        elif code is not None and injury.code in (None, code) and injury.message in log:
             outcomes[judge(folder, expected, **how)] += 1
         else:
             outcomes[f"ended with {code} and {last_line(folder)}"] += 1
@@ -530,228 +416,35 @@ def same(scale: float, rng: random.Random) -> list[Row]:
     return rows
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
-def encoded_images() -> dict[str, list[bytes]]:
-    """Small images by format, in the modes and compressions that take different ways through the decoders."""
-    coarse = np.random.default_rng(0).uniform(0, 255, (24, 32, 3)).astype(np.uint8)
-    picture = Image.fromarray(coarse).resize((48, 40))
-    grey, palette, alpha = picture.convert("L"), picture.convert("P"), picture.convert("RGBA")
-    turned, exif = dict(save_all=True, append_images=[picture.rotate(90)]), Image.Exif()
-    exif[274] = 6
-    images: dict[str, list[tuple[Image.Image, dict]]] = {
-        "JPEG": [
-            (picture, {"exif": exif}),
-            (grey, {}),
-            (picture, {"progressive": True}),
-            (picture.convert("CMYK"), {}),
-        ],
-        "PNG": [(image, {}) for image in (picture, grey, palette, alpha, picture.convert("1"), grey.convert("I;16"))],
-        "WEBP": [(picture, {}), (alpha, {"lossless": True}), (picture, turned)],
-        "GIF": [(palette, {}), (palette, {"transparency": 3}), (picture, turned)],
-        "TIFF": [(picture, {"compression": c}) for c in (None, "tiff_lzw", "tiff_deflate", "jpeg", "packbits")],
-        "BMP": [(picture, {}), (palette, {}), (alpha, {}), (picture.convert("1"), {})],
-    }
-    images["TIFF"] += [(grey.convert(mode), {}) for mode in ("F", "I;16")] + [(picture.convert("LAB"), {})]
-    found: dict[str, list[bytes]] = {}
-    for kind, variants in images.items():
-        for image, options in variants:
-            image.save(buffer := io.BytesIO(), kind, **options)
-            found.setdefault(kind, []).append(buffer.getvalue())
-    return found
-
-
-def mutate(data: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, overwritten, cut out, doubled or cut off, one to three times, half of them in the header."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        count = rng.choice((1, 2, 4, 16, 64))
-        at = rng.randrange(min(len(changed), 64) if rng.random() < 0.5 else len(changed))
-        kind = rng.randrange(6)
-        if kind == 0:
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            changed[at : at + count] = rng.randbytes(count)
-        elif kind == 2:
-            changed[at : at + count] = bytes([rng.choice((0, 127, 128, 255))]) * count
-        elif kind == 3:
-            del changed[at : at + count]
-        elif kind == 4:
-            changed[at:at] = changed[at : at + count]
-        else:
-            del changed[at:]
-        changed = changed or bytearray(1)
-    return bytes(changed)
-
-
-def decode_mutated(kind: str, first: int, count: int) -> Counter:
-    """Outcomes of some mutated images."""
-    outcomes, sources = Counter(), encoded_images()[kind]
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libtiff's own complaints
-    for i in range(first, first + count):
-        rng = random.Random(f"{kind}/{i}")
-        data, begin = mutate(rng.choice(sources), rng), time.perf_counter()
-        try:
-            pixels = decode_image(data, 3, None if i % 2 else lambda height, width: 4.0)  # every other one reduced
-            good = pixels.ndim == 3 and pixels.shape[2] == 3 and 0 not in pixels.shape and np.isfinite(pixels).all()
-            good = good and pixels.min() >= 0 and pixels.max() <= (1 if pixels.dtype == np.float32 else 255)
-            outcome = "an image" if good else "a wrong image"
-        except ImageDecodeError:
-            outcome = "ImageDecodeError"
-        except Exception as error:
-            outcome = type(error).__name__
-        outcomes["slow" if time.perf_counter() - begin > 10 else outcome] += 1
-    return outcomes
-
-
-def in_processes(function: Callable[[str, int, int], Counter], kind: str, count: int) -> Counter:
-    """Outcomes of `count` cases of a kind, in processes that may crash or hang without taking this one along."""
-    outcomes = Counter()
-    for first in range(0, count, 100):
-        size = min(100, count - first)
-        with ProcessPoolExecutor(1, mp_context=_FORK) as pool:
-            future = pool.submit(function, kind, first, size)
-            try:
-                outcomes += future.result(2 * PATIENCE)
-            except Exception as error:
-                outcomes[f"{type(error).__name__} among {kind} {first} to {first + size}: crash or hang"] += size
-                for process in list((pool._processes or {}).values()):
-                    process.kill()
-    return outcomes
-
-
-def images(scale: float, rng: random.Random) -> list[Row]:
-    """Mutated image files."""
-    count = max(1, round(1800 * scale))
-    good = ("an image", "ImageDecodeError")
-    return [row(f"mutated {kind} files", in_processes(decode_mutated, kind, count), good) for kind in encoded_images()]
-
-
-# -- configurations ---------------------------------------------------------------------------------------------------
-
-# fmt: off
-VALUES = (
-    None, True, False, -1, 0, 1, 2, 3, 7, 0.5, -0.5, 1e-300, 1e308, math.nan, math.inf, -math.inf, 2**31, 10**9, 10**30,
-    -(10**9), "", "gelu", "float16", "x" * 5000, "\u0000", "../../etc/passwd", [], [1], [8, 8], [1, 2, 3], [None],
-    ["a", "b"], {}, {"a": 1}, {"rope_type": "x"}, [[[]]] * 3,
-)
-FOREIGN = (  # entries that transformers or Python know
-    "dtype", "torch_dtype", "architectures", "id2label", "label2id", "num_labels", "attn_implementation", "auto_map",
-    "_attn_implementation", "output_attentions", "output_hidden_states", "return_dict", "model_type", "problem_type",
-    "out_features", "out_indices", "_out_features", "_out_indices", "stage_names", "quantization_config",
-    "tie_word_embeddings", "chunk_size_feed_forward", "is_encoder_decoder", "transformers_version", "_commit_hash",
-    "name_or_path", "rope_scaling", "sub_configs", "check", "num_visible", "grid_size", "base_model_tp_plan",
-    "__class__", "__dict__", "use_return_dict", "_stacks", "text_config",
-)
-# fmt: on
-
-
-def mutate_config(config: dict[str, Any], rng: random.Random) -> bytes:
-    """The JSON of a configuration with one to four entries changed, added or left out, sometimes itself damaged."""
-    changed = dict(config)
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        name, draw = rng.choice([*changed, *FOREIGN]), rng.random()
-        if draw < 0.1:
-            changed.pop(name, None)
-        elif draw < 0.25 and isinstance(changed.get(name), (int, float)):
-            changed[name] *= rng.choice((-1, 2, 10, 1000, 10**9, 0.1))
-        else:
-            changed[name] = rng.choice(VALUES)
-    data = json.dumps(changed).encode()
-    return mutate(data, rng) if rng.random() < 0.1 else data
-
-
-def load_mutated(family: str, first: int, count: int) -> Counter:
-    """Outcomes of some mutated configurations; models are made without memory for their weights."""
-    warnings.simplefilter("ignore")
-    transformers.utils.logging.set_verbosity(logging.CRITICAL + 1)
-    outcomes, config_class = Counter(), clmae.FAMILIES[family][0]
-    original = json.loads(config_class(**TINY).to_json_string(use_diff=False))
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(first, first + count):
-            Path(folder, "config.json").write_bytes(mutate_config(original, random.Random(f"{family}/{i}")))
-            begin = time.perf_counter()
-            try:
-                config = config_class.from_pretrained(folder)
-                with torch.device("meta"):
-                    AutoModelForPreTraining.from_config(config)
-                outcome = "a model"
-            except ValueError:
-                outcome = "ValueError"
-            except OSError as error:
-                outcome = "no JSON" if "valid JSON" in str(error) else f"OSError: {error}"
-            except Exception as error:
-                outcome = f"{type(error).__name__}: {error}"[:200]
-            outcomes["slow" if time.perf_counter() - begin > 30 else outcome] += 1
-    return outcomes
-
-
-def configs(scale: float, rng: random.Random) -> list[Row]:
-    """Mutated `config.json` files."""
-    count = max(1, round(2000 * scale))
-    good = ("a model", "ValueError", "no JSON")
-    return [
-        row(f"mutated config.json of {family}", in_processes(load_mutated, family, count), good)
-        for family in clmae.FAMILIES
-    ]
-
-
 # -- the table --------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, Callable[[float, random.Random], list[Row]]] = {
-    **{"kill": kill, "files": files, "disk": disk},
+    "kill": lambda scale, rng: [row for injury in SIGNALS for row in injure(injury, scale, rng)],
+    "disk": disk,
     **{name: functools.partial(injure, injury) for name, injury in INJURIES.items()},
-    **{"same": same, "images": images, "configs": configs},
+    "same": same,
 }
+COLUMNS = ["fault", "tried", "survived", "lost", "outcomes"]
 OUTPUT = Path(__file__).resolve().parent / "results" / "faults"
-
-
-def to_markdown(rows: list[Row]) -> str:
-    """A line a fault; the seconds are those of all faults of the same command."""
-    lines = ["| fault | tried | survived | lost | outcomes | date | command, seconds |"]
-    lines.append("| --- | ---: | ---: | ---: | --- | --- | --- |")
-    for found in rows:
-        outcomes = ", ".join(f"{name}: {count:,}" for name, count in found["outcomes"].items())
-        numbers = " | ".join(f"{found[name]:,}" for name in ("tried", "survived", "lost"))
-        end = f"{found['date'][:10]} | {found['command']}, {found['seconds']:.0f}"
-        lines.append(f"| {found['fault']} | {numbers} | {outcomes.replace('|', '/')} | {end} |")
-    return "\n".join(lines) + "\n"
 
 
 def loss_figure(rows: list[Row]) -> Figure:
     """A panel for each pair of runs whose losses should be the same."""
     figure = Figure(figsize=(3.2 * len(rows), 3), layout="constrained")
-    for axis, found in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
-        for curve, style in zip(found["losses"], ("-", "--"), strict=True):
+    for axis, pair in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        for curve, style in zip(pair["losses"], ("-", "--"), strict=True):
             axis.plot(range(1, len(curve) + 1), curve, style)
-        axis.set_title(found["fault"], fontsize="small")
+        axis.set_title(pair["fault"], fontsize="small")
         axis.set_xlabel("step")
     figure.axes[0].set_ylabel("loss; dashed: the other run")
     return figure
-
-
-def merge(earlier: list[Row], found: list[Row]) -> list[Row]:
-    """All rows in the order of [`FAULTS`]; what was found goes before what earlier runs of the same commands found."""
-    done = {row["command"] for row in found}
-    rows = [row for row in earlier if row["command"] not in done] + found
-    return sorted(rows, key=lambda row: list(FAULTS).index(row["command"]))
-
-
-def inject(name: str, scale: float, seed: int) -> list[Row]:
-    """One command's rows, with all that is needed to repeat them."""
-    begin, date = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
-    rows = FAULTS[name](scale, random.Random(f"{seed}/{name}"))
-    about = {"command": name, "date": date, "seconds": time.perf_counter() - begin, "scale": scale, "seed": seed}
-    about["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, datasets)}
-    return [row | about for row in rows]
 
 
 def main() -> int:
     """Injects the faults that were asked for; the exit code: 0 if nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", help=f"some of {', '.join(FAULTS)}; all, if none is named")
-    parser.add_argument("--output", default=OUTPUT, type=Path, help="folder for results.json and results.md")
+    parser.add_argument("--output", default=OUTPUT, type=Path, help="folder for results.csv and results.md")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the cases")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -759,17 +452,23 @@ def main() -> int:
     if unknown:
         parser.error(f"unknown faults {unknown}; choose from {', '.join(FAULTS)}")
     torch.set_num_threads(1)
-    results, lost = args.output / "results.json", 0
-    args.output.mkdir(parents=True, exist_ok=True)
+    path, lost = args.output / "results.csv", 0
     for name in args.faults or FAULTS:
-        found = inject(name, args.scale, args.seed)
-        lost += sum(row["lost"] for row in found)
-        print(to_markdown(found), flush=True)
-        rows = merge(json.loads(results.read_text()) if results.is_file() else [], found)
-        results.write_text(json.dumps(rows, indent=1) + "\n")
-        results.with_suffix(".md").write_text(to_markdown(rows))
-        if drawn := [found for found in rows if found.get("losses")]:
+        begin, date = time.perf_counter(), time.strftime("%Y-%m-%d")
+        rows = FAULTS[name](args.scale, random.Random(f"{args.seed}/{name}"))
+        if drawn := [row for row in rows if "losses" in row]:
             save_figure(loss_figure(drawn), args.output / "losses.png")
+        table = pd.DataFrame(rows)[COLUMNS].assign(date=date, command=name, seconds=round(time.perf_counter() - begin))
+        table["outcomes"] = [", ".join(f"{o}: {n:,}" for o, n in counts.items()) for counts in table["outcomes"]]
+        lost += table["lost"].sum()
+        print(markdown_table(table), flush=True)
+        if path.is_file():  # what was found goes before what earlier runs of the same commands found
+            earlier = pd.read_csv(path)
+            table = pd.concat([earlier[earlier["command"] != name], table])
+            order = {command: i for i, command in enumerate(FAULTS)}
+            table = table.sort_values("command", key=lambda names: names.map(order), kind="stable")
+        write_whole(path, table.to_csv(index=False))
+        write_whole(path.with_suffix(".md"), markdown_table(table.map(lambda cell: str(cell).replace("|", "/"))))
     return 1 if lost else 0
 
 

@@ -1,26 +1,25 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Samples a second of one loading process: `ImageDataset`, as training reads it, beside MAE's recipe.
+"""Samples per second of one loading process: `ImageDataset`, as training reads it, beside MAE's recipe.
 
     python benchmarks/input_pipeline.py --images PHOTOS
 
 MAE's recipe is PIL's decoder and torchvision's RandomResizedCrop (bicubic), flip, ToTensor and Normalize, as in the
 paper's code; ours ends with uint8, which the device normalises. Both get the encoded images of the same photographs
-from the same data set, on one thread, a round of each in turn. Writes `input_pipeline.json` and `input_pipeline.md`:
-medians, their ratio, and the mean absolute difference of the same crops in units of 1/255.
+from the same dataset, on one thread, a round of each in turn. Writes `input_pipeline.md`: medians, their ratio, and the
+mean absolute difference of the same crops in units of 1/255.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, ImageOps
 from step import describe
@@ -28,6 +27,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
+from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
 from clmae.training.data import ImageDataset, ImageSource, load_image_dataset, unnormalized
 from clmae.training.images import random_resized_crop_box, sample_generator
@@ -94,44 +94,25 @@ def difference(source: ImageSource, size: int, count: int) -> float:
 
 
 def measure(source: ImageSource, size: int, rounds: int, count: int) -> dict[str, Any]:
-    """Samples a second of both, interleaved, and how their pixels differ."""
+    """A row of the table: samples per second of both, interleaved, and how their pixels differ."""
     num_images = len(source.dataset)
-    ours, recipe = our_samples(source, size), mae_recipe(source, size)
-    speeds: dict[str, list[float]] = {"clmae": [], "mae_recipe": []}
-    for make in (ours.__getitem__, recipe):
+    makers = {"ours": our_samples(source, size).__getitem__, "recipe": mae_recipe(source, size)}
+    for make in makers.values():
         samples_per_second(make, 0, min(count, 20), num_images)  # what happens once
-    for i in range(rounds):
-        # The same images in a round; crops are drawn anew.
-        speeds["clmae"].append(samples_per_second(ours.__getitem__, i * count, count, num_images))
-        speeds["mae_recipe"].append(samples_per_second(recipe, i * count, count, num_images))
-    medians = {name: statistics.median(found) for name, found in speeds.items()}
+    # The same images in a round; crops are drawn anew.
+    speeds = pd.DataFrame(
+        [
+            {n: samples_per_second(make, i * count, count, num_images) for n, make in makers.items()}
+            for i in range(rounds)
+        ]
+    ).median()
     return {
-        "image_size": size,
-        "samples_per_second": speeds,
-        "medians": medians,
-        "ratio": medians["clmae"] / medians["mae_recipe"],
-        "difference": difference(source, size, min(num_images, 100)),
+        "image size": size,
+        "clmae, samples/s": f"{speeds['ours']:.0f}",
+        "MAE's recipe, samples/s": f"{speeds['recipe']:.0f}",
+        "ratio": f"{speeds['ours'] / speeds['recipe']:.2f}",
+        "difference of a crop, 1/255": f"{difference(source, size, min(num_images, 100)):.3f}",
     }
-
-
-def to_markdown(results: dict[str, Any]) -> str:
-    """A row an image size."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = [
-        f"`{results['command']}`, {results['date']}, one thread of {results['cpu'] or results['device']}, {versions}; "
-        f"{results['num_images']} images, medians of {results['rounds']} interleaved rounds of {results['count']} "
-        f"samples; load average at the start {results['load_average']:.1f}.",
-        "",
-        "| image size | clmae, samples/s | MAE's recipe, samples/s | ratio | difference of a crop, 1/255 |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in results["rows"]:
-        medians = row["medians"]
-        lines.append(
-            f"| {row['image_size']} | {medians['clmae']:.0f} | {medians['mae_recipe']:.0f} | {row['ratio']:.2f} | "
-            f"{row['difference']:.3f} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -143,20 +124,17 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="Samples of each in a round.")
     parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
     args = parser.parse_args()
-    threads = torch.get_num_threads()
+    threads, text = torch.get_num_threads(), describe(torch.device("cpu"))
     torch.set_num_threads(1)  # as in a loading process
     try:
         source = load_image_dataset(args.images)
-        rows = [measure(source, size, args.rounds, args.count) for size in args.sizes]
-        results = {
-            **describe(torch.device("cpu"), "input_pipeline.py"),
-            **dict(rounds=args.rounds, count=args.count, num_images=len(source.dataset), rows=rows),
-        }
+        table = pd.DataFrame([measure(source, size, args.rounds, args.count) for size in args.sizes])
     finally:
         torch.set_num_threads(threads)
-    write_whole(args.output / "input_pipeline.json", json.dumps(results, indent=1) + "\n")
-    write_whole(args.output / "input_pipeline.md", to_markdown(results))
-    print(to_markdown(results))
+    text += f" One thread; {len(source.dataset)} images, medians of {args.rounds} interleaved rounds of {args.count} "
+    text += f"samples.\n\n{markdown_table(table)}"
+    write_whole(args.output / "input_pipeline.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

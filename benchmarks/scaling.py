@@ -7,7 +7,7 @@ Each process trains on a batch of its own, by `CurriculumTrainer`, on one CPU co
 one process **alone**; as many as asked, each for itself, **apart**, where the slowest one's time of each step is taken:
 what sharing a machine and waiting for each other costs without a word; and **together**, by `torchrun`. The efficiency
 is a step's time alone over that together; apart over together is the share that communication leaves. Writes
-`scaling.json` and `scaling.md`: medians over the steps of all rounds.
+`scaling.md`: medians over the steps of all rounds.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from step import SHAPES, Case, describe
 from transformers import TrainerCallback
 
 from clmae import FAMILIES
+from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
 from clmae.training import CurriculumTrainer, PretrainingArguments
 
@@ -122,33 +124,14 @@ def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def to_markdown(results: dict[str, Any]) -> str:
-    """A row a family."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    lines = [
-        f"`{results['command']}`, {results['date']}, {results['processes']} processes, one "
-        f"{'core' if results['device'].startswith('CPU') else 'GPU'} each, of {results['cpu'] or results['device']}, "
-        f"{versions}; {results['shape']}, batch {results['batch']} a process, bf16; medians over {results['rounds']} "
-        f"interleaved rounds of {results['steps']} steps; load average at the start {results['load_average']:.1f}.",
-        "",
-        f"| a step, ms | {' | '.join(WAYS)} | efficiency: alone ÷ together | apart ÷ together |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in results["rows"]:
-        alone, apart, together = (row["medians"][way] for way in WAYS)
-        cells = [f"{1e3 * seconds:.0f}" for seconds in (alone, apart, together)]
-        lines.append(f"| {row['family']} | {' | '.join(cells)} | {alone / together:.2f} | {apart / together:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--families", choices=list(FAMILIES), nargs="+", default=["mae", "cl_mae", "cmae"])
     parser.add_argument("--shape", choices=SHAPES, default="192x6-64px")
-    parser.add_argument("--batch", type=int, default=64, help="Images a process and step.")
-    parser.add_argument("--steps", type=int, default=12, help="Steps that are timed, a round and way.")
+    parser.add_argument("--batch", type=int, default=64, help="Images per process and step.")
+    parser.add_argument("--steps", type=int, default=12, help="Steps that are timed in each round.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -162,20 +145,21 @@ def main() -> None:
     places = torch.cuda.device_count() if on_gpus else usable_cores()
     if args.processes > places:
         raise SystemExit(f"`--processes` is {args.processes}, but there are {places} {'GPUs' if on_gpus else 'cores'}.")
-    results: dict[str, Any] = describe(torch.device("cuda" if on_gpus else "cpu"), "scaling.py")
-    results |= {name: getattr(args, name) for name in ("processes", "shape", "batch", "steps", "rounds")}
-    results["rows"] = []
+    text = f"{describe(torch.device('cuda' if on_gpus else 'cpu'))} {args.processes} processes, one "
+    text += f"{'GPU' if on_gpus else 'core'} each; {args.shape}, batch {args.batch} per process, bf16; medians over "
+    text += f"{args.rounds} interleaved rounds of {args.steps} steps.\n\n"
+    rows = []
     for case in cases:
         seconds: dict[str, list[float]] = {way: [] for way in WAYS}
         with tempfile.TemporaryDirectory() as folder:
-            for _ in range(args.rounds):
-                for way in WAYS:
-                    seconds[way] += measure(case, way, args.processes, args.steps, Path(folder))
-        medians = {way: statistics.median(found) for way, found in seconds.items()}
-        results["rows"].append({"family": case.family, "seconds": seconds, "medians": medians})
-        write_whole(args.output / "scaling.json", json.dumps(results, indent=1) + "\n")
-        write_whole(args.output / "scaling.md", to_markdown(results))
-    print(to_markdown(results))
+            for _, way in itertools.product(range(args.rounds), WAYS):
+                seconds[way] += measure(case, way, args.processes, args.steps, Path(folder))
+        alone, apart, together = (statistics.median(seconds[way]) for way in WAYS)
+        cells = [f"{1e3 * median:.0f}" for median in (alone, apart, together)]
+        rows.append([case.family, *cells, f"{alone / together:.2f}", f"{apart / together:.2f}"])
+        head = ["a step, ms", *WAYS, "efficiency: alone ÷ together", "apart ÷ together"]
+        write_whole(args.output / "scaling.md", text + markdown_table(pd.DataFrame(rows, columns=head)))
+    print((args.output / "scaling.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

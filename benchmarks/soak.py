@@ -5,7 +5,7 @@
     python benchmarks/soak.py --steps 2000 --output some_folder
 
 Evaluation, mask difficulty, pictures, checkpoints with rotation, and refreshes of the object boxes go on all the time.
-Writes `results.json` and `results.md`: how much each quantity grows in 1,000 steps, by a line through the windows after
+Writes `results.md` and `windows.csv`: how much each quantity grows in 1,000 steps, by a line through the windows after
 a warm-up, with the line's standard error. The exit code is 1 if open files, memory or step time grow by more than their
 limit and two standard errors. Step time is the processor's time of the main process: other work on the machine does not
 count.
@@ -15,21 +15,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import torch
-import transformers
 from faults import make_trainer
+from scipy.stats import linregress
 from transformers import TrainerCallback
+
+from clmae.evaluation.tables import markdown_table
+from clmae.model_cards.files import write_whole
 
 NUM_IMAGES = 96  # 24 steps an epoch
 WINDOW = 50  # steps: a window sees more than an epoch, at whose end the workers and their pipes go
@@ -40,7 +42,7 @@ OUTPUT = Path(__file__).resolve().parent / "results" / "soak"
 
 
 class Watch(TrainerCallback):
-    """Looks after every step; `windows` holds the step, medians of memory and step time, and the most open files."""
+    """Measures after every step; `windows` holds the step, medians of memory and step time, the most open files."""
 
     def __init__(self) -> None:
         self.windows: list[dict[str, float]] = []
@@ -61,76 +63,50 @@ class Watch(TrainerCallback):
             self._looks = []
 
 
-def soak(folder: Path, steps: int, **options: Any) -> list[dict[str, float]]:
+def soak(folder: Path, steps: int, **options: Any) -> pd.DataFrame:
     """The windows of a run of so many steps; `options` are those of [`make_trainer`]."""
     watch = Watch()
     often = dict(eval_steps=100, difficulty_steps=100, save_steps=200, picture_steps=250, logging_steps=50)
-    trainer = make_trainer(
-        folder,
-        num_images=NUM_IMAGES,
-        callbacks=(watch,),
-        **{"max_steps": steps, "contrastive_crop_interval": 0.02, **often, **options},
-    )
+    often |= dict(max_steps=steps, contrastive_crop_interval=0.02)
+    trainer = make_trainer(folder, num_images=NUM_IMAGES, callbacks=(watch,), **{**often, **options})
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.train()
-    return watch.windows
+    return pd.DataFrame(watch.windows)
 
 
-def slope(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
-    """Growth in 1,000 steps by least squares, and its standard error; three points or more `(n,)`."""
-    x = (steps - steps.mean()) / 1000
-    growth = (x * values).sum() / (x**2).sum()
-    rest = values - values.mean() - growth * x
-    return float(growth), float(np.sqrt((rest**2).sum() / (len(x) - 2) / (x**2).sum()))
-
-
-def judge(windows: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """A row a quantity: at first and at the end, growth, its standard error, and whether it stays within its limit."""
+def check(windows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each quantity: at first, at the end, growth by least squares, and whether it is within its limit."""
     settled = windows[int(len(windows) * WARM_UP) :]
     rows = []
     for name, limit in LIMITS.items():
-        values = np.array([window[name] for window in settled])
-        growth, error = slope(np.array([window["step"] for window in settled]), values)
-        limit *= np.median(values) if name == "step_seconds" else 1
-        good = bool(growth - 2 * error <= limit)
-        row = {"quantity": name, "first": values[0], "last": values[-1], "growth": growth, "standard_error": error}
-        rows.append(row | {"limit": float(limit), "within": good})
-    return rows
-
-
-def to_markdown(results: dict[str, Any]) -> str:
-    """What was run, and a line a quantity."""
-    text = (
-        f"{results['steps']:,} steps in {results['seconds']:.0f} s, {results['date'][:10]}; growth in 1,000 steps.\n\n"
-    )
-    text += "| | after warm-up | at the end | growth | standard error | limit | |\n"
-    text += "| --- | ---: | ---: | ---: | ---: | ---: | --- |\n"
-    for row in results["rows"]:
-        numbers = [row[name] for name in ("first", "last", "growth", "standard_error", "limit")]
-        verdict = "flat" if row["within"] else "grows"
-        text += f"| {row['quantity']} | {' | '.join(f'{number:.4g}' for number in numbers)} | {verdict} |\n"
-    return text
+        fit = linregress(settled["step"] / 1000, settled[name])
+        limit *= settled[name].median() if name == "step_seconds" else 1
+        row = {"quantity": name, "after warm-up": settled[name].iloc[0], "at the end": settled[name].iloc[-1]}
+        error = np.nan_to_num(fit.stderr)  # nan, where all values are the same
+        row |= {"growth": fit.slope, "standard error": error, "limit": limit}
+        rows.append(row | {"verdict": "flat" if fit.slope - 2 * error <= limit else "grows"})
+    return pd.DataFrame(rows)
 
 
 def main() -> int:
-    """Runs and judges; the exit code: 0 if nothing grows."""
+    """Runs and checks; the exit code: 0 if nothing grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for results.json and results.md")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for results.md and windows.csv")
     args = parser.parse_args()
     if args.steps < 10 * WINDOW:
         parser.error(f"`--steps` is {args.steps}: take at least {10 * WINDOW}, or a line says nothing.")
     torch.set_num_threads(1)
-    begin, date = time.perf_counter(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    begin, date = time.perf_counter(), time.strftime("%Y-%m-%d")
     with tempfile.TemporaryDirectory() as folder:
         windows = soak(Path(folder), args.steps)
-    results = {"steps": args.steps, "date": date, "seconds": time.perf_counter() - begin, "rows": judge(windows)}
-    results["versions"] = {module.__name__: module.__version__ for module in (torch, transformers)}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps({**results, "windows": windows}, indent=1) + "\n")
-    (args.output / "results.md").write_text(to_markdown(results))
-    print(to_markdown(results), end="")
-    return 0 if all(row["within"] for row in results["rows"]) else 1
+    table = check(windows)
+    text = f"{args.steps:,} steps in {time.perf_counter() - begin:.0f} s, {date}; growth in 1,000 steps.\n\n"
+    text += markdown_table(table.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else cell))
+    write_whole(args.output / "windows.csv", windows.to_csv(index=False))
+    write_whole(args.output / "results.md", text)
+    print(text, end="")
+    return 0 if (table["verdict"] == "flat").all() else 1
 
 
 if __name__ == "__main__":

@@ -4,22 +4,23 @@
     python benchmarks/contrastive_crop/heat_maps.py --seeds 0 1 2
 
 Pretrains a tiny MAE and a tiny CMAE on generated images, takes each candidate's box on others, and writes the mean
-IoU with the object's to `heat_maps.md` and `heat_maps.json`; the whole image is the baseline. Minutes on two CPU cores.
+IoU with the object's to `heat_maps.md`; the whole image is the baseline. Minutes on two CPU cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import torch
 from object_images import object_images
 from transformers import set_seed
 
 from clmae import FAMILIES
+from clmae.evaluation.tables import markdown_table
+from clmae.model_cards.files import write_whole
 from clmae.training import CurriculumTrainer, PretrainingArguments
 from clmae.training.contrastive_crop import box_iou, heat_map_box
 
@@ -137,25 +138,21 @@ def main() -> None:
     train, _ = normalised(options.num_train, 0)
     test, boxes = normalised(options.num_test, 1)
     whole = box_iou(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(boxes), -1), boxes).mean().item()
-    results: dict[str, dict[str, list[float]]] = {}
-    for kind, family, steps in (("random", "mae", 0), ("MAE", "mae", options.steps), ("CMAE", "cmae", options.steps)):
-        for seed in options.seeds:
-            for name, value in scores(encoder(family, seed, steps, train), test, boxes).items():
-                results.setdefault(name, {}).setdefault(kind, []).append(round(value, 4))
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "heat_maps.json").write_text(json.dumps({"whole image": whole, **results}, indent=1) + "\n")
-    best = sorted(results, key=lambda name: -statistics.mean(results[name]["MAE"] + results[name]["CMAE"]))
-    lines = ["| heat map | random encoder | MAE | CMAE |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| whole image | {whole:.3f} | {whole:.3f} | {whole:.3f} |"]
-    for name in best:
-        cells = []
-        for values in results[name].values():
-            deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.3f}{deviation}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    (options.output / "heat_maps.md").write_text(text, encoding="utf-8")
-    print(text)
+    found = [
+        {"heat map": name, "encoder": kind, "iou": value}
+        for kind, family, steps in (
+            *(("random encoder", "mae", 0), ("MAE", "mae", options.steps), ("CMAE", "cmae", options.steps)),
+        )
+        for seed in options.seeds
+        for name, value in scores(encoder(family, seed, steps, train), test, boxes).items()
+    ]
+    groups = pd.DataFrame(found).groupby(["heat map", "encoder"])["iou"].agg(["mean", "std"])
+    text = groups["mean"].map("{:.3f}".format) + groups["std"].map(" ± {:.3f}".format).where(groups["std"].notna(), "")
+    best = groups["mean"].unstack()[["MAE", "CMAE"]].sum(axis=1).sort_values(ascending=False).index
+    table = text.unstack().loc[best, ["random encoder", "MAE", "CMAE"]]
+    table = pd.concat([pd.DataFrame(f"{whole:.3f}", ["whole image"], table.columns), table])
+    write_whole(options.output / "heat_maps.md", markdown_table(table.reset_index(names="heat map")))
+    print(markdown_table(table.reset_index(names="heat map")))
 
 
 if __name__ == "__main__":

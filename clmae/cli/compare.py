@@ -12,7 +12,8 @@ from typing import Any
 from clmae.cli.options import parse, read_recipe, split_options
 from clmae.cli.pretrain import read_arguments
 from clmae.configuration.errors import InputError
-from clmae.evaluation.compare import BUDGETS, NUM_POINTS, Judging, Recipe, compare, make_plan, table_to_markdown
+from clmae.evaluation.compare import compare
+from clmae.evaluation.plan import BUDGETS, NUM_POINTS, Evaluation, Recipe, make_plan
 from clmae.evaluation.report import PROTOCOLS
 
 EXAMPLES = """\
@@ -40,7 +41,7 @@ WITHOUT_EFFECT = {
 
 @dataclass
 class CompareArguments:
-    """What to compare, and how to judge it."""
+    """What to compare, and how to evaluate it."""
 
     recipes: list[str] = field(metadata={"help": "YAML recipes of `clmae pretrain`; file names become row names."})
     output_dir: str = field(metadata={"help": "Folder of runs, table and figure; call again to go on."})
@@ -56,20 +57,20 @@ class CompareArguments:
         default=None, metadata={"help": "Images that each recipe trains on; those of the first, if not given."}
     )
     num_points: int = field(
-        default=NUM_POINTS, metadata={"help": "How often a run is judged, evenly spaced, the last time at its end."}
+        default=NUM_POINTS, metadata={"help": "How often a run is evaluated, evenly spaced, the last time at its end."}
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Labelled images to be judged on; the recipes' data set, if not given."}
+        default=None, metadata={"help": "Labelled images to evaluate on; the recipes' dataset, if not given."}
     )
     eval_config_name: str | None = field(default=None, metadata={"help": "Configuration of eval_dataset."})
     eval_train_split: str = field(default="train", metadata={"help": "Its split to learn from."})
     eval_test_split: str | None = field(
-        default=None, metadata={"help": "Its split to be judged on; test, or without one a fifth of the other."}
+        default=None, metadata={"help": "Its split to test on; test, or without one a fifth of the other."}
     )
     eval_image_column: str | None = field(default=None, metadata={"help": "Its column of the images, if several."})
     eval_label_column: str | None = field(default=None, metadata={"help": "Its column of the classes, if several."})
     eval_max_train_samples: int | None = field(default=None, metadata={"help": "Learn from at most so many images."})
-    eval_max_test_samples: int | None = field(default=None, metadata={"help": "Be judged on at most so many images."})
+    eval_max_test_samples: int | None = field(default=None, metadata={"help": "Test on at most so many images."})
     eval_feature: str | None = field(default=None, metadata={"help": "As `feature` of `clmae evaluate`."})
 
 
@@ -81,8 +82,8 @@ def run(argv: Sequence[str]) -> int:
         own,
         prog="clmae compare",
         description="Pretrain by several recipes on the same images, with the same number of images seen and with the\n"
-        "same compute, and judge each. Any option of `clmae pretrain` applies to every recipe. Killed at any point,\n"
-        "the same command goes on where it was.",
+        "same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. Killed at any\n"
+        "point, the same command goes on where it was.",
         examples=EXAMPLES,
     )
     recipes = [recipe(path, overrides, args.output_dir) for path in args.recipes]
@@ -90,13 +91,15 @@ def run(argv: Sequence[str]) -> int:
     if options["dataset"] is None and recipes:
         options["dataset"] = recipes[0].data.dataset
         options["config_name"] = options["config_name"] or recipes[0].data.dataset_config_name
-    judging = Judging(protocols=tuple(args.protocols), **options)
-    plan = make_plan(recipes, judging, args.images_seen, args.num_points)
-    table = compare(plan, args.output_dir, args.seeds, args.budgets, log=lambda text: print(text, flush=True))
-    if table is None:
+    evaluation = Evaluation(protocols=tuple(args.protocols), **options)
+    name = Path(str(evaluation.dataset)).name or "images"
+    plan = make_plan(recipes, {name: evaluation}, args.images_seen, args.num_points)
+    try:
+        table = compare(plan, args.output_dir, args.seeds, args.budgets, log=lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
         print("Stopped. Go on with the same command.")
         return 130
-    print(f"\n{table_to_markdown(table)}")
+    print(f"\n{table}")
     print(f"wrote table.md, table.csv, table.json and accuracy.png in {args.output_dir}")
     return 0
 

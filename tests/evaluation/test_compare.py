@@ -3,22 +3,22 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
+import itertools
 import re
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
 import clmae
-from clmae.evaluation import compare as module
-from clmae.evaluation.compare import Cost, Judging, Recipe, Run, count_encoder_flops, count_step_flops, make_plan
+from clmae.evaluation import plan as module
+from clmae.evaluation import tables
+from clmae.evaluation.plan import Cost, Evaluation, Recipe, Run, count_encoder_flops, count_step_flops
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.data import DataArguments
 
@@ -115,12 +115,24 @@ def test_cost_is_that_of_all_processes(recipe, monkeypatch, split, factor):
     assert both.steps_per_epoch * factor == alone.steps_per_epoch
 
 
+@pytest.fixture
+def make_plan(labelled):
+    """`make_plan(recipes, **options)`: evaluated on the labelled images."""
+
+    def make(recipes, *args, evaluation=None, **options):
+        return module.make_plan(
+            recipes, {"data": Evaluation(**{"dataset": labelled, **(evaluation or {})})}, *args, **options
+        )
+
+    return make
+
+
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def test_plan_gives_equal_images_and_equal_compute(recipe, labelled):
+def test_plan_gives_equal_images_and_equal_compute(recipe, make_plan):
     small = recipe("mae", "small", {"per_device_train_batch_size": 2})
-    plan = make_plan([recipe("mae"), small, recipe("cl_mae")], Judging(labelled))
+    plan = make_plan([recipe("mae"), small, recipe("cl_mae")])
     assert plan.steps["images"] == {"mae": 10, "small": 20, "cl_mae": 10}
     flops = {name: cost.flops(plan.steps["compute"][name], 0) for name, cost in plan.costs.items()}
     assert plan.steps["compute"]["cl_mae"] == 10
@@ -129,23 +141,23 @@ def test_plan_gives_equal_images_and_equal_compute(recipe, labelled):
         assert 0 <= flops["cl_mae"] - flops[name] < plan.costs[name].step_flops
 
 
-def test_equal_compute_may_be_a_recipes_own(recipe, labelled):
-    plan = make_plan([recipe("mae"), recipe("cl_mae")], Judging(labelled), reference="mae")
+def test_equal_compute_may_be_a_recipes_own(recipe, make_plan):
+    plan = make_plan([recipe("mae"), recipe("cl_mae")], reference="mae")
     assert plan.steps["compute"] == {
         "mae": 10,
         "cl_mae": plan.costs["cl_mae"].steps_for(plan.costs["mae"].flops(10, 10)),
     }
     assert plan.steps["compute"]["cl_mae"] < 10
     with pytest.raises(ValueError, match="`reference` is 'cmae'; give the name of one of the recipes: mae"):
-        make_plan([recipe("mae")], Judging(labelled), reference="cmae")
+        make_plan([recipe("mae")], reference="cmae")
 
 
 @pytest.mark.parametrize(
     ("args", "images_seen", "steps"),
     [({"max_steps": -1, "num_train_epochs": 2.5}, None, 25), ({}, 130, 32), ({}, 1, 1)],
 )
-def test_plan_takes_the_length_of_the_first_or_images_seen(recipe, labelled, args, images_seen, steps):
-    plan = make_plan([recipe(args=args)], Judging(labelled), images_seen)
+def test_plan_takes_the_length_of_the_first_or_images_seen(recipe, make_plan, args, images_seen, steps):
+    plan = make_plan([recipe(args=args)], images_seen)
     assert plan.steps == {"images": {"mae": steps}, "compute": {"mae": steps}}
 
 
@@ -168,7 +180,7 @@ def test_points_are_evenly_spaced_and_end_with_the_run(steps, points):
         ({"dataset": "/no/such/folder"}, "/no/such/folder"),
     ],
 )
-def test_bad_plans_are_refused(recipe, labelled, tmp_path, change, message):
+def test_bad_plans_are_refused(recipe, make_plan, labelled, tmp_path, change, message):
     change = dict(change)
     if "test_split" in change:  # a single data set answers to any split
         folder = tmp_path / "splits"
@@ -177,102 +189,141 @@ def test_bad_plans_are_refused(recipe, labelled, tmp_path, change, message):
     recipes = [recipe(name) for name in change.pop("recipes", ["mae"])]
     own = {name: change.pop(name) for name in ("images_seen", "num_points") if name in change}
     with pytest.raises(ValueError, match=re.escape(message)):
-        make_plan(recipes, Judging(**{"dataset": labelled, **change}), **own)
+        make_plan(recipes, evaluation=change, **own)
 
 
-def test_images_without_classes_are_refused(recipe, labelled, tmp_path):
+def test_images_without_classes_are_refused(recipe, make_plan, labelled, tmp_path):
     datasets.load_from_disk(labelled).remove_columns("label").save_to_disk(tmp_path / "bare")
     with pytest.raises(ValueError, match="label"):
-        make_plan([recipe()], Judging(str(tmp_path / "bare")))
+        make_plan([recipe()], evaluation={"dataset": str(tmp_path / "bare")})
 
 
-def test_recipes_on_different_images_are_refused(recipe, labelled):
+def test_recipes_on_different_images_are_refused(recipe, make_plan):
     with pytest.raises(ValueError, match=r"`max_train_samples` is None in mae and 20 in cl_mae.*--max_train_samples"):
-        make_plan([recipe(), recipe("cl_mae", data={"max_train_samples": 20})], Judging(labelled))
+        make_plan([recipe(), recipe("cl_mae", data={"max_train_samples": 20})])
 
 
-def test_a_batch_larger_than_the_training_set_is_refused(recipe, labelled):
+def test_a_batch_larger_than_the_training_set_is_refused(recipe, make_plan):
     with pytest.raises(ValueError, match=r"recipe mae: .* batches of 64 images, but the training set has 40"):
-        make_plan([recipe(args={"per_device_train_batch_size": 64})], Judging(labelled))
+        make_plan([recipe(args={"per_device_train_batch_size": 64})])
 
 
-def test_only_the_same_plan_goes_on(recipe, labelled, tmp_path):
+def test_only_the_same_plan_goes_on(recipe, make_plan, tmp_path):
     path = tmp_path / "plan.json"
-    plan = make_plan([recipe()], Judging(labelled))
-    module.keep_plan(plan, path)
-    module.keep_plan(make_plan([recipe()], Judging(labelled)), path)
+    for _ in range(2):
+        module.keep_plan(make_plan([recipe()]), path)
     written = path.read_text()
-    message = "(judging.protocols: ['knn', 'linear'] there, ['knn'] now; num_points: 4 there, 2 now)"
+    other = make_plan([recipe()], num_points=2, evaluation={"protocols": ("knn",)})
+    message = "(num_points: 4 there, 2 now; evaluations.data.protocols: ['knn', 'linear'] there, ['knn'] now)"
     with pytest.raises(ValueError, match=re.escape(message)):
-        module.keep_plan(dataclasses.replace(plan, num_points=2, judging=Judging(labelled, ("knn",))), path)
-    with pytest.raises(ValueError, match=r"recipes\.cl_mae: None there"):
-        module.keep_plan(make_plan([recipe(), recipe("cl_mae")], Judging(labelled)), path)
+        module.keep_plan(other, path)
+    with pytest.raises(ValueError, match=r"recipes\.cl_mae\.options\.family: None there, 'cl_mae' now"):
+        module.keep_plan(make_plan([recipe(), recipe("cl_mae")]), path)
     assert path.read_text() == written
+
+
+def test_every_evaluation_once(recipe, labelled):
+    fine = {"finetune-10": {"label_fraction": 0.1, "use_cpu": True}}
+    evaluations = {
+        "first": Evaluation(labelled, ("knn", "linear", "finetune-10"), finetuning=fine),
+        "second": Evaluation(labelled, ("linear",)),
+    }
+    recipes = [recipe(), dataclasses.replace(recipe("cl_mae"), budgets=("images",), protocols=("knn",))]
+    plan = module.make_plan(recipes, evaluations, num_points=2, reference="mae", baselines=tuple(module.BASELINES))
+    rows = plan.rows()
+    assert rows == [
+        *(("images", "mae"), ("images", "cl_mae"), ("compute", "mae")),
+        *(("", b) for b in module.BASELINES),
+    ]
+    names = [cell.name for cell in plan.cells(rows, [3, 4])]
+    assert len(set(names)) == len(names)
+    first = [name.partition("seed-3-")[2] for name in names if name.startswith("mae-10-steps-seed-3")]
+    # A curve by k-NN or, where it is not asked for, by the first protocol.
+    assert first == [
+        *("first-knn-step-5", "first-knn", "first-linear", "first-finetune-10"),
+        *("second-linear-step-5", "second-linear"),
+    ]
+    rest = [name for name in names if not name.startswith("mae")]
+    assert [name for name in rest if "seed-4" in name] == [
+        *("cl_mae-10-steps-seed-4-first-knn-step-5", "cl_mae-10-steps-seed-4-first-knn"),
+        *("random-seed-4-first-knn", "random-seed-4-first-linear", "random-seed-4-second-linear"),
+        "scratch-seed-4-first-finetune-10",
+    ]
+    assert "raw-seed-0-first-knn" in rest
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def table(recipe, labelled):
-    """Of two recipes, two seeds and made-up accuracies: `10 * recipe + seed` more than the step."""
-    plan = make_plan([recipe(), recipe("cl_mae")], Judging(labelled), num_points=2)
-    seeds, budgets = (0, 2), ("images", "compute")
-    results = {}
-    for i, name in enumerate(plan.recipes):
-        for budget in budgets:
-            for seed in seeds:
-                run = Run(name, plan.steps[budget][name], seed)
-                points = []
-                for step in run.points(2):
-                    value = step + 10 * i + seed
-                    columns = {"k = 5": 1.0, "k = 20": value, "k = 20, top-5": 99.0, "Euclidean": 2.0}
-                    accuracies = {"knn": columns} | ({"linear": {"top-1": value / 2}} if step == run.steps else {})
-                    points.append({"step": step, "images_seen": 4 * step, "flops": step, "accuracies": accuracies})
-                noise = {"knn": {**columns, "k = 20": 5.0 + seed}, "linear": {"top-1": 3.0}}
-                results[run] = {"points": points, "seconds_per_step": 0.5, "baselines": {"random encoder": noise}}
-    return module.make_table(plan, results, seeds, budgets)
+def results():
+    """Two recipes under two seeds at two points, a baseline under one seed: k-NN is `step + 10 * recipe + 2 * seed`."""
+    records = []
+    for i, (recipe, label) in enumerate((("mae", "MAE"), ("cl_mae", "CL-MAE"), ("raw", "raw pixels"))):
+        for budget, step, seed in itertools.product(("images", "compute"), (5, 10), (0, 1)):
+            step, budget = (step, budget) if recipe != "raw" else (0, "")
+            if recipe == "raw" and records[-1]["recipe"] == "raw":
+                continue
+            about = dict(budget=budget, recipe=recipe, label=label, seed=seed, dataset="data", final=step in (0, 10))
+            about |= dict(step=step, images_seen=4 * step, flops=step * 10**15)
+            for column, value in (("k = 5", 1.0), ("k = 20", step + 10 * i + 2 * seed), ("k = 20, top-5", 99.0)):
+                records.append({**about, "protocol": "knn", "column": column, "value": value})
+            if recipe == "cl_mae" and about["final"]:
+                more = {"dataset": "", "protocol": "training", "column": "mask_difficulty", "value": 1.1}
+                records.append({**about, **more})
+    return pd.DataFrame(records)
 
 
-def test_table_has_mean_and_deviation_over_seeds(table):
-    rows = {(row["budget"], row["recipe"]): row for row in table["rows"]}
-    assert list(rows)[:2] == [("images", "mae"), ("images", "cl_mae")]
-    found = rows["images", "cl_mae"]["accuracies"]
-    assert found["knn"]["k = 20"] == {"mean": 21, "std": pytest.approx(2**0.5), "values": [20, 22]}
-    assert found["linear"]["top-1"]["values"] == [10, 11]
-    assert rows["compute", "cl_mae"]["step"] == 10 < rows["compute", "mae"]["step"]
-    assert rows[None, "random encoder"]["accuracies"]["knn"]["k = 20"]["mean"] == 6
-    assert [point["step"] for point in table["curves"][0]["points"]] == [5, 10]
-    json.dumps(table, allow_nan=False)
+def test_statistics_by_hand(results):
+    table = tables.summarize(results)
+    (row,) = table[(table["recipe"] == "mae") & table["final"] & (table["column"] == "k = 20")].to_dict("records")[:1]
+    assert (row["n"], row["mean"], row["values"]) == (2, 11, "10 12")
+    assert row["std"] == pytest.approx(2**0.5)
+    assert row["half_width"] == pytest.approx(12.7062)  # Student's t for one degree of freedom, s / sqrt(2) = 1
+    alone = table[(table["recipe"] == "raw") & (table["column"] == "k = 20")].iloc[0]
+    assert (alone["n"], alone["mean"]) == (1, 20)
+    assert np.isnan(alone["half_width"])
+    three = pd.DataFrame([{**results.iloc[0], "seed": seed, "value": seed + 1.0} for seed in range(3)])
+    assert tables.summarize(three)["half_width"].item() == pytest.approx(4.30265 / 3**0.5)
 
 
-def test_markdown_has_a_table_a_budget(table):
-    text = module.table_to_markdown(table)
-    assert text.startswith("Accuracy in percent; seeds 0, 2: mean ± standard deviation.")
+def test_markdown_has_a_table_for_each_budget(results):
+    text = tables.results_to_markdown(results, compared_with="mae")
+    assert text.startswith("Accuracy in percent; seeds 0, 1: mean ± half of the 95 % interval")
     _, images, compute = text.split("## ")
-    assert images.startswith("Equal images seen")
-    assert "| recipe | knn, k = 20 | linear, top-1 | images seen | steps | FLOPs | s / step |" in images
-    assert "| cl_mae | 21.00 ± 1.41 | 10.50 ± 0.71 | 40 | 10 | 10 | 0.5 |" in images
-    assert "| random encoder | 6.00 ± 1.41 | 3.00 ± 0.00 |  |  |  |  |" in compute
+    assert images.startswith("Equal images seen\n")
+    assert "| recipe | knn, k = 20 | mask_difficulty | images seen | steps | FLOPs |" in images
+    assert "| MAE | 11.00 ± 12.71 | - | 40 | 10 | 1e+16 |" in images
+    assert "| CL-MAE | 21.00 ± 12.71 | 1.100 ± 0.000 | 40 | 10 | 1e+16 |" in images
+    assert "| raw pixels | 20.00 (1) | - | - | - | - |" in images
+    less = images.split("Less MAE under the same seed:")[1].strip().splitlines()
+    assert less == [
+        "| recipe | knn, k = 20 |",
+        "| --- | ---: |",
+        "| CL-MAE | 10.00 ± 0.00 |",
+        "| raw pixels | 10.00 (1) |",
+    ]
+    assert compute.startswith("Equal compute\n")
 
 
-def test_csv_has_every_column(table):
-    lines = list(csv.DictReader(io.StringIO(module.table_to_csv(table))))
-    assert len(lines) == 5
-    assert lines[1]["recipe"] == "cl_mae"
-    assert (lines[1]["knn k = 20"], lines[1]["knn k = 20 std"]) == ("21.000", "1.414")
-    assert lines[1]["knn k = 20, top-5"] == "99.000"
-    assert (lines[4]["budget"], lines[4]["recipe"], lines[4]["seconds_per_step"]) == ("", "random encoder", "")
+def test_markdown_has_a_table_for_each_dataset(results):
+    both = pd.concat([results, results[results["dataset"] == "data"].assign(dataset="other")])
+    text = tables.results_to_markdown(both, compared_with="mae")
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    budgets = ("Equal images seen", "Equal compute")
+    assert titles == [f"## {budget}, {dataset}" for dataset in ("data", "other") for budget in budgets]
+    assert text.count("| CL-MAE | 21.00 ± 12.71 | 1.100 ± 0.000 |") == 4
 
 
-def test_figure_has_accuracy_over_images_and_over_compute(table):
-    figure = module.accuracy_figure(table)
-    left, right = figure.axes
+def test_figures(results):
+    left, right = tables.curves_figure(results).axes
     assert left.get_xlabel() == "images seen"
     assert "FLOPs" in right.get_xlabel()
-    mae, cl_mae, random = left.lines
+    mae, cl_mae, raw = left.lines
     assert list(cl_mae.get_xdata()) == [20, 40]
     assert list(cl_mae.get_ydata()) == [16, 21]
-    assert list(random.get_ydata()) == [6, 6]
-    assert right.lines[0].get_xdata()[-1] > mae.get_xdata()[-1] / 4  # trained for longer at equal compute
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["mae", "cl_mae", "random encoder"]
+    assert list(raw.get_ydata()) == [20, 20]
+    assert list(mae.get_ydata()) == [6, 11]
+    assert [text.get_text() for text in left.figure.legends[0].get_texts()] == ["MAE", "CL-MAE", "raw pixels"]
+    (panel,) = tables.accuracy_figure(results).axes
+    assert panel.get_title() == "data: knn, accuracy in %"

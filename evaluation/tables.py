@@ -1,0 +1,184 @@
+# Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
+"""Tables and figures of the results of an experiment."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from scipy.stats import t as student_t
+
+BUDGETS = {"images": "equal images seen", "compute": "equal compute"}
+LEVEL = 0.95  # of the intervals
+
+
+def headline(protocol: str, columns: Iterable[str]) -> str:
+    """The column by which a protocol is quoted: of k-NN's the largest k by cosine, else the first."""
+    columns = list(columns)
+    by_cosine = [column for column in columns if re.fullmatch(r"k = \d+", column)]
+    return (by_cosine if protocol == "knn" and by_cosine else columns[:1])[-1]
+
+
+def headlines(results: pd.DataFrame) -> pd.DataFrame:
+    """Of [`Runner.results`] what a table shows: each protocol's headline; all of few-shot and of the training."""
+    shown = {
+        (protocol, column)
+        for protocol, columns in results.groupby("protocol", sort=False)["column"].unique().items()
+        for column in (columns if protocol in ("fewshot", "training") else [headline(protocol, columns)])
+    }
+    return results[[key in shown for key in zip(results["protocol"], results["column"], strict=True)]]
+
+
+def summarize(results: pd.DataFrame, over: Sequence[str] = ("step", "images_seen", "flops")) -> pd.DataFrame:
+    """Over the seeds: their number, mean, standard deviation, half of Student's 95 % interval, and the values."""
+    keys = ["budget", "recipe", "label", "dataset", "protocol", "column", *over]
+    groups = results.groupby([*keys, "final"], sort=False)["value"]
+    table = groups.agg(n="count", mean="mean", std="std").reset_index()
+    table["half_width"] = student_t.ppf((1 + LEVEL) / 2, table["n"] - 1) * table["std"] / table["n"] ** 0.5
+    table["values"] = [" ".join(f"{value:g}" for value in values) for _, values in groups]
+    return table
+
+
+def differences(results: pd.DataFrame, compared_with: str) -> pd.DataFrame:
+    """Values less those of a recipe under the same seed (and budget; of baselines, at the first one), summarized."""
+    first = next(iter(results["budget"]))
+    results = results[results["final"] & (results["protocol"] != "training")]
+    keys = ["other", "seed", "dataset", "protocol", "column"]
+    results = results.assign(other=results["budget"].replace("", first))
+    base = results[(results["recipe"] == compared_with) & (results["budget"] != "")].set_index(keys)["value"]
+    found = results[results["recipe"] != compared_with].join(base.rename("base"), on=keys, how="inner")
+    return summarize(found.assign(value=found["value"] - found["base"]))
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """Columns and rows as they are; the first column to the left, the others to the right."""
+    lines = [[*table.columns], ["---", *["---:"] * (table.shape[1] - 1)], *table.astype(str).values.tolist()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _wide(summary: pd.DataFrame, seeds: int, with_costs: bool = True) -> pd.DataFrame:
+    """A row for each recipe, a column for each protocol: `"38.02 ± 1.16"`, `" (2)"` if not over all seeds."""
+
+    def cell(row: pd.Series) -> str:
+        digits = 3 if row["protocol"] == "training" else 2
+        half = "" if pd.isna(row["half_width"]) else f" ± {row['half_width']:.{digits}f}"
+        return f"{row['mean']:.{digits}f}{half}" + (f" ({row['n']})" if row["n"] != seeds else "")
+
+    training = summary["protocol"] == "training"
+    title = summary["column"].where(training, summary["protocol"] + ", " + summary["column"])
+    order = sorted(title.unique(), key=lambda name: (name in set(title[training]), name == "s / step"))
+    summary = summary.assign(title=title, text=summary.apply(cell, axis=1))
+    table = summary.pivot(index="label", columns="title", values="text").fillna("-")
+    table = table.reindex(index=summary["label"].unique(), columns=order)
+    if with_costs:
+        costs = summary.groupby("label")[["images_seen", "step", "flops"]].first().loc[table.index]
+        table["images seen"] = [f"{n:,}" if n else "-" for n in costs["images_seen"]]
+        table["steps"] = [f"{n:,}" if n else "-" for n in costs["step"]]
+        table["FLOPs"] = [f"{n:.3g}" if n else "-" for n in costs["flops"]]
+    return table.reset_index(names="recipe")
+
+
+def results_to_markdown(results: pd.DataFrame, compared_with: str) -> str:
+    """For each dataset and budget a table with the baselines, and one of the differences from a recipe."""
+    seeds = results["seed"].unique()
+    text = f"Accuracy in percent; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+    text += ": mean ± half of the 95 % interval (Student's t); (n): over n of them.\n" if len(seeds) > 1 else ".\n"
+    shown = headlines(results[results["final"]])
+    paired, shown = differences(shown, compared_with), summarize(shown)
+    datasets = [name for name in shown["dataset"].unique() if name]
+    for dataset, budget in itertools.product(datasets, [b for b in shown["budget"].unique() if b]):
+
+        def part(table: pd.DataFrame, dataset: str = dataset, budget: str = budget) -> pd.DataFrame:
+            return table[table["dataset"].isin([dataset, ""]) & table["budget"].isin([budget, ""])]
+
+        text += f"\n## {BUDGETS[budget].capitalize()}{f', {dataset}' * (len(datasets) > 1)}\n\n"
+        text += markdown_table(_wide(part(shown), len(seeds)))
+        label = shown.loc[shown["recipe"] == compared_with, "label"]
+        if len(seeds) > 1 and not part(paired).empty:
+            text += f"\nLess {label.iloc[0]} under the same seed:\n\n"
+            text += markdown_table(_wide(part(paired), len(seeds), with_costs=False))
+    return text
+
+
+def _draw(axis: Any, x: Sequence[Any], table: pd.DataFrame, **style: Any) -> None:
+    """Means, and a band or bars of the 95 % interval over the seeds."""
+    half = table["half_width"].fillna(0)
+    (line,) = axis.plot(x, table["mean"], markersize=4, **style)
+    axis.fill_between(x, table["mean"] - half, table["mean"] + half, color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def accuracy_figure(results: pd.DataFrame) -> Figure:
+    """A panel for each dataset and protocol, a line or point for each row, with the 95 % interval over the seeds."""
+    table = summarize(headlines(results[results["final"] & (results["protocol"] != "training")]))
+    # The reference is one run under both budgets.
+    table = table.drop_duplicates(["recipe", "step", "dataset", "protocol", "column"])
+    table["name"] = table["label"].where(table["budget"] != "compute", table["label"] + ", equal compute")
+    panels = list(table.groupby(["dataset", "protocol"], sort=False))
+    height = -(-len(panels) // 3)
+    figure = Figure(figsize=(13, 1 + height * (1.4 + 0.22 * table["name"].nunique())), layout="constrained")
+    axes = figure.subplots(height, min(3, len(panels)), squeeze=False).ravel()
+    for axis, ((dataset, protocol), panel) in zip(axes, panels, strict=False):
+        several = panel["column"].nunique() > 1
+        for i, (name, row) in enumerate(panel.groupby("name", sort=False)):
+            style, half = dict(marker="o", capsize=3, color=f"C{i}", label=name), row["half_width"].fillna(0)
+            if several:
+                axis.errorbar(row["column"], row["mean"], yerr=half, **style)
+            else:
+                axis.errorbar(row["mean"], [name], xerr=half, **style)
+        if several:
+            axis.legend(fontsize="x-small")
+        else:
+            axis.invert_yaxis()
+        axis.set(title=f"{dataset}: {protocol}, accuracy in %")
+        axis.grid(alpha=0.3)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    return figure
+
+
+def curves_figure(results: pd.DataFrame) -> Figure:
+    """Accuracy while training, over images seen at equal images and over FLOPs at equal compute; a row each dataset."""
+    table = summarize(headlines(results))
+    points = table[~table["final"]]
+    keys = points[["dataset", "protocol"]].drop_duplicates().values.tolist()
+    keys = keys or table.loc[table["protocol"] != "training", ["dataset", "protocol"]].values.tolist()[:1]
+    budgets = [budget for budget in table["budget"].unique() if budget]
+    colors = {label: f"C{i}" for i, label in enumerate(table["label"].unique())}
+    figure = Figure(figsize=(9, 4 * len(keys)), layout="constrained")
+    axes = figure.subplots(len(keys), 2, sharey="row", squeeze=False)
+    panels = (("images", "images_seen", "images seen"), ("compute", "flops", "compute (FLOPs)"))
+    for (dataset, protocol), row in zip(keys, axes, strict=True):
+        measured = table[(table["dataset"] == dataset) & (table["protocol"] == protocol)]
+        for axis, (budget, unit, label) in zip(row, panels, strict=True):
+            shown = budget if budget in budgets else budgets[0]
+            curves = measured[measured["budget"] == shown].sort_values("step", kind="stable")
+            for recipe in measured.loc[measured["budget"] == shown, "label"].unique():
+                curve = curves[curves["label"] == recipe]
+                _draw(axis, curve[unit], curve, marker="o", label=recipe, color=colors[recipe])
+            for (_, baseline), style in zip(measured[measured["budget"] == ""].iterrows(), ("--", ":"), strict=False):
+                axis.axhline(baseline["mean"], color="grey", linewidth=1, linestyle=style, label=baseline["label"])
+            axis.set(title=f"{dataset}: runs at {BUDGETS[shown]}", xlabel=label)
+            axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(f"{protocol}, {measured['column'].iloc[0]}: accuracy in %")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    return figure
+
+
+__all__ = [
+    "BUDGETS",
+    "accuracy_figure",
+    "curves_figure",
+    "differences",
+    "headlines",
+    "markdown_table",
+    "results_to_markdown",
+    "summarize",
+]
