@@ -64,7 +64,7 @@ def test_push(hub, push, folder, repo_id):
     code, output = push(folder, repo_id)
     assert code == 0, output
     files = hub.repos[repo_id].files
-    code_files = {"modeling_mae.py", "configuration_mae.py", "hub_code.py", "losses.py", "masking.py"}
+    code_files = {"modeling_mae.py", "configuration_mae.py", "errors.py", "hub_code.py", "losses.py", "masking.py"}
     own = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "pictures/curves.png"}
     assert set(files) == own | code_files | {".gitattributes"}
     assert all(files[name] == (folder / name).read_bytes() for name in own)

@@ -28,7 +28,7 @@ from clmae.configuration.hub_code import AUTO_CLASSES, hub_auto_map, hub_code
 from clmae.training import CurriculumTrainer, PretrainingArguments
 
 # All that a family's folder may hold: nothing of another family that it does not build on.
-MAE_FILES = {"configuration_mae.py", "hub_code.py", "losses.py", "masking.py", "modeling_mae.py"}
+MAE_FILES = {"configuration_mae.py", "errors.py", "hub_code.py", "losses.py", "masking.py", "modeling_mae.py"}
 CL_MAE_FILES = MAE_FILES | {"configuration_cl_mae.py", "modeling_cl_mae.py"}
 FILES = {
     "mae": MAE_FILES,
