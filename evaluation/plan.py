@@ -151,7 +151,7 @@ class Evaluation:
 
 
 def choose(name: str, values: Sequence[str], known: Iterable[str], least: int = 1) -> None:
-    """ValueError unless `values` are some of `known`, each at most once."""
+    """InputError unless `values` are some of `known`, each at most once."""
     if len(values) < least or not set(values) <= set(known) or len(set(values)) < len(values):
         raise InputError(f"`{name}` is {list(values)}; give some of {', '.join(known)}, each at most once.")
 

@@ -44,7 +44,7 @@ def imported(source: str) -> list[str]:
 
 
 def room_of(name: str) -> str:
-    """The room that a dotted name under `clmae` belongs to; the front door is `clmae` itself."""
+    """The package that a dotted name under `clmae` belongs to; of the public API, `clmae` itself."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "clmae"
 

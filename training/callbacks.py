@@ -129,7 +129,7 @@ class ContrastiveCropCallback(_TrainerAware):
         self.reset()
 
     def reset(self) -> None:
-        """Whole images again."""
+        """Sets every box to the whole image."""
         self.refreshed_epoch = 0
         self.trainer.train_dataset.crop_boxes[:] = torch.tensor([0.0, 0.0, 1.0, 1.0])
 

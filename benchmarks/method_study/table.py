@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from clmae.evaluation.tables import markdown_table
+
 HERE = Path(__file__).parent
 
 
@@ -38,9 +40,7 @@ def main() -> None:
     table = pd.concat([table, pd.DataFrame(rows)]).drop_duplicates(["variant", "seed", "thousands"], keep="last")
     table = table.sort_values(["thousands", "knn"], ascending=[True, False])
     table.to_csv(path, index=False)
-    columns = list(table.columns)
-    lines = [columns, ["---"] * len(columns), *table.astype(str).values.tolist()]
-    (HERE / "screening.md").write_text("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    (HERE / "screening.md").write_text(markdown_table(table))
 
 
 if __name__ == "__main__":
