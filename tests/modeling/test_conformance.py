@@ -7,6 +7,7 @@ import copy
 import inspect
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -391,7 +392,6 @@ def test_dynamic_quantisation(build, family):
 
 @every_autoencoder
 def test_lora_trains_every_layer(build, family):
-    peft = pytest.importorskip("peft")
     model, inputs = build(family)
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers, init_lora_weights=False)).train()
