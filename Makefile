@@ -1,4 +1,4 @@
-# make demo: pretrain, judge and draw a small CL-MAE   make test: lint and test   make install: .venv alone
+# make test: lint and all tests   make quick: the fast tests   make types: mypy   make demo: a small CL-MAE
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # that made training ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install test demo
+.PHONY: install test quick types demo
 
 install: $(VENV)/.installed
 
@@ -20,6 +20,12 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quick: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+types: install
+	$(BIN)/python -m mypy
 
 demo: install
 	$(BIN)/python recipes/demo.py
