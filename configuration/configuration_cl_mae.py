@@ -68,6 +68,11 @@ class CLMAEConfig(MAEConfig):
         ("hidden_size", "masker_num_attention_heads"),
     )
 
+    @property
+    def learns_masks(self) -> bool:
+        """True: this is what the family is for."""
+        return True
+
     def _fill_defaults(self) -> None:
         super()._fill_defaults()
         if self.masker_intermediate_size is None:

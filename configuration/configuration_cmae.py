@@ -56,6 +56,11 @@ class CMAEConfig(CLMAEConfig):
     _decoder_follows_size: ClassVar[bool] = False
 
     @property
+    def learns_masks(self) -> bool:
+        """As `learned_masks` says."""
+        return self.learned_masks
+
+    @property
     def num_views(self) -> int:
         """Views of an image that a training sample holds: two where they are contrasted."""
         return 2 if self.contrastive_loss_weight else 1

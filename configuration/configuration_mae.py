@@ -242,6 +242,16 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Pixel values in a patch: `p_h * p_w * num_channels`."""
         return math.prod(pair(self.patch_size)) * self.num_channels
 
+    @property
+    def learns_masks(self) -> bool:
+        """Whether a masking module chooses the masks of pretraining."""
+        return False
+
+    @property
+    def num_views(self) -> int:
+        """Views of an image that a training sample of pretraining holds."""
+        return 1
+
     def num_visible(self, num_patches: int) -> int:
         """Patches K of `num_patches` that stay visible, `int(N * (1 - mask_ratio))` (METHODS: MAE's own rounding)."""
         return int(num_patches * (1 - self.mask_ratio))

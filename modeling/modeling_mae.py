@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from clmae.configuration.configuration_mae import MAEConfig, pair
 from clmae.configuration.errors import InputError
-from clmae.modeling.losses import masked_mean, patch_errors, patch_targets, patchify, unpatchify
+from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
 from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -127,13 +127,9 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query)).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def _softmax_dtype(query: torch.Tensor) -> torch.dtype:
     # At least float32, as the fused kernels; float64 stays, for exact tests.
-    return torch.promote_types(query.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MAEAttention(nn.Module):
@@ -151,23 +147,11 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor | None = None,
-        num_queries: int | None = None,
-        **kwargs: Any,
+        self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            # Once, where autocast would do it for each of the three; their gradients are then added in that type.
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
-        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         query, key, value = (
-            projection(tokens).view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
-            for projection, tokens in (
-                (self.q_proj, queries),
-                (self.k_proj, hidden_states),
-                (self.v_proj, hidden_states),
-            )
+            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         implementation = self.config._attn_implementation
         if attention_bias is not None and implementation != "eager":
@@ -176,7 +160,7 @@ class MAEAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_bias, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(queries.shape)), weights
+        return self.o_proj(output.flatten(2)), weights
 
 
 class MAEMLP(nn.Module):
@@ -211,11 +195,8 @@ class MAELayer(GradientCheckpointingLayer):
         self.mlp = MAEMLP(config, hidden_size, intermediate_size)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Any) -> torch.Tensor:
-        """Tokens `(B, L, D)` to `(B, L, D)`; with `num_queries` only the first so many, which attend to all."""
-        attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries=num_queries, **kwargs)
-        if num_queries is not None:
-            hidden_states = hidden_states[:, :num_queries]
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states = hidden_states + self._drop_path(attended)
         return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
@@ -235,18 +216,12 @@ class MAEPatchEmbeddings(nn.Module):
         patch_size = pair(config.patch_size)
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
-        """With `ids_keep` `(B, K)` the tokens of these patches only, `(B, K, hidden_size)`."""
-        if ids_keep is not None:
-            # Side by side they are an image, of one row of patches: the same product, of no more than is wanted.
-            patch_size = self.projection.kernel_size
-            patches = gather_tokens(patchify(pixel_values, patch_size), ids_keep)
-            pixel_values = unpatchify(patches, patch_size, (1, ids_keep.shape[1]))
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class MAEEmbeddings(nn.Module):
-    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`, or `(B, 1 + K, hidden_size)`."""
+    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`."""
 
     def __init__(self, config: MAEConfig):
         super().__init__()
@@ -258,17 +233,10 @@ class MAEEmbeddings(nn.Module):
         positions = sincos_positions(config.hidden_size, config.grid_size)
         self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
-        ids_keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Of all patches, or with `ids_keep` `(B, K)` of these alone: what a mask hides need not be embedded."""
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         positions = resize_positions(self.position_embeddings, self.config.grid_size, grid_size)
-        patch_positions = positions[:, 1:] if ids_keep is None else positions[0, 1:][ids_keep]
-        patches = self.patch_embeddings(pixel_values, ids_keep) + patch_positions
+        patches = self.patch_embeddings(pixel_values) + positions[:, 1:]
         class_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([class_token, patches], dim=1)
 
@@ -321,11 +289,8 @@ class MAEDecoder(nn.Module):
         self.register_buffer("decoder_pos_embed", positions.to(torch.get_default_dtype()))
         self.decoder_layers = nn.ModuleList(
             MAELayer(
-                config,
-                width,
-                config.decoder_num_attention_heads,
-                config.decoder_intermediate_size,
-                config.layer_norm_eps,
+                *(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size),
+                layer_norm_eps=config.layer_norm_eps,
             )
             for _ in range(config.decoder_num_hidden_layers)
         )
@@ -368,8 +333,6 @@ class MAEDecoder(nn.Module):
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-# What CMAE's pretraining adds; every other model of the families leaves it aside.
-TASK_HEADS = [r"^projector\.", r"^position_head\."]
 # What callers within transformers may pass to any model.
 _KEYWORDS = {"return_dict", *TransformersKwargs.__annotations__}
 # transformers' ViTMAE is ours parameter for parameter, but its folders keep the names of version 4 (those that version
@@ -404,11 +367,11 @@ class MAEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MAELayer, "attentions": MAEAttention}
     _input_embed_layer = "patch_embeddings"
+    # Parts of the family's other models, which a folder may hold too. A family adds its own.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^fc_norm\.", r"^vit\.layernorm\."]
 
     def __init__(self, config: MAEConfig, *args: Any, **kwargs: Any):
         config.check()  # its fields may have been set since it was made
-        if config.hidden_act not in ACT2FN:
-            raise InputError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -471,26 +434,14 @@ class MAEModel(MAEPreTrainedModel):
             block's output (for classifiers that normalise after pooling).
     """
 
-    # What a checkpoint of the whole autoencoder has beyond the encoder.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^decoder\.",
-        r"^masking_module\.",
-        r"^classifier\.",
-        r"^fc_norm\.",
-        *TASK_HEADS,
-    ]
-
     def __init__(self, config: MAEConfig, add_final_layernorm: bool = True):
         super().__init__(config)
         self.embeddings = MAEEmbeddings(config)
         last = max(1, config.num_hidden_layers - 1)
         self.layers = nn.ModuleList(
             MAELayer(
-                config,
-                config.hidden_size,
-                config.num_attention_heads,
-                config.intermediate_size,
-                config.layer_norm_eps,
+                *(config, config.hidden_size, config.num_attention_heads, config.intermediate_size),
+                layer_norm_eps=config.layer_norm_eps,
                 drop_path_rate=config.drop_path_rate * i / last,
             )
             for i in range(config.num_hidden_layers)
@@ -530,14 +481,13 @@ class MAEModel(MAEPreTrainedModel):
         self._check_kwargs(kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
             raise InputError("give either `pixel_values` or `inputs_embeds`, not both or neither.")
-        masking = None
-        if inputs_embeds is None:
+        hidden_states, masking = inputs_embeds, None
+        if pixel_values is not None:
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
             if noise is not None:
                 grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
                 masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
-            ids_keep = masking.ids_keep if masking else None
-            inputs_embeds = self.embeddings(pixel_values, interpolate_pos_encoding, ids_keep)
-        hidden_states = inputs_embeds
+                hidden_states = select_visible(hidden_states, masking)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_bias=attention_bias, **kwargs)
         hidden_states = self.layernorm(hidden_states)
@@ -573,9 +523,15 @@ def select_visible(embeddings: torch.Tensor, masking: Masking) -> torch.Tensor:
 
 
 class MAEForPreTraining(MAEPreTrainedModel):
-    """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked."""
+    """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked.
 
-    _keys_to_ignore_on_load_unexpected = [r"^masking_module\.", r"^classifier\.", r"^fc_norm\.", *TASK_HEADS]
+    Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
+    [`visible_tokens`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names them in
+    `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
+    """
+
+    output_class: type[MAEForPreTrainingOutput] = MAEForPreTrainingOutput
+    _step_arguments: tuple[str, ...] = ()
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
@@ -609,36 +565,70 @@ class MAEForPreTraining(MAEPreTrainedModel):
         (torch.Size([2, 64, 48]), tensor(0.7500))
         ```
         """
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in self._step_arguments if name in kwargs}
         self._check_kwargs(kwargs)
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-        if noise is None:
-            noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
-        masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        visible = self.vit.embeddings(pixel_values, interpolate_pos_encoding, masking.ids_keep)
-        encoded, logits, loss = self.autoencode(visible, masking, targets, grid_size, **kwargs)
-        return MAEForPreTrainingOutput(
+        tokens = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+
+        chosen = self.choose_mask(tokens, noise, grid_size, **options)
+        # Before encoding, so that its graph is freed before the autoencoder's is built.
+        terms = self.train_masker(tokens, chosen, targets, grid_size, **options)
+        visible = self.visible_tokens(tokens, chosen, noise, pixel_values, **options)
+        encoded = self.vit(inputs_embeds=visible, **kwargs)
+        logits = self.decoder(encoded.last_hidden_state, chosen.ids_keep, grid_size)
+        errors = patch_errors(logits, targets)
+        reconstruction_loss = masked_mean(errors, chosen.mask)
+        terms |= self.task_terms(encoded.last_hidden_state, chosen, noise, **options)
+
+        loss = reconstruction_loss
+        for name, weight in self.term_weights(**options).items():
+            loss = loss + weight * terms[name] if name in terms else loss
+        return self.output_class(
             loss=loss,
-            reconstruction_loss=loss,
+            reconstruction_loss=reconstruction_loss,
             logits=logits,
-            mask=masking.mask,
-            ids_restore=masking.ids_restore,
+            mask=chosen.mask,
+            ids_restore=chosen.ids_restore,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
+            **terms,
         )
 
-    def autoencode(
+    def choose_mask(
+        self, tokens: torch.Tensor, noise: torch.Tensor | None, grid_size: tuple[int, int], **options: Any
+    ) -> Masking:
+        """Which patches stay visible, of all tokens `(B, 1 + N, D)`; here by `config.mask_sampler` and the noise."""
+        if noise is None:
+            noise = torch.rand(len(tokens), math.prod(grid_size), device=tokens.device)
+        return sample_masking(self.config, noise, len(tokens), grid_size)
+
+    def train_masker(
+        self, tokens: torch.Tensor, chosen: Masking, targets: torch.Tensor, grid_size: tuple[int, int], **options: Any
+    ) -> dict[str, Any]:
+        """Output fields of what chose the mask, loss terms before their weights among them; random noise has none."""
+        return {}
+
+    def visible_tokens(
         self,
-        visible: torch.Tensor,
-        masking: Masking,
-        targets: torch.Tensor,
-        grid_size: tuple[int, int],
-        **kwargs: Any,
-    ) -> tuple[MAEModelOutput, torch.Tensor, torch.Tensor]:
-        """Encodes class token and visible tokens `(B, 1 + K, D)`, decodes: the encoder's output, logits and L_rec."""
-        encoded = self.vit(inputs_embeds=visible, **kwargs)
-        logits = self.decoder(encoded.last_hidden_state, masking.ids_keep, grid_size)
-        return encoded, logits, masked_mean(patch_errors(logits, targets), masking.mask)
+        tokens: torch.Tensor,
+        chosen: Masking,
+        noise: torch.Tensor | None,
+        pixel_values: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """What the encoder sees, `(B, 1 + K, D)`, of all tokens `(B, 1 + N, D)`."""
+        return select_visible(tokens, chosen)
+
+    def task_terms(
+        self, hidden_states: torch.Tensor, chosen: Masking, noise: torch.Tensor | None, **options: Any
+    ) -> dict[str, Any]:
+        """Output fields of further tasks on the encoder's output `(B, 1 + K, D)`, loss terms before their weights."""
+        return {}
+
+    def term_weights(self, **options: Any) -> dict[str, torch.Tensor | float]:
+        """Weights, by the output field's name, of the terms that are added to the reconstruction loss."""
+        return {}
 
 
 class MAEForImageClassification(MAEPreTrainedModel):
@@ -647,8 +637,6 @@ class MAEForImageClassification(MAEPreTrainedModel):
     `config.pooling` `"mean"`: mean of the patch tokens, then LayerNorm (MAE's fine-tuning, appendix A.1); `"cls"`: the
     class token after the encoder's LayerNorm.
     """
-
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^vit\.layernorm\.", *TASK_HEADS]
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
