@@ -79,6 +79,18 @@ def diversity_loss(keep: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.exp(-scale * torch.pdist(keep)).mean()
 
 
+def error_prediction_loss(predictions: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`L_err = Σ mask·(ê − z)² / Σ mask`, with z the logarithm of the errors e, standardised over the masked patches.
+
+    Of all processes together. `predictions` ê, `errors` and `mask` are `(B, N)`; the gradient is for ê alone.
+    """
+    targets = (errors.detach() + 1e-6).log()
+    count, total = sum_across_processes(torch.stack([mask.sum(), (targets * mask).sum()]))
+    deviations = targets - total / count
+    variance = sum_across_processes((deviations.square() * mask).sum()) / count
+    return masked_mean((predictions - deviations / (variance.sqrt() + 1e-6)).square(), mask)
+
+
 def contrastive_loss(first: torch.Tensor, second: torch.Tensor, temperature: float) -> torch.Tensor:
     """Symmetric InfoNCE of two views' vectors `(B, d)` (arXiv 1807.03748; symmetric as in SimCLR, arXiv 2002.05709).
 

@@ -30,12 +30,15 @@ class Masking(NamedTuple):
             `[visible | masked]` tokens back into patch order.
         keep_probabilities (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): A masking module's
             probability that each patch stays visible.
+        predicted_errors (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): A masking module's
+            prediction of each patch's error.
     """
 
     ids_keep: torch.Tensor
     mask: torch.Tensor
     ids_restore: torch.Tensor
     keep_probabilities: torch.Tensor | None = None
+    predicted_errors: torch.Tensor | None = None
 
 
 def keep_lowest(scores: torch.Tensor, num_visible: int) -> Masking:
@@ -51,6 +54,13 @@ def keep_lowest(scores: torch.Tensor, num_visible: int) -> Masking:
 def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Tokens `(batch_size, n, width)` at the indices `ids` `(batch_size, k)`: `(batch_size, k, width)`."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def select_patches(values: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """Of each patch's values `(B, N)` or `(B, N, width)`, those at the indices `ids` `(B, P)`; all with `None`."""
+    if ids is None:
+        return values
+    return gather_tokens(values, ids) if values.ndim == 3 else values.gather(1, ids)
 
 
 def random_scores(noise: torch.Tensor, grid_size: tuple[int, int], num_visible: int) -> torch.Tensor:
@@ -94,10 +104,19 @@ def block_scores(noise: torch.Tensor, grid_size: tuple[int, int], num_visible: i
     return noise - first
 
 
+def gumbel_scores(noise: torch.Tensor, preferences: torch.Tensor) -> torch.Tensor:
+    """Scores whose K lowest are K patches drawn without replacement with weights `exp(preferences)`.
+
+    Gumbel top-K (arXiv 1903.06059) from the uniform `noise`; both `(batch_size, num_patches)`. Where all preferences of
+    an image are equal, the same noise gives the same mask as [`random_scores`].
+    """
+    return (-torch.log1p(-noise)).log() - preferences
+
+
 SAMPLERS: dict[str, Callable[[torch.Tensor, tuple[int, int], int], torch.Tensor]] = {
     "random": random_scores,
     "block": block_scores,
     "grid": grid_scores,
 }
 
-__all__ = ["SAMPLERS", "Masking", "block_scores", "gather_tokens", "grid_scores", "keep_lowest", "random_scores"]
+__all__ = ["SAMPLERS", "Masking", "block_scores", "gather_tokens", "grid_scores", "gumbel_scores", "keep_lowest", "random_scores", "select_patches"]

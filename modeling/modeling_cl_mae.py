@@ -17,6 +17,7 @@ from clmae.configuration.configuration_cl_mae import CLMAEConfig
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import (
     diversity_loss,
+    error_prediction_loss,
     gather_across_processes,
     gauss_loss,
     kl_loss,
@@ -25,7 +26,7 @@ from clmae.modeling.losses import (
     sum_across_processes,
     world_size,
 )
-from clmae.modeling.masking import Masking, keep_lowest
+from clmae.modeling.masking import Masking, gumbel_scores, keep_lowest, select_patches
 from clmae.modeling.modeling_mae import (
     MAEBackbone,
     MAEForImageClassification,
@@ -52,15 +53,20 @@ class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
         gauss_loss (`torch.FloatTensor`, a scalar): L_gauss, distance of the keep probabilities from 0 and 1.
         kl_loss (`torch.FloatTensor`, a scalar): L_kl, departure from the mask ratio.
         diversity_loss (`torch.FloatTensor`, a scalar): L_div, likeness of the masks of different images.
+        prediction_loss (`torch.FloatTensor`, a scalar): L_err of the predicted errors.
         keep_probabilities (`torch.FloatTensor` of shape `(batch_size, num_patches)`): m in (0, 1), float32 or wider;
-            `None` with `masking="random"` unless pass B was computed.
+            `None` with `masking="random"` unless pass B was computed, and with `masker_objective="error"`.
+        predicted_errors (`torch.FloatTensor` of shape `(batch_size, num_patches)`): ê, float32 or wider, with
+            `masker_objective="error"` where it was computed.
     """
 
     soft_reconstruction_loss: torch.FloatTensor | None = None
     gauss_loss: torch.FloatTensor | None = None
     kl_loss: torch.FloatTensor | None = None
     diversity_loss: torch.FloatTensor | None = None
+    prediction_loss: torch.FloatTensor | None = None
     keep_probabilities: torch.FloatTensor | None = None
+    predicted_errors: torch.FloatTensor | None = None
 
 
 class MaskingHead(nn.Linear):
@@ -101,6 +107,32 @@ class MaskingModule(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
+class ErrorPredictor(nn.Module):
+    """From patch tokens to the error that each patch would have if it were masked (this project's masking module)."""
+
+    def __init__(self, config: CLMAEConfig):
+        super().__init__()
+        width = config.masker_hidden_size
+        self.reduction = nn.Linear(config.hidden_size, width)
+        self.layers = nn.ModuleList(
+            MAELayer(
+                *(config, width, config.masker_num_attention_heads, config.masker_intermediate_size),
+                layer_norm_eps=config.masker_layer_norm_eps,
+            )
+            for _ in range(config.masker_num_hidden_layers)
+        )
+        self.layernorm = nn.LayerNorm(width, eps=config.masker_layer_norm_eps)
+        self.head = MaskingHead(width, 1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Standardised log errors ê `(B, N)` of patch tokens `(B, N, D)`, in float32 or wider."""
+        hidden_states = self.reduction(tokens)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        predictions = self.head(self.layernorm(hidden_states)).squeeze(-1)
+        return predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+
+
 class CLMAEPreTrainedModel(MAEPreTrainedModel):
     """What transformers needs to know about every CL-MAE model."""
 
@@ -124,9 +156,11 @@ class CLMAEModel(CLMAEPreTrainedModel, MAEModel):
 class LearnedMasks(MAEForPreTraining):
     """Autoencoder and masking module, trained together; where `config.learns_masks` is false, the autoencoder alone.
 
-    Pass A trains encoder and decoder under the mask that the module chooses; pass B trains the module through the
-    frozen autoencoder, towards masks that are easier (curriculum factor > 0) or harder (< 0) to reconstruct. One
-    `loss.backward()` does both: each gradient reaches its own half of the parameters alone.
+    Pass A trains encoder and decoder under the mask that the module chooses. The module learns by
+    `config.masker_objective`: `"soft"` (the paper's), in pass B through the frozen autoencoder, towards masks that are
+    easier (curriculum factor > 0) or harder (< 0) to reconstruct; `"error"` (this project's), by predicting the
+    errors that pass A has, and patches are drawn by them. One `loss.backward()` does both: each gradient reaches its own
+    half of the parameters alone.
 
     The curriculum factor is the caller's to move: `clmae.training.CurriculumTrainer` does it; in any other training
     loop it stays at `config.curriculum_start` unless it is passed.
@@ -138,7 +172,8 @@ class LearnedMasks(MAEForPreTraining):
     def __init__(self, config: CLMAEConfig):
         super().__init__(config)
         if config.learns_masks:
-            self.masking_module = MaskingModule(config)
+            kind = ErrorPredictor if config.masker_objective == "error" else MaskingModule
+            self.masking_module = kind(config)
             self.post_init()
 
     def forward(
@@ -156,7 +191,7 @@ class LearnedMasks(MAEForPreTraining):
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
             noise (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); fixes the
-                mask with `masking="random"`, and is not used with `"learned"`.
+                mask with `masking="random"` and, with `masker_objective="error"`, with `"learned"`.
             masking (`str`, *optional*): `"learned"`: the masking module's masks, the default where there is one; or
                 `"random"` ones by `config.mask_sampler`.
             curriculum_factor (`float` or 0-d `torch.Tensor`, *optional*): λ_CL. A tensor does not make a compiled
@@ -193,24 +228,37 @@ class LearnedMasks(MAEForPreTraining):
         noise: torch.Tensor | None,
         grid_size: tuple[int, int],
         masking: str = "learned",
+        curriculum_factor: torch.Tensor | float | None = None,
         compute_masker_loss: bool = False,
         **options: Any,
     ) -> Masking:
-        """The patches with the largest keep probabilities m stay visible; with `masking="random"`, any."""
+        """By the masking module; with `masking="random"`, by the noise alone.
+
+        The patches with the largest keep probabilities m stay visible. With predicted errors ê, they are drawn with
+        weights `exp(λ_CL·β·ê)`: what is hard to reconstruct stays visible for a partner, and is masked for an adversary.
+        """
         if masking == "random" and not compute_masker_loss:
             return super().choose_mask(tokens, noise, grid_size, **options)
-        if grid_size != self.config.grid_size:
+        config = self.config
+        by_errors = config.masker_objective == "error"
+        if grid_size != config.grid_size and not by_errors:
             raise InputError(
-                f"`masking='learned'` needs images of {self.config.image_size} pixels: the masking module has one "
-                f"output for each of {self.config.num_patches} patches. Resize the images, or pass `masking='random'`."
+                f"`masking='learned'` needs images of {config.image_size} pixels: the masking module has one "
+                f"output for each of {config.num_patches} patches. Resize the images, or pass `masking='random'`."
             )
         with torch.set_grad_enabled(compute_masker_loss and torch.is_grad_enabled()):
-            keep = self.masking_module(tokens[:, 1:].detach())
+            outputs = self.masking_module(tokens[:, 1:].detach())
+        num_visible = config.num_visible(outputs.shape[1])
         if masking == "random":
             chosen = super().choose_mask(tokens, noise, grid_size, **options)
+        elif by_errors:
+            factor = config.curriculum_start if curriculum_factor is None else curriculum_factor
+            noise = torch.rand_like(outputs) if noise is None else noise
+            preferences = factor * config.masker_error_scale * outputs.detach()
+            chosen = keep_lowest(gumbel_scores(noise, preferences), num_visible)
         else:  # choosing has no gradient
-            chosen = keep_lowest(-keep.detach(), self.config.num_visible(keep.shape[1]))
-        return chosen._replace(keep_probabilities=keep)
+            chosen = keep_lowest(-outputs.detach(), num_visible)
+        return chosen._replace(**{"predicted_errors" if by_errors else "keep_probabilities": outputs})
 
     def train_masker(
         self,
@@ -221,10 +269,32 @@ class LearnedMasks(MAEForPreTraining):
         compute_masker_loss: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
-        """m, and with `compute_masker_loss` pass B's terms."""
+        """m, and with `compute_masker_loss` pass B's terms; or ê, which pass A trains."""
+        if chosen.predicted_errors is not None:
+            return {"predicted_errors": chosen.predicted_errors}
         keep = chosen.keep_probabilities
         terms = self.masker_terms(tokens, keep, targets, grid_size) if keep is not None and compute_masker_loss else {}
         return {"keep_probabilities": keep, **terms}
+
+    def task_terms(
+        self,
+        hidden_states: torch.Tensor,
+        chosen: Masking,
+        noise: torch.Tensor | None,
+        errors: torch.Tensor,
+        ids_predicted: torch.Tensor | None,
+        compute_masker_loss: bool = False,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """L_err, where errors are predicted."""
+        terms = super().task_terms(hidden_states, chosen, noise, errors, ids_predicted, **options)
+        if compute_masker_loss and chosen.predicted_errors is not None:
+            rows = self.decoded_rows(**options)
+            predictions, mask = (
+                select_patches(values[rows], ids_predicted) for values in (chosen.predicted_errors, chosen.mask)
+            )
+            terms |= {"prediction_loss": error_prediction_loss(predictions, errors, mask)}
+        return terms
 
     def masker_terms(
         self, tokens: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
@@ -243,13 +313,14 @@ class LearnedMasks(MAEForPreTraining):
     def term_weights(
         self, curriculum_factor: torch.Tensor | float | None = None, **options: Any
     ) -> dict[str, torch.Tensor | float]:
-        """Those of `L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`."""
+        """Those of `L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`, and of L_err, which stands alone."""
         config = self.config
         return {
             "soft_reconstruction_loss": config.curriculum_start if curriculum_factor is None else curriculum_factor,
             "gauss_loss": config.gauss_loss_weight,
             "kl_loss": config.kl_loss_weight,
             "diversity_loss": config.diversity_loss_weight,
+            "prediction_loss": 1.0,
         }
 
     def soft_reconstruction_loss(

@@ -31,8 +31,9 @@ class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
     """What [`CMAEForPreTraining`] returns: [`CLMAEForPreTrainingOutput`] and the encoder's tasks.
 
     With two views, everything that has a row for each image has two: `logits` `(batch_size, 2, num_patches, …)`,
-    `mask`, `ids_restore` and `keep_probabilities` `(batch_size, 2, num_patches)`. `hidden_states` and `attentions` are
-    those of the `2 * batch_size` views, an image's two side by side. Losses stand before their weights.
+    `mask`, `ids_restore`, `keep_probabilities` and `predicted_errors` `(batch_size, 2, num_patches)`. (`logits` have one
+    where one view is decoded: `config.decoded_views`.) `hidden_states` and `attentions` are those of the
+    `2 * batch_size` views, an image's two side by side. Losses stand before their weights.
 
     Args:
         contrastive_loss (`torch.FloatTensor`, a scalar): L_con, symmetric InfoNCE between the views.
@@ -51,16 +52,20 @@ class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
 
 
 class CMAEProjector(nn.Module):
-    """From an image's mean token `(…, hidden_size)` to what is compared `(…, projection_size)`; no batch statistics."""
+    """From an image's mean token `(B, hidden_size)` to what is compared `(B, projection_size)`.
+
+    With `config.projection_batch_norm` the hidden layer is normalised over the process's batch, views together.
+    """
 
     def __init__(self, config: CMAEConfig):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.projection_hidden_size)
+        self.norm = nn.BatchNorm1d(config.projection_hidden_size) if config.projection_batch_norm else nn.Identity()
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.projection_hidden_size, config.projection_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(tokens)))
+        return self.fc2(self.activation_fn(self.norm(self.fc1(tokens))))
 
 
 class CMAEPositionHead(nn.Module):
@@ -167,9 +172,9 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             withhold=withhold,
             **{**kwargs, "return_dict": True},
         )
-        for name in ("logits", "mask", "ids_restore", "keep_probabilities") if several else ():
+        for name in ("logits", "mask", "ids_restore", "keep_probabilities", "predicted_errors") if several else ():
             if name in outputs:
-                outputs[name] = outputs[name].unflatten(0, (-1, views))
+                outputs[name] = outputs[name].unflatten(0, (shape[0], -1))
         return outputs
 
     def _check_tasks(self, contrast: bool, withhold: bool, views: int, grid_size: tuple[int, int]) -> None:
@@ -184,6 +189,10 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
                 f"{self.config.image_size} pixels: the position head has one output for each of "
                 f"{self.config.num_patches} positions. Resize the images, or set it to 0."
             )
+
+    def decoded_rows(self, contrast: bool = False, **options: Any) -> slice:
+        """With `config.decoded_views` 1, the first of an image's two views."""
+        return slice(None, None, 2) if contrast and self.config.decoded_views == 1 else slice(None)
 
     def withheld_tokens(self, noise: torch.Tensor, chosen: Masking) -> torch.Tensor:
         """Which of the K visible tokens are without their position: `(B, int(K * position_mask_ratio))`.
@@ -217,13 +226,15 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
         hidden_states: torch.Tensor,
         chosen: Masking,
         noise: torch.Tensor | None,
+        errors: torch.Tensor,
+        ids_predicted: torch.Tensor | None,
         contrast: bool = False,
         withhold: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
         """L_pos and its accuracy, L_con and its projections."""
         tokens = hidden_states[:, 1:]
-        terms = super().task_terms(hidden_states, chosen, noise, **options)
+        terms = super().task_terms(hidden_states, chosen, noise, errors, ids_predicted, contrast=contrast, **options)
         if withhold:
             terms |= self.predict_positions(tokens, chosen, self.withheld_tokens(noise, chosen))
         if contrast:

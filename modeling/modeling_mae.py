@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from clmae.configuration.configuration_mae import MAEConfig, pair
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
-from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
+from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest, select_patches
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
@@ -51,6 +51,7 @@ class MAEModelOutput(ModelOutput):
     pooler_output: torch.FloatTensor | None = None
     mask: torch.FloatTensor | None = None
     ids_restore: torch.LongTensor | None = None
+    ids_predicted: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -63,9 +64,12 @@ class MAEForPreTrainingOutput(ModelOutput):
         loss (`torch.FloatTensor`, a scalar): What is minimised.
         reconstruction_loss (`torch.FloatTensor`, a scalar): L_rec, mean squared error over the masked patches.
         logits (`torch.FloatTensor` of shape `(batch_size, num_patches, p_h * p_w * num_channels)`): Predicted
-            patches, visible ones too; normalised per patch where `config.norm_pix_loss`.
+            patches, visible ones too; normalised per patch where `config.norm_pix_loss`. `(batch_size, P, …)` where a
+            part is predicted.
         mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 = masked, 0 = visible.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Rank of each patch by its score.
+        ids_predicted (`torch.LongTensor` of shape `(batch_size, P)`): The masked patches that were predicted; `None`:
+            all (see `config.prediction_ratio`).
         hidden_states, attentions (`tuple`): The encoder's, as in [`MAEModelOutput`].
     """
 
@@ -74,6 +78,7 @@ class MAEForPreTrainingOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     mask: torch.FloatTensor | None = None
     ids_restore: torch.LongTensor | None = None
+    ids_predicted: torch.LongTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
@@ -303,8 +308,9 @@ class MAEDecoder(nn.Module):
         ids_keep: torch.Tensor | None,
         grid_size: tuple[int, int],
         keep: torch.Tensor | None = None,
+        ids_predicted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predicts every patch.
+        """Predicts every patch, or those in `ids_predicted`.
 
         Args:
             hidden_states (`(B, 1 + K, hidden_size)`): The encoder's output, class token first.
@@ -312,6 +318,8 @@ class MAEDecoder(nn.Module):
             grid_size (`tuple[int, int]`): The patch grid.
             keep (`(B, N)`, *optional*): With all patches, how much of each token is visible, in [0, 1]; the mask token
                 makes up the rest.
+            ids_predicted (`(B, P)`, *optional*): The masked patches that are decoded beside the visible ones, and
+                predicted: `(B, P, p_h * p_w * C)`.
         """
         hidden_states = self.decoder_embed(hidden_states)
         if ids_keep is not None:
@@ -325,9 +333,14 @@ class MAEDecoder(nn.Module):
             tokens = keep * hidden_states[:, 1:] + (1 - keep) * self.mask_token.to(hidden_states.dtype)
             hidden_states = torch.cat([hidden_states[:, :1], tokens], dim=1)
         hidden_states = hidden_states + resize_positions(self.decoder_pos_embed, self.config.grid_size, grid_size)
+        first = 1
+        if ids_predicted is not None:
+            patches = gather_tokens(hidden_states[:, 1:], torch.cat([ids_keep, ids_predicted], dim=1))
+            hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+            first += ids_keep.shape[1]
         for layer in self.decoder_layers:
             hidden_states = layer(hidden_states)
-        return self.decoder_pred(self.decoder_norm(hidden_states[:, 1:]))
+        return self.decoder_pred(self.decoder_norm(hidden_states[:, first:]))
 
 
 # -- models -----------------------------------------------------------------------------------------------------------
@@ -526,7 +539,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
     """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked.
 
     Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
-    [`visible_tokens`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names them in
+    [`visible_tokens`], [`decoded_rows`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names them in
     `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
     """
 
@@ -576,10 +589,12 @@ class MAEForPreTraining(MAEPreTrainedModel):
         terms = self.train_masker(tokens, chosen, targets, grid_size, **options)
         visible = self.visible_tokens(tokens, chosen, noise, pixel_values, **options)
         encoded = self.vit(inputs_embeds=visible, **kwargs)
-        logits = self.decoder(encoded.last_hidden_state, chosen.ids_keep, grid_size)
-        errors = patch_errors(logits, targets)
-        reconstruction_loss = masked_mean(errors, chosen.mask)
-        terms |= self.task_terms(encoded.last_hidden_state, chosen, noise, **options)
+        rows, ids_predicted = self.decoded_rows(**options), self.predicted_patches(chosen, noise)
+        ids = None if ids_predicted is None else ids_predicted[rows]
+        logits = self.decoder(encoded.last_hidden_state[rows], chosen.ids_keep[rows], grid_size, ids_predicted=ids)
+        errors = patch_errors(logits, select_patches(targets[rows], ids))
+        reconstruction_loss = masked_mean(errors, select_patches(chosen.mask[rows], ids))
+        terms |= self.task_terms(encoded.last_hidden_state, chosen, noise, errors, ids, **options)
 
         loss = reconstruction_loss
         for name, weight in self.term_weights(**options).items():
@@ -590,6 +605,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
             logits=logits,
             mask=chosen.mask,
             ids_restore=chosen.ids_restore,
+            ids_predicted=ids,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             **terms,
@@ -620,10 +636,35 @@ class MAEForPreTraining(MAEPreTrainedModel):
         """What the encoder sees, `(B, 1 + K, D)`, of all tokens `(B, 1 + N, D)`."""
         return select_visible(tokens, chosen)
 
+    def predicted_patches(self, chosen: Masking, noise: torch.Tensor | None) -> torch.Tensor | None:
+        """The masked patches that are decoded, `(B, P)`; `None`: all, as outside training.
+
+        A share `config.prediction_ratio` of them (CrossMAE, arXiv 2401.14391), drawn by the noise's finer digits.
+        """
+        if not self.training or self.config.prediction_ratio == 1:
+            return None
+        num_masked = chosen.mask.shape[1] - chosen.ids_keep.shape[1]
+        draws = torch.rand_like(chosen.mask) if noise is None else (noise * 2**12).frac()
+        return (draws - chosen.mask).argsort(dim=1)[:, : max(1, round(self.config.prediction_ratio * num_masked))]
+
+    def decoded_rows(self, **options: Any) -> slice:
+        """Which images of the batch are decoded; here all."""
+        return slice(None)
+
     def task_terms(
-        self, hidden_states: torch.Tensor, chosen: Masking, noise: torch.Tensor | None, **options: Any
+        self,
+        hidden_states: torch.Tensor,
+        chosen: Masking,
+        noise: torch.Tensor | None,
+        errors: torch.Tensor,
+        ids_predicted: torch.Tensor | None,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Output fields of further tasks on the encoder's output `(B, 1 + K, D)`, loss terms before their weights."""
+        """Output fields of further tasks, loss terms before their weights.
+
+        From the encoder's output `(B, 1 + K, D)`, and the errors of the patches that were predicted (`(B, N)`, or
+        `(B, P)` of `ids_predicted`) of the images in [`decoded_rows`].
+        """
         return {}
 
     def term_weights(self, **options: Any) -> dict[str, torch.Tensor | float]:
