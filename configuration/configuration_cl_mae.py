@@ -6,9 +6,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from clmae.configuration.configuration_mae import MAEConfig
+from clmae.configuration.configuration_mae import MAX_LAYERS, MAEConfig, Rule, choice, integer, number
+from clmae.configuration.errors import InputError
 
 CURRICULUM_SHAPES = ("linear", "cosine", "constant")
+MASKER_OBJECTIVES = ("soft", "error")
 KL_REDUCTIONS = ("mean", "sum")
 SOFT_MASKINGS = ("attention", "tokens")
 
@@ -16,13 +18,21 @@ SOFT_MASKINGS = ("attention", "tokens")
 class CLMAEConfig(MAEConfig):
     r"""Configuration of [`CLMAEModel`], [`CLMAEForPreTraining`] and their siblings (Madan et al., arXiv 2308.16572).
 
-    Everything of [`MAEConfig`], and the masking module, its losses and its curriculum. The masking module is as wide
-    as the encoder.
+    Everything of [`MAEConfig`], and the masking module, its losses and its curriculum.
 
     Args:
-        masker_num_hidden_layers (`int`, *optional*, defaults to 5): Blocks of the masking module.
-        masker_num_attention_heads (`int`, *optional*, defaults to 4): Its attention heads; must divide `hidden_size`.
-        masker_intermediate_size (`int`, *optional*): Width of its MLP; `4 * hidden_size` if not given.
+        masker_objective (`str`, *optional*, defaults to `"soft"`): How the masking module learns. `"soft"`, the paper's:
+            by the reconstruction loss under soft masks, in a pass of its own. `"error"`, this project's: it predicts
+            each patch's error, which costs no further pass, and masks are drawn with weights
+            `exp(λ_CL * masker_error_scale * predicted error)` of staying visible.
+        masker_error_scale (`float`, *optional*, defaults to 3.0): With `"error"`, how far masks follow the predicted
+            errors, which have mean 0 and deviation 1, instead of chance.
+        masker_hidden_size (`int`, *optional*): With `"error"`, the masking module's width; about half of the encoder's
+            if not given. (With `"soft"` it is the encoder's.)
+        masker_num_hidden_layers (`int`, *optional*): Blocks of the masking module; 5, or 1 with `"error"`, if not given.
+        masker_num_attention_heads (`int`, *optional*, defaults to 4): Its attention heads; must divide its width.
+        masker_intermediate_size (`int`, *optional*): Width of its MLP; four times its own width, or twice
+            with `"error"`, if not given.
         masker_layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of its LayerNorms.
         soft_masking (`str`, *optional*, defaults to `"attention"`): How pass B hides a patch with keep probability m:
             `"attention"`: the other patches attend to it m times as much, and the decoder gets m parts of its token and
@@ -48,14 +58,17 @@ class CLMAEConfig(MAEConfig):
 
     model_type = "cl_mae"
 
-    masker_num_hidden_layers: int = 5
+    masker_objective: str = "soft"
+    masker_error_scale: float = 3.0
+    masker_hidden_size: int = None  # type: ignore[assignment]
+    masker_num_hidden_layers: int = None  # type: ignore[assignment]
     masker_num_attention_heads: int = 4
-    masker_intermediate_size: int | None = None
+    masker_intermediate_size: int = None  # type: ignore[assignment]  # filled in when it is made
     masker_layer_norm_eps: float = 1e-5
     soft_masking: str = "attention"
     gauss_loss_weight: float = 0.1
     gauss_sigma: float = 0.12
-    kl_loss_weight: float | None = None
+    kl_loss_weight: float = None  # type: ignore[assignment]  # filled in when it is made
     kl_reduction: str = "mean"
     diversity_loss_weight: float = 0.5
     diversity_scale: float = 0.1
@@ -63,9 +76,19 @@ class CLMAEConfig(MAEConfig):
     curriculum_start: float = 1.0
     curriculum_end: float = -1.0
 
-    _stacks: ClassVar[tuple[tuple[str, str], ...]] = (
-        *MAEConfig._stacks,
-        ("hidden_size", "masker_num_attention_heads"),
+    _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
+        *MAEConfig._rules,
+        (integer(MAX_LAYERS), "masker_num_hidden_layers"),
+        (integer(), "masker_hidden_size masker_num_attention_heads masker_intermediate_size"),
+        (number("(0, 1]"), "masker_layer_norm_eps"),
+        (number("(0, inf)"), "gauss_sigma"),
+        (number("[0, inf)"), "gauss_loss_weight kl_loss_weight diversity_loss_weight diversity_scale"),
+        (number("(-inf, inf)"), "curriculum_start curriculum_end"),
+        (number("(0, inf)"), "masker_error_scale"),
+        (choice(*MASKER_OBJECTIVES), "masker_objective"),
+        (choice(*SOFT_MASKINGS), "soft_masking"),
+        (choice(*KL_REDUCTIONS), "kl_reduction"),
+        (choice(*CURRICULUM_SHAPES), "curriculum_shape"),
     )
 
     @property
@@ -73,29 +96,31 @@ class CLMAEConfig(MAEConfig):
         """True: this is what the family is for."""
         return True
 
+    def _stacks(self) -> tuple[tuple[str, str], ...]:
+        width = "hidden_size" if self.masker_hidden_size is None else "masker_hidden_size"
+        by_errors = self.masker_objective == "error" and self.masker_hidden_size is None  # chosen to suit the heads
+        return super()._stacks() if by_errors else (*super()._stacks(), (width, "masker_num_attention_heads"))
+
+    def check(self) -> None:
+        super().check()
+        if self.masker_objective == "soft" and self.masker_hidden_size not in (None, self.hidden_size):
+            raise InputError(
+                f"`masker_hidden_size` is {self.masker_hidden_size}, but with `masker_objective` 'soft' the masking "
+                f"module is as wide as the encoder, {self.hidden_size}: leave it out."
+            )
+
     def _fill_defaults(self) -> None:
         super()._fill_defaults()
+        by_errors = self.masker_objective == "error"
+        if self.masker_num_hidden_layers is None:
+            self.masker_num_hidden_layers = 1 if by_errors else 5
+        if self.masker_hidden_size is None:
+            step = math.lcm(4, self.masker_num_attention_heads)
+            self.masker_hidden_size = -(-self.hidden_size // (2 * step)) * step if by_errors else self.hidden_size
         if self.masker_intermediate_size is None:
-            self.masker_intermediate_size = 4 * self.hidden_size
+            self.masker_intermediate_size = (2 if by_errors else 4) * self.masker_hidden_size
         if self.kl_loss_weight is None:
             self.kl_loss_weight = 25.6 if self.kl_reduction == "mean" else 0.1
 
-    def check(self) -> None:
-        self._check_int("masker_num_hidden_layers")
-        self._check_int("masker_num_attention_heads")
-        self._check_int("masker_intermediate_size", optional=True)
-        self._check_number("masker_layer_norm_eps", 0.0, 1.0, open_low=True)
-        self._check_number("gauss_sigma", 0.0, math.inf, open_low=True)
-        for name in ("gauss_loss_weight", "diversity_loss_weight", "diversity_scale"):
-            self._check_number(name, 0.0, math.inf)
-        if self.kl_loss_weight is not None:
-            self._check_number("kl_loss_weight", 0.0, math.inf)
-        for name in ("curriculum_start", "curriculum_end"):
-            self._check_number(name, -math.inf, math.inf)
-        self._check_choice("soft_masking", SOFT_MASKINGS)
-        self._check_choice("kl_reduction", KL_REDUCTIONS)
-        self._check_choice("curriculum_shape", CURRICULUM_SHAPES)
-        super().check()
 
-
-__all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "SOFT_MASKINGS", "CLMAEConfig"]
+__all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "MASKER_OBJECTIVES", "SOFT_MASKINGS", "CLMAEConfig"]

@@ -7,6 +7,7 @@ import math
 from typing import ClassVar
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
+from clmae.configuration.configuration_mae import Rule, boolean, integer, number
 from clmae.configuration.errors import InputError
 
 
@@ -29,6 +30,9 @@ class CMAEConfig(CLMAEConfig):
         projection_size (`int`, *optional*, defaults to 128): Width of the vectors that are compared.
         projection_hidden_size (`int`, *optional*): Width of the projector's hidden layer; four times the encoder's, at
             least 512, if not given.
+        projection_batch_norm (`bool`, *optional*, defaults to `False`): BatchNorm in the projector's hidden layer.
+        decoded_views (`int`, *optional*, defaults to 2): Views of an image that are decoded while two are contrasted, 1
+            or 2; with 1 the second view trains the encoder by contrast alone.
         position_loss_weight (`float`, *optional*, defaults to 0.1): Weight of predicting where a token came from; 0:
             not computed.
         position_mask_ratio (`float`, *optional*, defaults to 0.75): Share of the visible tokens whose position is
@@ -48,11 +52,22 @@ class CMAEConfig(CLMAEConfig):
     contrastive_loss_weight: float = 0.1
     contrastive_temperature: float = 0.2
     projection_size: int = 128
-    projection_hidden_size: int | None = None
+    projection_batch_norm: bool = False
+    decoded_views: int = 2
+    projection_hidden_size: int = None  # type: ignore[assignment]  # filled in when it is made
     position_loss_weight: float = 0.1
     position_mask_ratio: float = 0.75
     learned_masks: bool = False
 
+    _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
+        *CLMAEConfig._rules,
+        (number("[0, inf)"), "contrastive_loss_weight position_loss_weight"),
+        (number("(0, inf)"), "contrastive_temperature"),
+        (number("(0, 1]"), "position_mask_ratio"),
+        (integer(), "projection_size projection_hidden_size"),
+        (integer(2), "decoded_views"),
+        (boolean, "learned_masks projection_batch_norm"),
+    )
     _decoder_follows_size: ClassVar[bool] = False
 
     @property
@@ -71,13 +86,6 @@ class CMAEConfig(CLMAEConfig):
             self.projection_hidden_size = max(512, 4 * self.hidden_size)
 
     def check(self) -> None:
-        for name in ("contrastive_loss_weight", "position_loss_weight"):
-            self._check_number(name, 0.0, math.inf)
-        self._check_number("contrastive_temperature", 0.0, math.inf, open_low=True)
-        self._check_number("position_mask_ratio", 0.0, 1.0, open_low=True)
-        self._check_int("projection_size")
-        self._check_int("projection_hidden_size", optional=True)
-        self._check_bool("learned_masks")
         super().check()
         visible = self.num_visible(self.num_patches)
         if self.position_loss_weight and not int(visible * self.position_mask_ratio):

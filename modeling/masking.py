@@ -119,4 +119,14 @@ SAMPLERS: dict[str, Callable[[torch.Tensor, tuple[int, int], int], torch.Tensor]
     "grid": grid_scores,
 }
 
-__all__ = ["SAMPLERS", "Masking", "block_scores", "gather_tokens", "grid_scores", "gumbel_scores", "keep_lowest", "random_scores", "select_patches"]
+__all__ = [
+    "SAMPLERS",
+    "Masking",
+    "block_scores",
+    "gather_tokens",
+    "grid_scores",
+    "gumbel_scores",
+    "keep_lowest",
+    "random_scores",
+    "select_patches",
+]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -60,13 +60,13 @@ class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
             `masker_objective="error"` where it was computed.
     """
 
-    soft_reconstruction_loss: torch.FloatTensor | None = None
-    gauss_loss: torch.FloatTensor | None = None
-    kl_loss: torch.FloatTensor | None = None
-    diversity_loss: torch.FloatTensor | None = None
-    prediction_loss: torch.FloatTensor | None = None
-    keep_probabilities: torch.FloatTensor | None = None
-    predicted_errors: torch.FloatTensor | None = None
+    soft_reconstruction_loss: Tensor | None = None
+    gauss_loss: Tensor | None = None
+    kl_loss: Tensor | None = None
+    diversity_loss: Tensor | None = None
+    prediction_loss: Tensor | None = None
+    keep_probabilities: Tensor | None = None
+    predicted_errors: Tensor | None = None
 
 
 class MaskingHead(nn.Linear):
@@ -75,7 +75,7 @@ class MaskingHead(nn.Linear):
     Rounded logits tie, and a tie would be decided by the patch's place.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
@@ -87,17 +87,14 @@ class MaskingModule(nn.Module):
     def __init__(self, config: CLMAEConfig):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        sizes = config.masker_num_attention_heads, config.masker_intermediate_size, config.masker_layer_norm_eps
         self.layers = nn.ModuleList(
-            MAELayer(
-                *(config, config.hidden_size, config.masker_num_attention_heads, config.masker_intermediate_size),
-                layer_norm_eps=config.masker_layer_norm_eps,
-            )
-            for _ in range(config.masker_num_hidden_layers)
+            MAELayer(config, config.hidden_size, *sizes) for _ in range(config.masker_num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.masker_layer_norm_eps)
         self.head = MaskingHead(config.hidden_size, config.num_patches)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Keep probabilities m `(B, N)` in (0, 1) of patch tokens `(B, N, D)`, in float32 or wider."""
         hidden_states = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         for layer in self.layers:
@@ -124,7 +121,7 @@ class ErrorPredictor(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.masker_layer_norm_eps)
         self.head = MaskingHead(width, 1)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Standardised log errors ê `(B, N)` of patch tokens `(B, N, D)`, in float32 or wider."""
         hidden_states = self.reduction(tokens)
         for layer in self.layers:
@@ -137,10 +134,7 @@ class CLMAEPreTrainedModel(MAEPreTrainedModel):
     """What transformers needs to know about every CL-MAE model."""
 
     config_class = CLMAEConfig
-    _keys_to_ignore_on_load_unexpected = [
-        *MAEPreTrainedModel._keys_to_ignore_on_load_unexpected,
-        r"^masking_module\.",
-    ]
+    _keys_to_ignore_on_load_unexpected = [*MAEPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^masking_module\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -167,7 +161,7 @@ class LearnedMasks(MAEForPreTraining):
     """
 
     output_class = CLMAEForPreTrainingOutput
-    _step_arguments = ("masking", "curriculum_factor", "compute_masker_loss")
+    _step_arguments: tuple[str, ...] = ("masking", "curriculum_factor", "compute_masker_loss")
 
     def __init__(self, config: CLMAEConfig):
         super().__init__(config)
@@ -178,10 +172,10 @@ class LearnedMasks(MAEForPreTraining):
 
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
         masking: str | None = None,
-        curriculum_factor: torch.Tensor | float | None = None,
+        curriculum_factor: Tensor | float | None = None,
         compute_masker_loss: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -224,11 +218,11 @@ class LearnedMasks(MAEForPreTraining):
 
     def choose_mask(
         self,
-        tokens: torch.Tensor,
-        noise: torch.Tensor | None,
+        tokens: Tensor,
+        noise: Tensor | None,
         grid_size: tuple[int, int],
         masking: str = "learned",
-        curriculum_factor: torch.Tensor | float | None = None,
+        curriculum_factor: Tensor | float | None = None,
         compute_masker_loss: bool = False,
         **options: Any,
     ) -> Masking:
@@ -262,9 +256,9 @@ class LearnedMasks(MAEForPreTraining):
 
     def train_masker(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         chosen: Masking,
-        targets: torch.Tensor,
+        targets: Tensor,
         grid_size: tuple[int, int],
         compute_masker_loss: bool = False,
         **options: Any,
@@ -278,11 +272,11 @@ class LearnedMasks(MAEForPreTraining):
 
     def task_terms(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         chosen: Masking,
-        noise: torch.Tensor | None,
-        errors: torch.Tensor,
-        ids_predicted: torch.Tensor | None,
+        noise: Tensor | None,
+        errors: Tensor,
+        ids_predicted: Tensor | None,
         compute_masker_loss: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
@@ -297,8 +291,8 @@ class LearnedMasks(MAEForPreTraining):
         return terms
 
     def masker_terms(
-        self, tokens: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
+        self, tokens: Tensor, keep: Tensor, targets: Tensor, grid_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
         """The four terms of L_mask, before their weights."""
         config = self.config
         # Evaluation may happen in one process alone, and then must not wait for the others.
@@ -311,7 +305,7 @@ class LearnedMasks(MAEForPreTraining):
         }
 
     def term_weights(
-        self, curriculum_factor: torch.Tensor | float | None = None, **options: Any
+        self, curriculum_factor: Tensor | float | None = None, **options: Any
     ) -> dict[str, torch.Tensor | float]:
         """Those of `L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`, and of L_err, which stands alone."""
         config = self.config
@@ -324,8 +318,8 @@ class LearnedMasks(MAEForPreTraining):
         }
 
     def soft_reconstruction_loss(
-        self, embeddings: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
-    ) -> torch.Tensor:
+        self, embeddings: Tensor, keep: Tensor, targets: Tensor, grid_size: tuple[int, int]
+    ) -> Tensor:
         """`L_soft = Σ (1 − m_i)·e_i / Σ (1 − m_i)` over the global batch, with a gradient for m alone.
 
         `e_i` is a patch's error where each patch is hidden to the degree of its m (see [`soft_logits`]).
@@ -370,7 +364,7 @@ class LearnedMasks(MAEForPreTraining):
         by_size, by_memory = batch_size * num_tokens // _MIN_TOKENS, round(1 / (1 - self.config.mask_ratio))
         return max(1, min(batch_size, by_size, by_memory))
 
-    def soft_logits(self, embeddings: torch.Tensor, keep: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def soft_logits(self, embeddings: Tensor, keep: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Predicted patches `(B, N, p_h * p_w * C)` from all tokens `(B, 1 + N, D)`, patch i visible to the degree m_i.
 
         `config.soft_masking` `"attention"`: the attention weights on patch i are multiplied by m_i and made to sum to

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.processing_utils import Unpack
@@ -45,10 +45,10 @@ class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
             is normalised.
     """
 
-    contrastive_loss: torch.FloatTensor | None = None
-    position_loss: torch.FloatTensor | None = None
-    position_accuracy: torch.FloatTensor | None = None
-    projections: torch.FloatTensor | None = None
+    contrastive_loss: Tensor | None = None
+    position_loss: Tensor | None = None
+    position_accuracy: Tensor | None = None
+    projections: Tensor | None = None
 
 
 class CMAEProjector(nn.Module):
@@ -64,7 +64,7 @@ class CMAEProjector(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.projection_hidden_size, config.projection_size)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.norm(self.fc1(tokens))))
 
 
@@ -76,7 +76,7 @@ class CMAEPositionHead(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.classifier = nn.Linear(config.hidden_size, config.num_patches)
 
-    def forward(self, tokens: torch.Tensor, withhold: bool = False) -> torch.Tensor:
+    def forward(self, tokens: Tensor, withhold: bool = False) -> Tensor:
         """Scores of the N positions; with `withhold`, patch tokens without position get what stands for it."""
         # Both here: a module's parameters may be present only while its forward runs (sharding, offloading).
         return tokens + self.mask_token if withhold else self.classifier(tokens)
@@ -125,10 +125,10 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
         masking: str | None = None,
-        curriculum_factor: torch.Tensor | float | None = None,
+        curriculum_factor: Tensor | float | None = None,
         compute_masker_loss: bool | None = None,
         compute_task_losses: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
@@ -194,23 +194,24 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
         """With `config.decoded_views` 1, the first of an image's two views."""
         return slice(None, None, 2) if contrast and self.config.decoded_views == 1 else slice(None)
 
-    def withheld_tokens(self, noise: torch.Tensor, chosen: Masking) -> torch.Tensor:
+    def withheld_tokens(self, noise: Tensor | None, chosen: Masking) -> Tensor:
         """Which of the K visible tokens are without their position: `(B, int(K * position_mask_ratio))`.
 
         The finer digits of the noise `(B, N)` draw them, so that one noise fixes everything.
         """
+        assert noise is not None  # `forward` has drawn it
         digits = (noise.gather(1, chosen.ids_keep) * 2**12).frac()  # the visible tokens' noise itself is small
         return digits.argsort(dim=1)[:, : int(digits.shape[1] * self.config.position_mask_ratio)]
 
     def visible_tokens(
         self,
-        tokens: torch.Tensor,
+        tokens: Tensor,
         chosen: Masking,
-        noise: torch.Tensor | None,
-        pixel_values: torch.Tensor,
+        noise: Tensor | None,
+        pixel_values: Tensor,
         withhold: bool = False,
         **options: Any,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Class token and visible tokens `(B, 1 + K, D)`, the position of some replaced by one learned vector."""
         visible = super().visible_tokens(tokens, chosen, noise, pixel_values, **options)
         if not withhold:
@@ -223,11 +224,11 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
 
     def task_terms(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         chosen: Masking,
-        noise: torch.Tensor | None,
-        errors: torch.Tensor,
-        ids_predicted: torch.Tensor | None,
+        noise: Tensor | None,
+        errors: Tensor,
+        ids_predicted: Tensor | None,
         contrast: bool = False,
         withhold: bool = False,
         **options: Any,
@@ -241,15 +242,15 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             terms |= self.contrast_views(tokens)
         return terms
 
-    def term_weights(self, **options: Any) -> dict[str, torch.Tensor | float]:
+    def term_weights(
+        self, curriculum_factor: Tensor | float | None = None, **options: Any
+    ) -> dict[str, Tensor | float]:
         """CL-MAE's, λ_pos and λ_con."""
         config = self.config
         tasks = {"position_loss": config.position_loss_weight, "contrastive_loss": config.contrastive_loss_weight}
-        return super().term_weights(**options) | tasks
+        return super().term_weights(curriculum_factor, **options) | tasks
 
-    def predict_positions(
-        self, tokens: torch.Tensor, chosen: Masking, withheld: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def predict_positions(self, tokens: Tensor, chosen: Masking, withheld: Tensor) -> dict[str, Tensor]:
         """L_pos and accuracy from the encoder's output `(B, K, D)` for the `withheld` `(B, n)` of its tokens."""
         scores = self.position_head(gather_tokens(tokens, withheld)).flatten(0, 1)
         places = chosen.ids_keep.gather(1, withheld).flatten()
@@ -259,7 +260,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             "position_accuracy": (scores.detach().argmax(1) == places).float().mean(),
         }
 
-    def contrast_views(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def contrast_views(self, tokens: Tensor) -> dict[str, Tensor]:
         """L_con between the views' mean tokens, from the encoder's output `(2 * B, K, D)`, views side by side."""
         projections = self.projector(tokens.mean(1)).unflatten(0, (-1, 2))
         first, second = projections.unbind(1)

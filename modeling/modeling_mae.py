@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -47,13 +47,12 @@ class MAEModelOutput(ModelOutput):
         attentions (`tuple` of `(batch_size, num_heads, 1 + n, 1 + n)`): With `output_attentions=True`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    mask: torch.FloatTensor | None = None
-    ids_restore: torch.LongTensor | None = None
-    ids_predicted: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    mask: Tensor | None = None
+    ids_restore: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -73,20 +72,20 @@ class MAEForPreTrainingOutput(ModelOutput):
         hidden_states, attentions (`tuple`): The encoder's, as in [`MAEModelOutput`].
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    mask: torch.FloatTensor | None = None
-    ids_restore: torch.LongTensor | None = None
-    ids_predicted: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    ids_restore: Tensor | None = None
+    ids_predicted: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 # -- positions --------------------------------------------------------------------------------------------------------
 
 
-def sincos_positions(width: int, grid_size: tuple[int, int]) -> torch.Tensor:
+def sincos_positions(width: int, grid_size: tuple[int, int]) -> Tensor:
     """Fixed 2-D sin-cos positions `(1, 1 + h * w, width)`, float32, the class token's zero (MAE, appendix A.1).
 
     A patch's vector is `[sin(x) | cos(x) | sin(y) | cos(y)]`, each `width / 4` wide, frequencies
@@ -99,9 +98,7 @@ def sincos_positions(width: int, grid_size: tuple[int, int]) -> torch.Tensor:
     return torch.cat([positions.new_zeros(1, width), positions]).float().unsqueeze(0)
 
 
-def resize_positions(
-    positions: torch.Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
-) -> torch.Tensor:
+def resize_positions(positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> Tensor:
     """Positions `(1, 1 + h * w, width)` for another patch grid, bicubic in two dimensions; the class token's stays."""
     if new_grid_size == grid_size:
         return positions
@@ -117,14 +114,14 @@ def resize_positions(
 
 def eager_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Plain attention on `(batch_size, num_heads, length, head_dim)` tensors; gives the weights too.
 
     `attention_mask`, broadcastable to the scores, is added to them.
@@ -152,8 +149,8 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self, hidden_states: Tensor, attention_bias: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
         query, key, value = (
             projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -177,7 +174,7 @@ class MAEMLP(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -200,12 +197,12 @@ class MAELayer(GradientCheckpointingLayer):
         self.mlp = MAEMLP(config, hidden_size, intermediate_size)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states = hidden_states + self._drop_path(attended)
         return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
-    def _drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+    def _drop_path(self, branch: Tensor) -> Tensor:
         # Stochastic depth (arXiv 1603.09382): the branch is dropped per sample, the kept ones scaled up.
         if self.drop_path_rate == 0.0 or not self.training:
             return branch
@@ -221,12 +218,14 @@ class MAEPatchEmbeddings(nn.Module):
         patch_size = pair(config.patch_size)
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class MAEEmbeddings(nn.Module):
     """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`."""
+
+    position_embeddings: Tensor
 
     def __init__(self, config: MAEConfig):
         super().__init__()
@@ -238,7 +237,7 @@ class MAEEmbeddings(nn.Module):
         positions = sincos_positions(config.hidden_size, config.grid_size)
         self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         positions = resize_positions(self.position_embeddings, self.config.grid_size, grid_size)
         patches = self.patch_embeddings(pixel_values) + positions[:, 1:]
@@ -247,7 +246,7 @@ class MAEEmbeddings(nn.Module):
 
 
 def check_pixel_values(
-    config: MAEConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None, views: bool = False
+    config: MAEConfig, pixel_values: Tensor, interpolate_pos_encoding: bool | None, views: bool = False
 ) -> tuple[int, int]:
     """The patch grid `(h, w)` of `pixel_values`; InputError where they are not what the configuration expects.
 
@@ -284,6 +283,8 @@ def check_pixel_values(
 class MAEDecoder(nn.Module):
     """Visible tokens to predicted patches `(B, N, p_h * p_w * C)`."""
 
+    decoder_pos_embed: Tensor
+
     def __init__(self, config: MAEConfig):
         super().__init__()
         self.config = config
@@ -292,24 +293,19 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         positions = sincos_positions(width, config.grid_size)
         self.register_buffer("decoder_pos_embed", positions.to(torch.get_default_dtype()))
-        self.decoder_layers = nn.ModuleList(
-            MAELayer(
-                *(config, width, config.decoder_num_attention_heads, config.decoder_intermediate_size),
-                layer_norm_eps=config.layer_norm_eps,
-            )
-            for _ in range(config.decoder_num_hidden_layers)
-        )
+        sizes = width, config.decoder_num_attention_heads, config.decoder_intermediate_size, config.layer_norm_eps
+        self.decoder_layers = nn.ModuleList(MAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        ids_keep: torch.Tensor | None,
+        hidden_states: Tensor,
+        ids_keep: Tensor | None,
         grid_size: tuple[int, int],
-        keep: torch.Tensor | None = None,
-        ids_predicted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        keep: Tensor | None = None,
+        ids_predicted: Tensor | None = None,
+    ) -> Tensor:
         """Predicts every patch, or those in `ids_predicted`.
 
         Args:
@@ -450,13 +446,10 @@ class MAEModel(MAEPreTrainedModel):
     def __init__(self, config: MAEConfig, add_final_layernorm: bool = True):
         super().__init__(config)
         self.embeddings = MAEEmbeddings(config)
+        sizes = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         last = max(1, config.num_hidden_layers - 1)
         self.layers = nn.ModuleList(
-            MAELayer(
-                *(config, config.hidden_size, config.num_attention_heads, config.intermediate_size),
-                layer_norm_eps=config.layer_norm_eps,
-                drop_path_rate=config.drop_path_rate * i / last,
-            )
+            MAELayer(config, *sizes, drop_path_rate=config.drop_path_rate * i / last)
             for i in range(config.num_hidden_layers)
         )
         self.layernorm = (
@@ -467,11 +460,11 @@ class MAEModel(MAEPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        noise: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MAEModelOutput:
         """Encodes images.
@@ -513,7 +506,7 @@ class MAEModel(MAEPreTrainedModel):
         )
 
 
-def sample_masking(config: MAEConfig, noise: torch.Tensor, batch_size: int, grid_size: tuple[int, int]) -> Masking:
+def sample_masking(config: MAEConfig, noise: Tensor, batch_size: int, grid_size: tuple[int, int]) -> Masking:
     """The masking that `config.mask_sampler` makes of uniform `noise` `(batch_size, num_patches)`."""
     num_patches = math.prod(grid_size)
     if noise.shape != (batch_size, num_patches):
@@ -530,7 +523,7 @@ def sample_masking(config: MAEConfig, noise: torch.Tensor, batch_size: int, grid
     return keep_lowest(SAMPLERS[config.mask_sampler](noise, grid_size, num_visible), num_visible)
 
 
-def select_visible(embeddings: torch.Tensor, masking: Masking) -> torch.Tensor:
+def select_visible(embeddings: Tensor, masking: Masking) -> Tensor:
     """Class token and visible patch tokens `(B, 1 + K, D)` of all tokens `(B, 1 + N, D)`."""
     return torch.cat([embeddings[:, :1], gather_tokens(embeddings[:, 1:], masking.ids_keep)], dim=1)
 
@@ -555,8 +548,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MAEForPreTrainingOutput:
@@ -611,32 +604,25 @@ class MAEForPreTraining(MAEPreTrainedModel):
             **terms,
         )
 
-    def choose_mask(
-        self, tokens: torch.Tensor, noise: torch.Tensor | None, grid_size: tuple[int, int], **options: Any
-    ) -> Masking:
+    def choose_mask(self, tokens: Tensor, noise: Tensor | None, grid_size: tuple[int, int], **options: Any) -> Masking:
         """Which patches stay visible, of all tokens `(B, 1 + N, D)`; here by `config.mask_sampler` and the noise."""
         if noise is None:
             noise = torch.rand(len(tokens), math.prod(grid_size), device=tokens.device)
         return sample_masking(self.config, noise, len(tokens), grid_size)
 
     def train_masker(
-        self, tokens: torch.Tensor, chosen: Masking, targets: torch.Tensor, grid_size: tuple[int, int], **options: Any
+        self, tokens: Tensor, chosen: Masking, targets: Tensor, grid_size: tuple[int, int], **options: Any
     ) -> dict[str, Any]:
         """Output fields of what chose the mask, loss terms before their weights among them; random noise has none."""
         return {}
 
     def visible_tokens(
-        self,
-        tokens: torch.Tensor,
-        chosen: Masking,
-        noise: torch.Tensor | None,
-        pixel_values: torch.Tensor,
-        **options: Any,
-    ) -> torch.Tensor:
+        self, tokens: Tensor, chosen: Masking, noise: Tensor | None, pixel_values: Tensor, **options: Any
+    ) -> Tensor:
         """What the encoder sees, `(B, 1 + K, D)`, of all tokens `(B, 1 + N, D)`."""
         return select_visible(tokens, chosen)
 
-    def predicted_patches(self, chosen: Masking, noise: torch.Tensor | None) -> torch.Tensor | None:
+    def predicted_patches(self, chosen: Masking, noise: Tensor | None) -> Tensor | None:
         """The masked patches that are decoded, `(B, P)`; `None`: all, as outside training.
 
         A share `config.prediction_ratio` of them (CrossMAE, arXiv 2401.14391), drawn by the noise's finer digits.
@@ -653,11 +639,11 @@ class MAEForPreTraining(MAEPreTrainedModel):
 
     def task_terms(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Tensor,
         chosen: Masking,
-        noise: torch.Tensor | None,
-        errors: torch.Tensor,
-        ids_predicted: torch.Tensor | None,
+        noise: Tensor | None,
+        errors: Tensor,
+        ids_predicted: Tensor | None,
         **options: Any,
     ) -> dict[str, Any]:
         """Output fields of further tasks, loss terms before their weights.
@@ -667,7 +653,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         """
         return {}
 
-    def term_weights(self, **options: Any) -> dict[str, torch.Tensor | float]:
+    def term_weights(self, **options: Any) -> dict[str, Tensor | float]:
         """Weights, by the output field's name, of the terms that are added to the reconstruction loss."""
         return {}
 
@@ -691,8 +677,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
@@ -724,7 +710,7 @@ class MAEBackbone(BackboneMixin, MAEModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
     ) -> BackboneOutput:
         """Feature maps of images.
 
