@@ -21,15 +21,16 @@ class CLMAEConfig(MAEConfig):
     Everything of [`MAEConfig`], and the masking module, its losses and its curriculum.
 
     Args:
-        masker_objective (`str`, *optional*, defaults to `"soft"`): How the masking module learns. `"soft"`, the paper's:
-            by the reconstruction loss under soft masks, in a pass of its own. `"error"`, this project's: it predicts
-            each patch's error, which costs no further pass, and masks are drawn with weights
-            `exp(λ_CL * masker_error_scale * predicted error)` of staying visible.
+        masker_objective (`str`, *optional*, defaults to `"soft"`): How the masking module learns. `"soft"`, the
+            paper's: by the reconstruction loss under soft masks, in a pass of its own. `"error"`, this project's: it
+            predicts each patch's error, which costs no further pass, and the visible patches are drawn with weights
+            `exp(λ_CL * masker_error_scale * predicted error)`.
         masker_error_scale (`float`, *optional*, defaults to 3.0): With `"error"`, how far masks follow the predicted
             errors, which have mean 0 and deviation 1, instead of chance.
         masker_hidden_size (`int`, *optional*): With `"error"`, the masking module's width; about half of the encoder's
             if not given. (With `"soft"` it is the encoder's.)
-        masker_num_hidden_layers (`int`, *optional*): Blocks of the masking module; 5, or 1 with `"error"`, if not given.
+        masker_num_hidden_layers (`int`, *optional*): Blocks of the masking module; 5, or 1 with `"error"`, if not
+            given.
         masker_num_attention_heads (`int`, *optional*, defaults to 4): Its attention heads; must divide its width.
         masker_intermediate_size (`int`, *optional*): Width of its MLP; four times its own width, or twice
             with `"error"`, if not given.

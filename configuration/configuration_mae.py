@@ -137,8 +137,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         mask_ratio (`float`, *optional*, defaults to 0.75): Share of the patches that is masked, in [0, 1);
             `int(N * (1 - mask_ratio))` of the N patches stay visible, at least one and not all.
         mask_sampler (`str`, *optional*, defaults to `"random"`): `"random"`, `"block"` or `"grid"` (MAE, figure 6).
-        prediction_ratio (`float`, *optional*, defaults to 1.0): Share of the masked patches that the decoder predicts in
-            training, in (0, 1], drawn anew for each image (CrossMAE, arXiv 2401.14391); less is cheaper.
+        prediction_ratio (`float`, *optional*, defaults to 1.0): Share of the masked patches that the decoder predicts
+            in training, in (0, 1], drawn anew for each image (CrossMAE, arXiv 2401.14391); less is cheaper.
         norm_pix_loss (`bool`, *optional*, defaults to `True`): Reconstruct each patch normalised by its own mean and
             variance (MAE, section 3: better representations; the released models' recipe) instead of raw pixels.
         apply_layernorm (`bool`, *optional*, defaults to `True`): Backbone: apply the final LayerNorm to feature maps.
@@ -417,9 +417,9 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Refuses what no machine could hold before anything is allocated."""
         total = (self.patch_dim + self.num_patches) * (self.hidden_size + self.decoder_hidden_size)
         for part in ("", "decoder_", "masker_"):
-            width = getattr(self, f"{part}hidden_size", self.hidden_size)
+            width = getattr(self, f"{part}hidden_size", None) or self.hidden_size
             inner = getattr(self, f"{part}intermediate_size", None) or 4 * width
-            total += getattr(self, f"{part}num_hidden_layers", 0) * (4 * width**2 + 2 * width * inner)
+            total += (getattr(self, f"{part}num_hidden_layers", None) or 0) * (4 * width**2 + 2 * width * inner)
         if total > MAX_PARAMETERS:
             raise InputError(
                 f"a model with `hidden_size` {self.hidden_size} and `num_hidden_layers` {self.num_hidden_layers} would "

@@ -153,8 +153,8 @@ class LearnedMasks(MAEForPreTraining):
     Pass A trains encoder and decoder under the mask that the module chooses. The module learns by
     `config.masker_objective`: `"soft"` (the paper's), in pass B through the frozen autoencoder, towards masks that are
     easier (curriculum factor > 0) or harder (< 0) to reconstruct; `"error"` (this project's), by predicting the
-    errors that pass A has, and patches are drawn by them. One `loss.backward()` does both: each gradient reaches its own
-    half of the parameters alone.
+    errors that pass A has, and patches are drawn by them. One `loss.backward()` does both: each gradient reaches its
+    own half of the parameters alone.
 
     The curriculum factor is the caller's to move: `clmae.training.CurriculumTrainer` does it; in any other training
     loop it stays at `config.curriculum_start` unless it is passed.
@@ -229,7 +229,7 @@ class LearnedMasks(MAEForPreTraining):
         """By the masking module; with `masking="random"`, by the noise alone.
 
         The patches with the largest keep probabilities m stay visible. With predicted errors ê, they are drawn with
-        weights `exp(λ_CL·β·ê)`: what is hard to reconstruct stays visible for a partner, and is masked for an adversary.
+        weights `exp(λ_CL·β·ê)`: what is hard to reconstruct stays visible for a partner, is masked for an adversary.
         """
         if masking == "random" and not compute_masker_loss:
             return super().choose_mask(tokens, noise, grid_size, **options)

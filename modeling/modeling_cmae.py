@@ -31,8 +31,8 @@ class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
     """What [`CMAEForPreTraining`] returns: [`CLMAEForPreTrainingOutput`] and the encoder's tasks.
 
     With two views, everything that has a row for each image has two: `logits` `(batch_size, 2, num_patches, …)`,
-    `mask`, `ids_restore`, `keep_probabilities` and `predicted_errors` `(batch_size, 2, num_patches)`. (`logits` have one
-    where one view is decoded: `config.decoded_views`.) `hidden_states` and `attentions` are those of the
+    `mask`, `ids_restore`, `keep_probabilities` and `predicted_errors` `(batch_size, 2, num_patches)`. (`logits` have
+    one where one view is decoded: `config.decoded_views`.) `hidden_states` and `attentions` are those of the
     `2 * batch_size` views, an image's two side by side. Losses stand before their weights.
 
     Args:

@@ -532,8 +532,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
     """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked.
 
     Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
-    [`visible_tokens`], [`decoded_rows`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names them in
-    `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
+    [`visible_tokens`], [`decoded_rows`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names
+    them in `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
     """
 
     output_class: type[MAEForPreTrainingOutput] = MAEForPreTrainingOutput
