@@ -171,10 +171,10 @@ def timm_model(folder: Path) -> Any:
             model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
         raise InputError(f"SRC {str(folder)!r} is timm's, but timm cannot make a model of it: {error}") from error
-    if type(model) is not timm.models.VisionTransformer:
-        raise InputError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
     model.drop_path_rate = config.get("model_args", {}).get("drop_path_rate", 0.0)
     model.label_names = config.get("label_names")
+    if type(model) is not timm.models.VisionTransformer:
+        raise InputError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
     return model
 
 

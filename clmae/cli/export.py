@@ -21,7 +21,7 @@ from transformers.image_utils import PILImageResampling
 
 from clmae import FAMILIES
 from clmae.cli.convert import not_in_weights, read_source
-from clmae.cli.folders import new_folder
+from clmae.cli.folders import load_whole, new_folder
 from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
@@ -87,19 +87,14 @@ def load_source(name: str) -> Source:
     _, *classes, _ = FAMILIES[config.model_type]
     saved_as = (config.architectures or [""])[0]
     model_class = next((known for known in classes if known.__name__ == saved_as), classes[0])
-    try:
-        model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"SRC {name!r} cannot be exported: {error}") from error
-    if report["missing_keys"]:  # transformers would draw them at random
-        raise InputError(f"SRC {name!r} is no whole model: its weights lack {min(report['missing_keys'])}.")
+    model = load_whole(model_class, name, "SRC", dtype=torch.float32)
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
         processor = None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, *pair(config.image_size), generator=generator)
-    return Source(model.eval(), processor, images, torch.rand(2, config.num_patches, generator=generator))
+    return Source(model, processor, images, torch.rand(2, config.num_patches, generator=generator))
 
 
 def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""The folder that `clmae convert` and `clmae export` write."""
+"""Folders of models: reading whole ones, and writing new ones."""
 
 from __future__ import annotations
 
@@ -8,8 +8,31 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
 
 from clmae.configuration.errors import InputError
+
+
+def load_whole(model_class: Any, name: str, argument: str, **options: Any) -> PreTrainedModel:
+    """The model of a folder or Hub id, for inference; transformers would draw missing weights at random.
+
+    Args:
+        model_class, options: Whose `from_pretrained` loads it, and what else that takes.
+        argument: What messages call `name`.
+
+    Raises:
+        InputError: It cannot be loaded, or its weights are not complete.
+    """
+    try:
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{argument} {name!r} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        what = f"no whole {type(model).__name__}: its weights lack {min(report['missing_keys'])}"
+        raise InputError(f"{argument} {name!r} is {what}; give a folder that holds all of the model.")
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
@@ -226,12 +227,13 @@ def config_options(config_class: type, names: Iterable[str] | None = None) -> ty
 
 def protocol_options(protocol: type) -> type:
     """A dataclass with the fields of an evaluation protocol; `seed` is one for all, and tuples are lists."""
-    kinds: dict[str, Any] = get_type_hints(protocol)
-    options: list[Any] = []
+    kinds = get_type_hints(protocol)
+    options = []
     for field in dataclasses.fields(protocol):
-        kind, default = kinds[field.name], {"default": field.default}
+        kind: Any = kinds[field.name]
+        default: dict[str, Any] = {"default": field.default}
         if get_origin(kind) is tuple:
-            kind, default = list[get_args(kind)[0]], {"default_factory": partial(list, field.default)}
+            kind, default = GenericAlias(list, get_args(kind)[:1]), {"default_factory": partial(list, field.default)}
         if field.name != "seed":
             options.append((field.name, kind, dataclasses.field(**default, metadata=field.metadata)))
     return dataclasses.make_dataclass(f"{protocol.__name__}Options", options)

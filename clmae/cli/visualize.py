@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoImageProcessor, AutoModelForPreTraining, BaseImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForPreTraining
 from transformers.hf_argparser import HfArg
 
+from clmae.cli.folders import load_whole
 from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
@@ -38,7 +39,12 @@ def run(argv: Sequence[str]) -> int:
     (args,) = CommandParser("clmae visualize", description, EXAMPLES, {"options": VisualizeArguments}).read(argv)
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"`output` is {args.output!r}; give the name of a .png file.")
-    model, processor = load_autoencoder(args.model)
+    read_model_config(args.model)
+    model = load_whole(AutoModelForPreTraining, args.model, "`model`")
+    try:
+        processor = AutoImageProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`model` {args.model!r} has no image processor: {error}") from error
     size, mean, std = pair(model.config.image_size), processor.image_mean, processor.image_std
     views = []
     for path in args.images:
@@ -51,19 +57,3 @@ def run(argv: Sequence[str]) -> int:
     figure = reconstruction_figure(model, torch.stack(views), noise, mean, std)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0
-
-
-def load_autoencoder(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A pretrained autoencoder and its image processor, from a folder or the Hub."""
-    read_model_config(name)
-    try:
-        model, report = AutoModelForPreTraining.from_pretrained(name, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`model` {name!r} cannot be loaded: {error}") from error
-    if report["missing_keys"]:  # transformers would draw them at random
-        raise InputError(
-            f"`model` {name!r} is no whole masked autoencoder: its weights lack {min(report['missing_keys'])}; give "
-            "what pretraining left, not an encoder or a classifier."
-        )
-    return model.eval(), processor
