@@ -184,6 +184,7 @@ def timm_fields(model: Any) -> dict[str, Any]:
     Raises:
         InputError: No field of ours says what the model does.
     """
+    height, width = model.patch_embed.img_size
     act, norm = model.blocks[0].mlp.act, model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
     acts = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
     pools = {"token": "cls", "avg": "mean", "": MAEConfig.pooling}  # without pooling there is nothing to be equal to
@@ -195,7 +196,7 @@ def timm_fields(model: Any) -> dict[str, Any]:
             )
     fields = dict(
         num_attention_heads=model.blocks[0].attn.num_heads,
-        image_size=list(model.patch_embed.img_size),
+        image_size=height if height == width else [height, width],
         hidden_act=acts[name],
         layer_norm_eps=getattr(norm, "eps", MAEConfig.layer_norm_eps),
         pooling=pools[model.global_pool],
