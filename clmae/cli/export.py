@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
 from transformers.image_utils import PILImageResampling
 
@@ -151,18 +150,14 @@ def transformers_exporter(convert: Callable[[MAEPreTrainedModel], Export]) -> Ca
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (name,) = config.architectures
         no_pooler = {"add_pooling_layer": False} if name == "ViTModel" else {}
-        exported, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **no_pooler)
-        if report["missing_keys"] or report["unexpected_keys"]:
-            raise InputError(f"transformers' {name} does not take the weights as they are: {report}.")
+        exported = load_whole(getattr(transformers, name), str(folder), "the export", **no_pooler)
         more = ", add_pooling_layer=False" if no_pooler else ""
         loading = f"load it with transformers.{name}.from_pretrained({{!r}}{more}), or the Auto class"
-        result = exported.eval()(source.images, **({"noise": source.noise} if name == "ViTMAEForPreTraining" else {}))
+        result = exported(source.images, **({"noise": source.noise} if name == "ViTMAEForPreTraining" else {}))
         if name.endswith("Model") and source.model.config.pooling == "mean":
             loading += "; its features are last_hidden_state[:, 1:].mean(1)"
-        # Not `pooler_output`, which is another than ours.
-        return {
-            key: result[key] for key in ("logits", "loss", "last_hidden_state") if result.get(key) is not None
-        }, loading
+        compared = ("logits", "loss", "last_hidden_state")  # not `pooler_output`, which is another than ours
+        return {key: result[key] for key in compared if result.get(key) is not None}, loading
 
     return write
 
@@ -209,18 +204,6 @@ def timm_view(processor: BaseImageProcessor, image_size: tuple[int, int]) -> dic
     return view | {"crop_pct": crop_pct}
 
 
-class _Tensors(nn.Module):
-    """A model with its outputs as a tuple, in the order of `names`."""
-
-    def __init__(self, model: MAEPreTrainedModel, names: Sequence[str]):
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(pixel_values)
-        return tuple(outputs[name] for name in self.names)
-
-
 def export_onnx(source: Source, folder: Path) -> Exported:
     """The encoder or classifier as an ONNX graph of any batch size."""
     import onnxruntime
@@ -230,7 +213,7 @@ def export_onnx(source: Source, folder: Path) -> Exported:
     path = folder / "model.onnx"
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports every step
         torch.onnx.export(
-            _Tensors(source.model if classifier else _encoder(source.model), names).eval(),
+            source.model if classifier else _encoder(source.model),
             (source.images.repeat(2, 1, 1, 1),),
             str(path),
             input_names=["pixel_values"],
