@@ -107,7 +107,7 @@ class Import:
         layout (`Layout`): Whose names they have.
         model_class, config: What they are weights of.
         weights: The foreign weights, under names without wrappers' prefixes.
-        assumed: Fields of `config` that neither weights nor caller told, and that change what the model computes.
+        assumed: Fields of `config` that neither weights nor caller give, and that change what the model computes.
         loaded, missing: Our names that have foreign weights, and those that have none.
         unexpected: Foreign names that we have no place for.
     """
@@ -259,7 +259,7 @@ def _infer_sizes(
             assumed[name] = standard[width]
         elif name not in fields:
             raise InputError(
-                f"`{name}` cannot be told from the weights, and a width of {width} has no standard one: give it "
+                f"`{name}` cannot be inferred from the weights, and a width of {width} has no standard one: give it "
                 f"(--{name})."
             )
     assumed["layer_norm_eps"] = MAEConfig.layer_norm_eps
@@ -276,7 +276,7 @@ def _infer_image_size(positions: torch.Size, patch_size: list[int]) -> int | lis
     side = math.isqrt(positions[1] - 1)
     if side * side != positions[1] - 1:
         raise InputError(
-            f"`image_size` cannot be told from {positions[1]} positions, which are no square and a class token: give "
+            f"`image_size` cannot be inferred from {positions[1]} positions, which are no square and a class token: give "
             "it (--image_size HEIGHT WIDTH)."
         )
     return _simplest([side * patch_size[0], side * patch_size[1]])

@@ -67,8 +67,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--ignore_unexpected", action="store_true", help="Drop weights that have no place here.")
     fields, args = parser.read(argv)
     source = Path(args.source)
-    weights, told = read_source(source)
-    imported = read_weights(weights, **(told | given(fields)))
+    weights, known = read_source(source)
+    imported = read_weights(weights, **(known | given(fields)))
     print(report(imported))
     if imported.unexpected and not args.ignore_unexpected:
         raise InputError(
@@ -96,7 +96,7 @@ def report(imported: Import) -> str:
     ]
     if imported.assumed:
         assumed = ", ".join(f"{name} = {value}" for name, value in imported.assumed.items())
-        lines.append(f"not told by the weights, and assumed: {assumed} (an option of the same name overrides each)")
+        lines.append(f"not in the weights, and assumed: {assumed} (an option of the same name overrides each)")
     return "\n".join(lines)
 
 
@@ -136,18 +136,18 @@ def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     config = read_json(folder / "config.json") or {}
     if config.get("model_type") in FAMILIES:
         raise InputError(f"SRC {str(folder)!r} is a model of this package already.")
-    told = {}
+    known = {}
     if config.get("model_type") == "vit_mae":
         vit_mae = ViTMAEConfig.from_dict(config)  # its defaults stand in for what the file leaves out
-        told = {name: getattr(vit_mae, name) for name in inspect.get_annotations(MAEConfig) if hasattr(vit_mae, name)}
+        known = {name: getattr(vit_mae, name) for name in inspect.get_annotations(MAEConfig) if hasattr(vit_mae, name)}
     elif (theirs := timm_model(folder)) is not None:
-        told = timm_fields(theirs)
+        known = timm_fields(theirs)
     for name in WEIGHT_FILES:
         index = read_json(folder / f"{name}.index.json")
         files = [name] if index is None else sorted(set(index["weight_map"].values()))
         if index is not None or (folder / name).is_file():
             parts = [read_source(folder / Path(file).name)[0] for file in files]
-            return {name: tensor for part in parts for name, tensor in part.items()}, told
+            return {name: tensor for part in parts for name, tensor in part.items()}, known
     raise InputError(f"SRC {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}; name the weights' file itself.")
 
 
@@ -233,15 +233,15 @@ def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         weights = next((payload[name] for name in names if isinstance(payload.get(name), dict)), payload)
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
-    told: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     if isinstance(payload.get("args"), argparse.Namespace):
         for name, kind in (("norm_pix_loss", bool), ("mask_ratio", float)):
             value = getattr(payload["args"], name, None)
             value = value.item() if isinstance(value, np.generic) else value
-            told |= {name: value} if isinstance(value, kind) else {}
+            known |= {name: value} if isinstance(value, kind) else {}
     if isinstance(payload.get("config"), dict):
-        told |= {name: payload["config"][name] for name in not_in_weights(weights) if name in payload["config"]}
-    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, told
+        known |= {name: payload["config"][name] for name in not_in_weights(weights) if name in payload["config"]}
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, known
 
 
 # What the arguments of a run may hold beside plain values, under the names of any version of Python and numpy. Paths

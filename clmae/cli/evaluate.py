@@ -49,7 +49,7 @@ TRAINING = "training (of transformers' TrainingArguments, the most used)"
 
 @dataclass
 class EvaluateArguments:
-    """What every protocol is told: which model and images, and where to write the result."""
+    """What every protocol needs: which model and images, and where to write the result."""
 
     model: str = HfArg(help="Folder or Hub id of an encoder that AutoModel loads.")
     dataset: str = HfArg(help="Labelled images: Hub id, folder with a folder per class, parquet file.")

@@ -233,10 +233,10 @@ def export_mae(source: Source, folder: Path) -> Exported:
     weights = to_mae(source.model)
     fields = {name: getattr(source.model.config, name) for name in not_in_weights(weights)}
     torch.save({"model": weights, "config": fields}, path)
-    weights, told = read_source(path)
+    weights, known = read_source(path)
     heads = fields["num_attention_heads"]
     loading = f"load {{}}/mae.pth with torch.load: its `model` is a state_dict (num_heads {heads})"
-    return run_source(source._replace(model=read_weights(weights, **told).load())), loading
+    return run_source(source._replace(model=read_weights(weights, **known).load())), loading
 
 
 EXPORTERS: dict[str, Callable[..., Exported]] = {

@@ -81,6 +81,7 @@ def gpu(monkeypatch):
     return pretend
 
 
+@pytest.mark.slow
 def test_doubles_until_it_does_not_fit(gpu, capsys):
     gpu(100)
     assert main(["bench", "--family", "mae", *TINY, "--batch_sizes", "16", "32"]) == 0

@@ -75,7 +75,7 @@ def test_a_checkpoint_of_facebookresearch(model, capsys):
     assert (processor.crop_size["height"], processor.size["shortest_edge"]) == (16, 18)
 
 
-def test_options_go_before_what_is_assumed_or_told(model):
+def test_options_go_before_what_is_assumed_or_read(model):
     torch.save({"model": to_mae(model), "args": argparse.Namespace(norm_pix_loss=False)}, "mae.pth")
     options = ["--norm_pix_loss", "true", "--mask_ratio=0.5", "--image_size", "16", "--layer_norm_eps", "1e-5"]
     convert("mae.pth", "ours", *HEADS, *options)
@@ -226,6 +226,7 @@ def assert_shown_as_by_timm(num_channels):
     torch.testing.assert_close(shown, view(image.convert("L") if num_channels == 1 else image), atol=2e-2, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [
@@ -261,6 +262,7 @@ def test_a_folder_of_timm_is_read_by_its_config(args, shown, capsys):
         assert_shown_as_by_timm(channels)
 
 
+@pytest.mark.slow
 def test_a_folder_of_timm_by_an_architectures_name_alone():
     theirs = save_timm("theirs", "test_vit", num_classes=0)
     config = json.loads(Path("theirs/config.json").read_text())
@@ -287,6 +289,7 @@ def test_timms_mean_after_its_layernorm_is_no_classifier_here_but_a_feature(caps
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "args", "message"),
     [

@@ -74,6 +74,7 @@ def test_table_and_files(capsys, inputs, protocol, options, parameters, column):
     assert share == pytest.approx(content["rows"][0]["accuracies"][column], abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

@@ -132,6 +132,7 @@ def test_transformers_own_classes_compute_the_same_without_clmae(target, kind, s
     torch.testing.assert_close(outputs[case], expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_difference_is_printed_and_how_to_load(family, sources, tmp_path, capsys):
     for target, kind, names in (
@@ -146,6 +147,7 @@ def test_the_difference_is_printed_and_how_to_load(family, sources, tmp_path, ca
         assert f".from_pretrained({str(tmp_path / target)!r}" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["vit", "vit_mae", "beit", "timm"])
 def test_unusual_sizes(target, sources, tmp_path):
     kind = {"beit": "mean", "vit_mae": "autoencoder"}.get(target, "encoder")
@@ -157,6 +159,7 @@ def test_unusual_sizes(target, sources, tmp_path):
     export("--to", target, folder, tmp_path / target)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_timm(kind, sources, tmp_path, capsys):
     timm = pytest.importorskip("timm")
@@ -175,6 +178,7 @@ def test_timm(kind, sources, tmp_path, capsys):
     assert list(shown["mean"]) == list(BitImageProcessor.from_pretrained(tmp_path / "timm").image_mean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["vit", "timm"])
 def test_no_code_of_ours_goes_along_where_one_channel_needs_it(target, tiny_config, tmp_path):
     pytest.importorskip("timm")
@@ -191,6 +195,7 @@ def test_no_code_of_ours_goes_along_where_one_channel_needs_it(target, tiny_conf
     assert torch.equal(*(each(grey, return_tensors="pt").pixel_values for each in (shown, ours)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [(16, 16), (8, 24), (42, 42), (224, 224)])
 @pytest.mark.parametrize(
     "make",
@@ -247,6 +252,7 @@ def test_onnx_takes_any_batch_size(kind, sources, tmp_path, capsys):
             torch.testing.assert_close(torch.from_numpy(output), expected[name], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mae_comes_back_exactly(kind, family, sources, tmp_path, capsys):

@@ -164,6 +164,7 @@ def test_cl_mae_of_the_authors(vit_mae):
         assert torch.equal(module.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "cls", "none"])
 def test_timms_vision_transformer(pooling):
     timm = pytest.importorskip("timm")
@@ -198,7 +199,9 @@ def test_sizes_of_another_shape():
     config = MAEConfig(**{**SIZES, "image_size": (8, 24), "patch_size": (4, 2), "num_channels": 2, "qkv_bias": False})
     model = randomize(MAEForPreTraining(config))
     weights = to_mae(model)
-    with pytest.raises(ValueError, match=r"`image_size` cannot be told from 25 positions, .* no square .*--image_size"):
+    with pytest.raises(
+        ValueError, match=r"`image_size` cannot be inferred from 25 positions, .* no square .*--image_size"
+    ):
         read_weights(weights, **HEADS)
     read = read_weights(weights, **HEADS, image_size=[8, 24])
     assert (read.config.patch_size, read.config.num_channels, read.config.qkv_bias) == ([4, 2], 2, False)
@@ -208,9 +211,9 @@ def test_sizes_of_another_shape():
 
 def test_heads_are_standard_or_asked_for(vit_mae):
     weights = as_facebookresearch(vit_mae.state_dict())
-    with pytest.raises(ValueError, match=r"`num_attention_heads` cannot be told .* 32 .*--num_attention_heads"):
+    with pytest.raises(ValueError, match=r"`num_attention_heads` cannot be inferred .* 32 .*--num_attention_heads"):
         read_weights(weights)
-    with pytest.raises(ValueError, match=r"`decoder_num_attention_heads` cannot be told .* 16 "):
+    with pytest.raises(ValueError, match=r"`decoder_num_attention_heads` cannot be inferred .* 16 "):
         read_weights(weights, num_attention_heads=4)
     assert STANDARD_HEADS == {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
     wide = {**SIZES, "hidden_size": 192, "num_attention_heads": 3, "decoder_hidden_size": 512}
@@ -308,6 +311,7 @@ def test_what_a_format_cannot_hold_is_refused(tiny_config):
 # -- going on from a MAE ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MAEForPreTraining, MAEModel])
 def test_cl_mae_goes_on_from_a_mae_folder_with_a_fresh_masking_module(kind, tiny_config, tmp_path, make_images):
     source = randomize(kind(tiny_config()))
