@@ -240,7 +240,7 @@ def _infer_sizes(
     sizes["num_hidden_layers"], sizes["intermediate_size"] = stack("vit.layers")
     sizes["qkv_bias"] = has("vit.layers.0.attention.q_proj.bias")
     if "image_size" not in fields:
-        sizes["image_size"] = _infer_image_size(shape("vit.embeddings.position_embeddings"), patch_size)
+        sizes["image_size"] = _infer_image_size(shape("vit.embeddings.position_embeddings")[1], patch_size)
     assumed: dict[str, Any] = {}
     heads = [("num_attention_heads", hidden_size, STANDARD_HEADS)]
     if model_class is MAEForImageClassification:
@@ -271,15 +271,15 @@ def _simplest(size: Iterable[int]) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-def _infer_image_size(positions: torch.Size, patch_size: list[int]) -> int | list[int]:
+def _infer_image_size(num_positions: int, patch_size: list[int]) -> int | list[int]:
     """The image size of a square patch grid with a class token before it."""
-    side = math.isqrt(positions[1] - 1)
-    if side * side != positions[1] - 1:
+    side = math.isqrt(num_positions - 1)
+    if side * side != num_positions - 1:
         raise InputError(
-            f"`image_size` cannot be inferred from {positions[1]} positions, which are no square and a class token: give "
-            "it (--image_size HEIGHT WIDTH)."
+            f"`image_size` cannot be inferred from {num_positions} positions, which are no square and a class token: "
+            "give it (--image_size HEIGHT WIDTH)."
         )
-    return _simplest([side * patch_size[0], side * patch_size[1]])
+    return _simplest([side * size for size in patch_size])
 
 
 # -- export -------------------------------------------------------------------------------------------------------
@@ -385,6 +385,13 @@ def to_dinov2(model: MAEPreTrainedModel) -> Export:
     return _encoder_export(model, config, "Dinov2", weights, "dinov2.")
 
 
+TIMM_FIELDS = {
+    **dict(img_size="image_size", patch_size="patch_size", in_chans="num_channels", embed_dim="hidden_size"),
+    **dict(depth="num_hidden_layers", num_heads="num_attention_heads", qkv_bias="qkv_bias"),
+    "drop_path_rate": "drop_path_rate",
+}
+
+
 def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """`(config.json, weights)` of timm's `VisionTransformer`; encoder or classifier, with either pooling.
 
@@ -400,19 +407,10 @@ def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
     classifier = isinstance(model, MAEForImageClassification)
     num_classes = config.num_labels if classifier else 0
     pool = "avg" if config.pooling == "mean" else "token"
-    args = dict(
-        img_size=pair(config.image_size),
-        patch_size=pair(config.patch_size),
-        in_chans=config.num_channels,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=_ratio(config.intermediate_size, config.hidden_size),
-        qkv_bias=config.qkv_bias,
-        global_pool=pool,
-        fc_norm=classifier and pool == "avg",  # else timm would pool before its final LayerNorm
-        drop_path_rate=config.drop_path_rate,
-    )
+    args = {timm: getattr(config, ours) for timm, ours in TIMM_FIELDS.items()}
+    args |= {name: pair(args[name]) for name in ("img_size", "patch_size")}
+    args |= dict(mlp_ratio=_ratio(config.intermediate_size, config.hidden_size), global_pool=pool)
+    args["fc_norm"] = classifier and pool == "avg"  # else timm would pool before its final LayerNorm
     details = dict(
         architecture="vit_base_patch16_224",  # any of the family: `model_args` replaces all that differs
         num_classes=num_classes,

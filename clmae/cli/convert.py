@@ -281,6 +281,3 @@ def load_safely(path: Path) -> Any:
             ) from error
         except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
             raise InputError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
-
-
-__all__ = ["load_safely", "read_source", "report", "run"]

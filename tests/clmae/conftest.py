@@ -26,7 +26,6 @@ decoder_num_hidden_layers: 1
 decoder_num_attention_heads: 2
 image_size: 16
 patch_size: 4
-per_device_train_batch_size: 4
 learning_rate: 1.0e-3
 use_cpu: true
 disable_tqdm: true
@@ -113,28 +112,38 @@ def make_model(tiny_config):
     return make
 
 
+@pytest.fixture(scope="session")
+def recipe_text():
+    """`recipe_text(family, batch_size)`: a recipe for a tiny model."""
+
+    def write(family, batch_size=4):
+        masker = TINY_MASKER if family == "cl_mae" else ""
+        return f"family: {family}\n{TINY}{masker}per_device_train_batch_size: {batch_size}\n"
+
+    return write
+
+
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, recipe_text):
     """`recipe(family, text)`: the path of a recipe for a tiny model."""
 
     def write(family="cl_mae", text=""):
         path = tmp_path / "recipe.yaml"
-        path.write_text(f"family: {family}\n{TINY}{TINY_MASKER if family == 'cl_mae' else ''}{text}")
+        path.write_text(recipe_text(family) + text)
         return str(path)
 
     return write
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, photos):
+def trained(tmp_path_factory, photos, recipe_text):
     """`trained(family)`: the folder of a model that `clmae pretrain` left after 4 steps."""
     folders: dict[str, Path] = {}
 
     def get(family):
         if family not in folders:
             folder = tmp_path_factory.mktemp(family)
-            masker = TINY_MASKER if family == "cl_mae" else ""
-            (folder / "recipe.yaml").write_text(f"family: {family}\n{TINY}{masker}max_steps: 4\nlogging_steps: 2\n")
+            (folder / "recipe.yaml").write_text(recipe_text(family) + "max_steps: 4\nlogging_steps: 2\n")
             argv = ["--config", str(folder / "recipe.yaml"), "--dataset", photos, "--output_dir", str(folder / "out")]
             assert main(["pretrain", *argv]) == 0
             folders[family] = folder / "out"

@@ -32,28 +32,12 @@ from clmae.training.trainer import CurriculumTrainer
 PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
 pytestmark = pytest.mark.slow
 INTERVAL = 4  # steps between checkpoints
-TINY = f"""\
-model_size: tiny
-hidden_size: 32
-num_hidden_layers: 1
-num_attention_heads: 4
-decoder_hidden_size: 16
-decoder_num_hidden_layers: 1
-decoder_num_attention_heads: 2
-image_size: 16
-patch_size: 4
-learning_rate: 1.0e-3
-num_train_epochs: 3
-num_held_out: 0
-save_steps: {INTERVAL}
-use_cpu: true
-disable_tqdm: true
-"""
+SHORT = f"num_train_epochs: 3\nnum_held_out: 0\nsave_steps: {INTERVAL}\n"
 EVERYTHING = "learned_masks: true\nmasker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\ncontrastive_crop: true\n"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, recipe_text):
     """A folder with labelled photos, and a recipe of plain MAE and one of all the rest."""
     folder = tmp_path_factory.mktemp("compare")
     rng = np.random.default_rng(0)
@@ -64,8 +48,8 @@ def home(tmp_path_factory):
                 pixels = rng.uniform(0, 200, (4, 4, 3)) + 12 * label
                 photo = Image.fromarray(pixels.astype(np.uint8)).resize((16, 16))
                 photo.save(folder / "photos" / split / f"{label}" / f"{i}.png")
-    (folder / "mae.yaml").write_text(f"family: mae\n{TINY}per_device_train_batch_size: 16\n")
-    (folder / "all.yaml").write_text(f"family: cmae\n{TINY}{EVERYTHING}per_device_train_batch_size: 8\n")
+    (folder / "mae.yaml").write_text(recipe_text("mae", 16) + SHORT)
+    (folder / "all.yaml").write_text(recipe_text("cmae", 8) + SHORT + EVERYTHING)
     return folder
 
 
