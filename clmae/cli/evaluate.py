@@ -114,8 +114,9 @@ def _evaluate_frozen(protocol: str, argv: Sequence[str]) -> tuple[EvaluateArgume
         parameters["seed"] = options.seed
     # Under torchrun each process encodes a part of the images.
     device = PartialState().device if "RANK" in os.environ else None
-    more = dict(protocols=(kind(**parameters),), device=device, cache_dir=options.feature_cache)
-    return options, _call(evaluate_model, options, **more)[protocol]
+    protocols = (kind(**parameters),)
+    results = _call(evaluate_model, options, protocols=protocols, device=device, cache_dir=options.feature_cache)
+    return options, results[protocol]
 
 
 def _evaluate_trained(protocol: str, argv: Sequence[str]) -> tuple[EvaluateArguments, EvaluationResult]:
