@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, Trainer, ViTConfig
 
 from clmae import CMAEForPreTraining, MAEConfig, MAEForPreTraining
-from clmae.model_cards import EditedCardError, check_folder, describe_data, hub_files, read_run, write_card
-from clmae.model_cards.families import FAMILIES
+from clmae.model_cards import EditedCardError, check_folder, describe_data, hub_files, write_card
+from clmae.model_cards.card import changed_config
 from clmae.model_cards.hub import check_card
 from clmae.model_cards.record import changed_arguments
-from clmae.model_cards.sections import changed_config
+from clmae.model_cards.run import read_run
 from clmae.training import CurriculumTrainer, PretrainingArguments
 from clmae.training.data import DataArguments, make_image_processor
 
@@ -93,8 +93,7 @@ def test_it_shows_what_the_run_recorded(finished_run):
     assert f"| reconstruction loss, training | {last['reconstruction_loss']:.4g} |" in text
     assert [(s["first_step"], s["last_step"]) for s in record["sessions"]] == [(0, 2), (2, 4)]
     assert all(s["seconds"] > 0 for s in record["sessions"])
-    for paper in FAMILIES["cl_mae"].papers:
-        assert paper.bibtex() in text
+    assert re.findall(r"^@inproceedings{(\w+),$", text, re.MULTILINE) == ["madan2024clmae", "he2022masked"]
     assert "Nothing was measured downstream" in text
 
 
