@@ -26,7 +26,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from step import SHAPES, Case, describe
+from measure import describe
+from step import SHAPES, Case, build_model
 from transformers import TrainerCallback
 
 from clmae import FAMILIES
@@ -77,11 +78,8 @@ def work(case: Case, steps: int, place: int, count: int, output: Path) -> None:
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[place]})
-    config = case.config
-    model = FAMILIES[case.family][2]._from_config(config, attn_implementation=case.attention)
-    views = getattr(config, "num_views", 1)
-    shape = ((views,) if views > 1 else ()) + (config.num_channels, config.image_size, config.image_size)
-    images = [{"pixel_values": torch.randn(shape)} for _ in range(2 * case.batch)] * 64
+    model = build_model(case)
+    images = [{"pixel_values": torch.randn(case.sample_shape)} for _ in range(2 * case.batch)] * 64
     times = StepTimes(output.parent, place, count)
     args = PretrainingArguments(
         str(output.with_suffix("")),

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import measure
+import masks
 import pandas as pd
 import torch
 import yaml
@@ -140,7 +140,7 @@ def run(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -> 
     out = sys.stdout
     plan = read_plan(settings, options.dataset, folder)
     cells = chosen_cells(options, plan, settings["seeds"])
-    callbacks = measure.callbacks if settings.get("measure") else None
+    callbacks = masks.callbacks if settings.get("measure") else None
     runner = Runner(plan, folder, lambda text: print(text, file=out, flush=True), callbacks)
     with stopping(options.minutes), (folder / "log.txt").open("a", encoding="utf-8") as log:
         try:
@@ -158,7 +158,7 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no such study; make one with `run`.")
     plan = read_plan(settings, options.dataset, folder)
     runner, seeds = Runner(plan, folder), settings["seeds"]
-    results = runner.results(plan.rows(), seeds, measure.metrics if settings.get("measure") else last_difficulty)
+    results = runner.results(plan.rows(), seeds, masks.metrics if settings.get("measure") else last_difficulty)
     if results.empty:
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no results; make some with `run`.")
     base = (options.results or settings["folder"] / "results") / settings["scale"]
@@ -171,13 +171,13 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
     write_whole(base.with_suffix(".csv"), summarize(results[results["final"]]).to_csv(index=False))
     figures = {"": accuracy_figure(results), "-curves": curves_figure(results)}
     if settings.get("measure"):
-        logs: dict[str, list[measure.Log]] = {}
+        logs: dict[str, list[masks.Log]] = {}
         for run in dict.fromkeys(cell.run for cell in plan.cells(plan.rows(), seeds)):
             if log := runner.training_log(run):
                 longer = plan.steps["images"][run.recipe] != run.steps
                 label = plan.recipes[run.recipe].label + ", equal compute" * longer
                 logs.setdefault(label, []).append(log)
-        figures |= measure.figures(logs)
+        figures |= masks.figures(logs)
     for name, figure in figures.items():
         save_figure(figure, base.with_name(f"{base.name}{name}.png"))
     print(text)
