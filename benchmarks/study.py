@@ -98,14 +98,12 @@ def stopping(minutes: float | None) -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    if minutes is not None:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, 60 * (minutes or 0))  # 0: none
     try:
         yield
     finally:
-        if minutes is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -115,16 +113,19 @@ def chosen_cells(options: argparse.Namespace, plan: Plan, seeds: Sequence[int]) 
     Raises:
         SystemExit: There is no such cell.
     """
+
+    def chosen(values: list | None, value: Any) -> bool:
+        return values is None or value in values
+
     rows = [
         (budget, name)
         for budget, name in plan.rows()
-        if name in (options.recipes or [name]) and budget in (*(options.budgets or [budget]), "")
+        if chosen(options.recipes, name) and (not budget or chosen(options.budgets, budget))
     ]
     cells = [
         cell
         for cell in plan.cells(rows, options.seeds or seeds)
-        if cell.protocol in (options.protocols or [cell.protocol])
-        and cell.dataset in (options.datasets or [cell.dataset])
+        if chosen(options.protocols, cell.protocol) and chosen(options.datasets, cell.dataset)
     ]
     if not cells:
         names = ", ".join(f"{name} ({budget})" if budget else name for budget, name in plan.rows())

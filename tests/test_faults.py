@@ -38,6 +38,7 @@ def soak(faults):
     del sys.modules["soak"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kill", "disk", "workers", "ranks", "readonly", "clock", "second"])
 def test_runs_that_are_stopped_and_hurt_end_with_the_same_weights(faults, name):
     rows = faults.FAULTS[name](0.05, faults.random.Random(0))
@@ -45,6 +46,7 @@ def test_runs_that_are_stopped_and_hurt_end_with_the_same_weights(faults, name):
     assert all(row.get("slowest_end_seconds", 0) < 40 for row in rows)  # after 30, torchrun kills who hangs
 
 
+@pytest.mark.slow
 def test_the_same_answer_and_another(faults, monkeypatch, tmp_path):
     base, parts, tolerances = faults.ARRANGEMENTS["MAE: 4 x 1 images accumulated for 1 x 4"]
     base = dict(base, max_steps=6, save_steps=6)
@@ -84,6 +86,7 @@ def test_what_is_lost_is_counted(faults, monkeypatch, tmp_path):
     assert faults.main() == 1
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_a_short_soak(soak, tmp_path, monkeypatch):
     monkeypatch.setattr(soak, "WINDOW", 10)
     often = dict(eval_steps=20, difficulty_steps=20, save_steps=40, picture_steps=80, contrastive_crop_interval=0.2)

@@ -24,6 +24,7 @@ from clmae.model_cards.card import write_card
 
 from .training.runs import pil_dataset
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = dict(model_size="tiny", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
 MASKER = {"masker_num_hidden_layers": 1, "masker_num_attention_heads": 2}
@@ -140,17 +141,8 @@ def test_cells_straight_and_stopped(study, home, monkeypatch):
 
 def test_two_processes_do_each_cell_once(study, home, tmp_path):
     options = ["--seeds", "0", "--recipes", "mae", "cl_mae", "--budgets", "images", "--protocols", "knn"]
-    argv = [
-        sys.executable,
-        BENCHMARKS / "study.py",
-        "run",
-        "tiny",
-        "--output_dir",
-        tmp_path,
-        "--dataset",
-        "data",
-        *options,
-    ]
+    script = [sys.executable, BENCHMARKS / "study.py", "run", "tiny"]
+    argv = [*script, "--output_dir", tmp_path, "--dataset", "data", *options]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen(argv, cwd=home, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0] for process in started]

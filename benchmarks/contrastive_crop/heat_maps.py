@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Which heat map of a ViT finds the object? Judged on generated images whose object boxes are known.
+"""Which heat map of a ViT finds the object? Evaluated on generated images whose object boxes are known.
 
     python benchmarks/contrastive_crop/heat_maps.py --seeds 0 1 2
 
@@ -10,6 +10,7 @@ IoU with the object's to `heat_maps.md`; the whole image is the baseline. Minute
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,16 +30,6 @@ SIZE, PATCH, GRID = 32, 4, (8, 8)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def norm(tokens: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each token."""
-    return tokens.norm(dim=-1)
-
-
-def distance(tokens: torch.Tensor) -> torch.Tensor:
-    """Distance of each token to the image's mean token."""
-    return (tokens - tokens.mean(1, keepdim=True)).norm(dim=-1)
-
-
 def component(tokens: torch.Tensor) -> torch.Tensor:
     """First principal component over the image's tokens, its sign such that fewer tokens are hot than cold."""
     centred = tokens - tokens.mean(1, keepdim=True)
@@ -55,9 +46,10 @@ def border_distance(tokens: torch.Tensor) -> torch.Tensor:
     return (tokens - tokens[:, border].mean(1, keepdim=True)).norm(dim=-1)
 
 
+# Of tokens `(B, N, D)`: heat `(B, N)`.
 CANDIDATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "norm": norm,
-    "distance to the mean": distance,
+    "norm": lambda tokens: tokens.norm(dim=-1),
+    "distance to the mean": lambda tokens: (tokens - tokens.mean(1, keepdim=True)).norm(dim=-1),
     "first principal component": component,
     "distance to the border's mean": border_distance,
 }
@@ -86,16 +78,9 @@ def encoder(family: str, seed: int, steps: int, images: torch.Tensor) -> torch.n
     config = config_class(**sizes, **(decoder if family == "mae" else {}))
     model = model_class._from_config(config, attn_implementation="eager")
     if steps:
-        args = PretrainingArguments(
-            f"outputs/heat_maps/{family}-{seed}",
-            max_steps=steps,
-            learning_rate=1e-3,
-            seed=seed,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=True,
-            save_strategy="no",
-            report_to="none",
-        )
+        options = dict(use_cpu=not torch.cuda.is_available(), bf16=True, save_strategy="no", report_to="none")
+        folder = f"outputs/heat_maps/{family}-{seed}"
+        args = PretrainingArguments(folder, max_steps=steps, learning_rate=1e-3, seed=seed, **options)
         CurriculumTrainer(model, args, train_dataset=Views(images, getattr(config, "num_views", 1))).train()
     return model.vit.eval()
 
@@ -109,16 +94,12 @@ def scores(vit: torch.nn.Module, images: torch.Tensor, boxes: torch.Tensor) -> d
         "last block": torch.cat([h.hidden_states[-1][:, 1:] for h in hidden]),
         "after the LayerNorm": torch.cat([h.last_hidden_state[:, 1:] for h in hidden]),
     }
-    return {
-        f"{name}, {place}, k = {threshold}": box_iou(
-            heat_map_box(candidate(tokens[place]).unflatten(1, GRID), (SIZE, SIZE), threshold).cpu(), boxes
-        )
-        .mean()
-        .item()
-        for name, candidate in CANDIDATES.items()
-        for place in tokens
-        for threshold in THRESHOLDS
-    }
+    overlaps = {}
+    for (name, candidate), place, threshold in itertools.product(CANDIDATES.items(), tokens, THRESHOLDS):
+        heat = candidate(tokens[place]).unflatten(1, GRID)
+        overlap = box_iou(heat_map_box(heat, (SIZE, SIZE), threshold).cpu(), boxes)
+        overlaps[f"{name}, {place}, k = {threshold}"] = overlap.mean().item()
+    return overlaps
 
 
 def main() -> None:
@@ -138,21 +119,19 @@ def main() -> None:
     train, _ = normalised(options.num_train, 0)
     test, boxes = normalised(options.num_test, 1)
     whole = box_iou(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(boxes), -1), boxes).mean().item()
-    found = [
-        {"heat map": name, "encoder": kind, "iou": value}
-        for kind, family, steps in (
-            *(("random encoder", "mae", 0), ("MAE", "mae", options.steps), ("CMAE", "cmae", options.steps)),
-        )
-        for seed in options.seeds
-        for name, value in scores(encoder(family, seed, steps, train), test, boxes).items()
-    ]
-    groups = pd.DataFrame(found).groupby(["heat map", "encoder"])["iou"].agg(["mean", "std"])
+    encoders = {"random encoder": ("mae", 0), "MAE": ("mae", options.steps), "CMAE": ("cmae", options.steps)}
+    rows = []
+    for (kind, (family, steps)), seed in itertools.product(encoders.items(), options.seeds):
+        overlaps = scores(encoder(family, seed, steps, train), test, boxes)
+        rows += [{"heat map": name, "encoder": kind, "iou": value} for name, value in overlaps.items()]
+    groups = pd.DataFrame(rows).groupby(["heat map", "encoder"])["iou"].agg(["mean", "std"])
     text = groups["mean"].map("{:.3f}".format) + groups["std"].map(" ± {:.3f}".format).where(groups["std"].notna(), "")
     best = groups["mean"].unstack()[["MAE", "CMAE"]].sum(axis=1).sort_values(ascending=False).index
-    table = text.unstack().loc[best, ["random encoder", "MAE", "CMAE"]]
+    table = text.unstack().loc[best, list(encoders)]
     table = pd.concat([pd.DataFrame(f"{whole:.3f}", ["whole image"], table.columns), table])
-    write_whole(options.output / "heat_maps.md", markdown_table(table.reset_index(names="heat map")))
-    print(markdown_table(table.reset_index(names="heat map")))
+    text = markdown_table(table.reset_index(names="heat map"))
+    write_whole(options.output / "heat_maps.md", text)
+    print(text)
 
 
 if __name__ == "__main__":
