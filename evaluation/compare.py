@@ -9,7 +9,6 @@ end (`model/`), and then `training.json`; for each evaluation `cells/RUN-DATASET
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -97,8 +96,12 @@ class Runner:
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         for blocking in (False, True):  # at last waits for other processes, and does what they left when they ended
             for run, group in itertools.groupby(self._missing(missing), key=operator.attrgetter("run")):
-                lock = FileLock(self.folder / "locks" / f"{run.name}.lock", blocking=blocking)
-                with contextlib.suppress(Timeout), lock:
+                lock = FileLock(self.folder / "locks" / f"{run.name}.lock")
+                try:
+                    held = lock.acquire(blocking=blocking)
+                except Timeout:
+                    continue
+                with held:
                     self._finish(run, self._missing(list(group)))
 
     def path(self, cell: Cell) -> Path:
@@ -155,12 +158,12 @@ class Runner:
     def _pretrain(self, run: Run, folder: Path) -> None:
         """Trains, or goes on, as `clmae pretrain --max_steps ... --seed ...` would."""
         recipe = self.plan.recipes[run.recipe]
-        fields: dict[str, Any] = dict(max_steps=run.steps, run_name=run.name, push_to_hub=False)
-        args = dataclasses.replace(recipe.args, output_dir=str(folder), seed=run.seed, **fields)
+        fields: dict[str, Any] = dict(output_dir=str(folder), seed=run.seed, max_steps=run.steps, run_name=run.name)
+        fields["push_to_hub"] = False
         checkpoint, _ = last_valid_checkpoint(folder)
         torch.compiler.reset()  # or the runs before would count as recompilations of this one's code
         interrupt = InterruptCallback()
-        trainer = build_trainer(recipe.config, recipe.data, args, [interrupt])
+        trainer = build_trainer(recipe.config, recipe.data, dataclasses.replace(recipe.args, **fields), [interrupt])
         trainer.add_callback(_Keeper(trainer, folder / "points", run.points(self.plan.num_points)))
         for callback in self.callbacks(trainer) if self.callbacks else ():
             trainer.add_callback(callback)

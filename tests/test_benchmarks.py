@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(benchmark, monkeypatch, capsys):
     """`script(name)`: a script's module, and `module.main` called with arguments, for what it prints."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def load(name: str):
-        module = importlib.import_module(name)
+        module = benchmark(name)
 
         def call(*argv: object) -> str:
             monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
@@ -32,9 +30,7 @@ def script(monkeypatch, capsys):
 
         return module, call
 
-    yield load
-    for name in ("step", "input_pipeline", "scaling", "measure"):
-        sys.modules.pop(name, None)
+    return load
 
 
 @pytest.mark.slow
@@ -155,14 +151,12 @@ def test_input_pipeline_benchmark(tmp_path, script):
 
 
 @pytest.mark.slow
-def test_heat_maps(tmp_path, monkeypatch, capsys):
+def test_heat_maps(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "contrastive_crop"))
-    module = importlib.import_module("heat_maps")
     options = ["--seeds", "0", "1", "--steps", "1", "--num_train", "64", "--num_test", "8", "--output"]
-    monkeypatch.setattr(sys, "argv", ["heat_maps.py", *options, str(tmp_path)])
-    module.main()
+    printed = script("heat_maps")[1](*options, tmp_path)
     lines = (tmp_path / "heat_maps.md").read_text().splitlines()
+    assert printed.endswith("\n".join(lines) + "\n\n")
     assert lines[0] == "| heat map | random encoder | MAE | CMAE |"
     assert len(lines) == 3 + 4 * 2 * 5
     assert all(line.count("±") == 3 for line in lines[3:])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -58,12 +57,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("study")
-    for name in ("study", "masks"):
-        del sys.modules[name]
+def module(benchmark):
+    return benchmark("study")
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +180,7 @@ def test_measurements_by_hand(module):
         {"step": 25 * i, "random_loss": 1.0, "difficulty": 0.1 * i, "keep_mean": 0.2 + 0.01 * i, "keep_spread": 0.1}
         for i in range(9)
     ]
-    found = sys.modules["masks"].metrics([{"step": 3, "loss": 1.0}, *rows])
+    found = module.masks.metrics([{"step": 3, "loss": 1.0}, *rows])
     quarters = [found[f"Q{i}"] for i in range(1, 5)]
     assert quarters == pytest.approx([0.15, 0.35, 0.55, 0.75])  # of two measurements each, the first one left out
     assert found["difficulty at the end"] == pytest.approx(0.8)
