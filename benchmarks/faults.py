@@ -185,11 +185,11 @@ def finish(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> s
     weights = load_file(folder / "model.safetensors")
     if weights.keys() != expected.keys() or not all(torch.equal(weights[name], expected[name]) for name in expected):
         return "other weights"
-    found = checkpoints(folder)
-    problems = [problem for path in [folder, *found] for problem in verify(path)]
+    saved = checkpoints(folder)
+    problems = [problem for path in [folder, *saved] for problem in verify(path)]
     if problems:
         return f"not whole: {problems[0]}"
-    return "same weights" if checkpoint_step(found[-1]) == STEPS else "the last checkpoint is missing"
+    return "same weights" if checkpoint_step(saved[-1]) == STEPS else "the last checkpoint is missing"
 
 
 @functools.cache
@@ -335,8 +335,8 @@ def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
         else:
             outcomes[f"ended with {code} and {last_line(folder)}"] += 1
         shutil.rmtree(folder)
-    found = row(injury.fault, outcomes, ("same weights", "too late, same weights"))
-    return [found | {"slowest_end_seconds": round(slowest, 2)}]
+    result = row(injury.fault, outcomes, ("same weights", "too late, same weights"))
+    return [result | {"slowest_end_seconds": round(slowest, 2)}]
 
 
 # -- the same answer --------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def main() -> int:
         table["outcomes"] = [", ".join(f"{o}: {n:,}" for o, n in counts.items()) for counts in table["outcomes"]]
         lost += table["lost"].sum()
         print(markdown_table(table), flush=True)
-        if path.is_file():  # what was found goes before what earlier runs of the same commands found
+        if path.is_file():  # in place of what earlier runs of the same commands gave
             earlier = pd.read_csv(path)
             table = pd.concat([earlier[earlier["command"] != name], table])
             order = {command: i for i, command in enumerate(FAULTS)}

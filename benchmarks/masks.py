@@ -60,24 +60,24 @@ def measure(trainer: CurriculumTrainer, with_gradients: bool) -> dict[str, float
     model, batch = trainer.model, trainer.held_out_batch()
     was_training = model.training
     model.eval()
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     with torch.no_grad(), trainer.compute_loss_context_manager():
         if trainer.has_masking_module:
-            found["random_loss"] = model(**batch, masking="random").reconstruction_loss
+            values["random_loss"] = model(**batch, masking="random").reconstruction_loss
             learned = model(pixel_values=batch["pixel_values"])
-            found["difficulty"] = learned.reconstruction_loss / found["random_loss"]
-            found |= keep_probability_statistics(keep_probability_sums(learned.keep_probabilities))
+            values["difficulty"] = learned.reconstruction_loss / values["random_loss"]
+            values |= keep_probability_statistics(keep_probability_sums(learned.keep_probabilities))
         else:
-            found["random_loss"] = model(**batch).reconstruction_loss
+            values["random_loss"] = model(**batch).reconstruction_loss
         if getattr(model.config, "position_loss_weight", 0):
             views = {name: torch.stack([value] * model.config.num_views, 1) for name, value in batch.items()}
-            found["position_accuracy"] = model(**views, compute_task_losses=True).position_accuracy
+            values["position_accuracy"] = model(**views, compute_task_losses=True).position_accuracy
     if trainer.has_masking_module:
-        found["factor"] = trainer.curriculum_factor(trainer.state.global_step)
+        values["factor"] = trainer.curriculum_factor(trainer.state.global_step)
         if with_gradients:
-            found |= gradients_and_alignment(model, batch["pixel_values"].flatten(0, -4)[:PROBE], found["factor"])
+            values |= gradients_and_alignment(model, batch["pixel_values"].flatten(0, -4)[:PROBE], values["factor"])
     model.train(was_training)
-    return {name: round(float(value), 5) for name, value in found.items()}
+    return {name: round(float(value), 5) for name, value in values.items()}
 
 
 def gradients_and_alignment(model: torch.nn.Module, pixel_values: torch.Tensor, factor: float) -> dict[str, float]:
@@ -143,19 +143,19 @@ def metrics(log: Log) -> dict[str, float]:
     """Of a run: mean difficulty of each quarter and at the end; m after the first tenth of the steps; losses."""
     rows = [entry for entry in log if "random_loss" in entry]
     end, steps = rows[-1], rows[-1]["step"]
-    found = {"random-mask loss": end["random_loss"]}
+    values = {"random-mask loss": end["random_loss"]}
     if "position_accuracy" in end:
-        found["position accuracy"] = end["position_accuracy"]
+        values["position accuracy"] = end["position_accuracy"]
     if "difficulty" in end:
         for quarter in range(1, 5):
             inside = [r["difficulty"] for r in rows if quarter - 1 < 4 * r["step"] / steps <= quarter]
             if inside:  # a very short run has quarters without a measurement
-                found[f"Q{quarter}"] = statistics.mean(inside)
+                values[f"Q{quarter}"] = statistics.mean(inside)
         later = [r for r in rows if r["step"] >= steps / 10]
         means = [r["keep_mean"] for r in later]
-        found |= {"difficulty at the end": end["difficulty"], "least mean of m": min(means), "largest": max(means)}
-        found["least spread of m"] = min(r["keep_spread"] for r in later)
-    return found
+        values |= {"difficulty at the end": end["difficulty"], "least mean of m": min(means), "largest": max(means)}
+        values["least spread of m"] = min(r["keep_spread"] for r in later)
+    return values
 
 
 def figures(logs: dict[str, list[Log]]) -> dict[str, Figure]:

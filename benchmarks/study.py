@@ -60,9 +60,9 @@ def read_settings(study: str, scale: str | None) -> dict[str, Any]:
     scale = next(iter(scales)) if scale is None else scale
     if scale not in scales:
         raise SystemExit(f"`--scale` is {scale!r}; {path} has {', '.join(scales)}.")
-    own = scales[scale]
-    own["pretraining"] = {**content.get("pretraining", {}), **own.get("pretraining", {})}
-    return {"name": path.parent.name, "folder": path.parent, "scale": scale, **content, **own}
+    entries = scales[scale]
+    entries["pretraining"] = {**content.get("pretraining", {}), **entries.get("pretraining", {})}
+    return {"name": path.parent.name, "folder": path.parent, "scale": scale, **content, **entries}
 
 
 def read_plan(settings: dict[str, Any], dataset: str, folder: Path) -> Plan:
@@ -80,7 +80,7 @@ def read_plan(settings: dict[str, Any], dataset: str, folder: Path) -> Plan:
         choices["protocols"] = tuple(recipe["protocols"]) if "protocols" in recipe else None
         recipes.append(Recipe(name, config, data, args, kept, recipe.get("label", name), **choices))
     common = settings.get("finetuning", {})
-    finetuning = {name: {**common, **own} for name, own in settings.get("protocols", {}).items()}
+    finetuning = {name: {**common, **fields} for name, fields in settings.get("protocols", {}).items()}
     fixed = dict(dataset=dataset, finetuning=finetuning, from_scratch=settings.get("from_scratch", {}))
     evaluations = {}
     for name, fields in settings["evaluations"].items():

@@ -52,8 +52,8 @@ def differences(results: pd.DataFrame, compared_with: str) -> pd.DataFrame:
     keys = ["other", "seed", "dataset", "protocol", "column"]
     results = results.assign(other=results["budget"].replace("", first))
     base = results[(results["recipe"] == compared_with) & (results["budget"] != "")].set_index(keys)["value"]
-    found = results[results["recipe"] != compared_with].join(base.rename("base"), on=keys, how="inner")
-    return summarize(found.assign(value=found["value"] - found["base"]))
+    pairs = results[results["recipe"] != compared_with].join(base.rename("base"), on=keys, how="inner")
+    return summarize(pairs.assign(value=pairs["value"] - pairs["base"]))
 
 
 def markdown_table(table: pd.DataFrame) -> str:

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Generated images with one object each, whose box is known: to judge which heat map finds objects."""
+"""Generated images with one object each, whose box is known: to evaluate which heat map finds objects."""
 
 from __future__ import annotations
 
