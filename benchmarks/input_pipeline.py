@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from measure import describe
 from PIL import Image, ImageOps
+from measure import describe
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
@@ -83,14 +83,14 @@ def samples_per_second(make: Callable[[int], Any], start: int, count: int, num_i
 def difference(source: ImageSource, size: int, count: int) -> float:
     """Mean over `count` images of the mean absolute difference of our and PIL's pixels of the same crop, in 1/255."""
     ours = our_samples(source, size, horizontal_flip=False)
-    differences = []
+    found = []
     for i in range(count):
         image = ImageOps.exif_transpose(_pil(source, i))
-        # The box that the dataset draws for this image.
+        # The box that the data set draws for this image.
         box = random_resized_crop_box(image.height, image.width, sample_generator(0, 0, i, "augmentation"), SCALE)
         theirs = np.array(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC), dtype=np.float32)
-        differences.append(np.abs(ours[i]["pixels"].permute(1, 2, 0).numpy() - theirs).mean())
-    return float(np.mean(differences))
+        found.append(np.abs(ours[i]["pixels"].permute(1, 2, 0).numpy() - theirs).mean())
+    return float(np.mean(found))
 
 
 def measure(source: ImageSource, size: int, rounds: int, count: int) -> dict[str, Any]:

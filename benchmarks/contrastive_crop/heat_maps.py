@@ -10,7 +10,6 @@ IoU with the object's to `heat_maps.md`; the whole image is the baseline. Minute
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,12 +93,16 @@ def scores(vit: torch.nn.Module, images: torch.Tensor, boxes: torch.Tensor) -> d
         "last block": torch.cat([h.hidden_states[-1][:, 1:] for h in hidden]),
         "after the LayerNorm": torch.cat([h.last_hidden_state[:, 1:] for h in hidden]),
     }
-    overlaps = {}
-    for (name, candidate), place, threshold in itertools.product(CANDIDATES.items(), tokens, THRESHOLDS):
-        heat = candidate(tokens[place]).unflatten(1, GRID)
-        overlap = box_iou(heat_map_box(heat, (SIZE, SIZE), threshold).cpu(), boxes)
-        overlaps[f"{name}, {place}, k = {threshold}"] = overlap.mean().item()
-    return overlaps
+    return {
+        f"{name}, {place}, k = {threshold}": box_iou(
+            heat_map_box(candidate(tokens[place]).unflatten(1, GRID), (SIZE, SIZE), threshold).cpu(), boxes
+        )
+        .mean()
+        .item()
+        for name, candidate in CANDIDATES.items()
+        for place in tokens
+        for threshold in THRESHOLDS
+    }
 
 
 def main() -> None:
@@ -119,15 +122,18 @@ def main() -> None:
     train, _ = normalised(options.num_train, 0)
     test, boxes = normalised(options.num_test, 1)
     whole = box_iou(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(boxes), -1), boxes).mean().item()
-    encoders = {"random encoder": ("mae", 0), "MAE": ("mae", options.steps), "CMAE": ("cmae", options.steps)}
-    rows = []
-    for (kind, (family, steps)), seed in itertools.product(encoders.items(), options.seeds):
-        overlaps = scores(encoder(family, seed, steps, train), test, boxes)
-        rows += [{"heat map": name, "encoder": kind, "iou": value} for name, value in overlaps.items()]
-    groups = pd.DataFrame(rows).groupby(["heat map", "encoder"])["iou"].agg(["mean", "std"])
+    found = [
+        {"heat map": name, "encoder": kind, "iou": value}
+        for kind, family, steps in (
+            *(("random encoder", "mae", 0), ("MAE", "mae", options.steps), ("CMAE", "cmae", options.steps)),
+        )
+        for seed in options.seeds
+        for name, value in scores(encoder(family, seed, steps, train), test, boxes).items()
+    ]
+    groups = pd.DataFrame(found).groupby(["heat map", "encoder"])["iou"].agg(["mean", "std"])
     text = groups["mean"].map("{:.3f}".format) + groups["std"].map(" ± {:.3f}".format).where(groups["std"].notna(), "")
     best = groups["mean"].unstack()[["MAE", "CMAE"]].sum(axis=1).sort_values(ascending=False).index
-    table = text.unstack().loc[best, list(encoders)]
+    table = text.unstack().loc[best, ["random encoder", "MAE", "CMAE"]]
     table = pd.concat([pd.DataFrame(f"{whole:.3f}", ["whole image"], table.columns), table])
     text = markdown_table(table.reset_index(names="heat map"))
     write_whole(options.output / "heat_maps.md", text)
