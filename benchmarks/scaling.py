@@ -84,9 +84,9 @@ def work(case: Case, steps: int, place: int, count: int, folder: Path) -> None:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[place % len(cores)]})
     images = [{"pixel_values": torch.randn(case.sample_shape)} for _ in range(2 * case.batch)] * 64
-    times = StepTimes(folder, place, count)
+    times, together = StepTimes(folder, place, count), "WORLD_SIZE" in os.environ
     args = PretrainingArguments(
-        str(folder / "unused"),
+        str(folder / ("run" if together else f"run-{place}")),  # a folder is one run's at a time
         **dict(per_device_train_batch_size=case.batch, max_steps=WARM_UP + steps, use_cpu=use_cpu, bf16=True),
         **dict(save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10_000),
     )

@@ -99,9 +99,10 @@ def test_it_shows_what_the_run_recorded(finished_run):
 
 def test_every_section_is_there_and_every_picture(finished_run):
     text = card(finished_run)
-    headings = re.findall(r"^#+ (.*)$", text.split("```bibtex")[0], re.MULTILINE)
+    body = text.split("```bibtex")[0]
+    headings = re.findall(r"^#+ (.*)$", body, re.MULTILINE)
     assert set(headings) >= {"Use", "Intended use", "Evaluation", "Data", "Training", "Limits", "Licence", "Citation"}
-    assert not re.search(r"\{[{%#]|\n{3}| \n", text)  # nothing is left of the template
+    assert not re.search(r"\{[{%#]|\n{3}| \n", body)  # nothing is left of the template
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert pictures == ["pictures/curves.png", *(f"pictures/step-{step:06}.png" for step in (0, 2, 4))]
     assert all((finished_run / picture).stat().st_size > 1000 for picture in pictures)
