@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import sys
@@ -140,11 +141,14 @@ def declared(*extras: str) -> set[str]:
     return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
 
 
+installed = functools.cache(packages_distributions)  # which takes seconds
+
+
 def needed(sources: dict[str, str]) -> set[str]:
     """Distributions of the third-party packages that some modules import."""
     packages = {name.split(".")[0] for text in sources.values() for name in imported(text)}
     packages -= {"clmae", *sys.stdlib_module_names, *(Path(path).stem for path in SCRIPTS)}
-    distributions = packages_distributions()
+    distributions = installed()
     return {distributions[package][0].lower().replace("_", "-") for package in packages}
 
 

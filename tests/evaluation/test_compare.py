@@ -56,6 +56,7 @@ def recipe(tiny_config, labelled):
 # -- compute ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mae", "cmae"])
 def test_step_flops_are_torchs_own_count(tiny_config, make_images, family):
     config = tiny_config(family)
@@ -74,6 +75,7 @@ def test_encoder_flops_by_hand(tiny_config):
     assert count_encoder_flops(config) == 2 * patches * width * 3 * 4 * 4 + config.num_hidden_layers * layer
 
 
+@pytest.mark.slow
 def test_step_flops_follow_accumulation_and_masker_interval(tiny_config):
     config, state = tiny_config("cl_mae"), torch.get_rng_state()
     every, never = (count_step_flops(config, arguments(masker_update_interval=k)) for k in (1, 10**9))
