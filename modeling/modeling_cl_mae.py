@@ -132,8 +132,7 @@ class LearnedMasks(MAEForPreTraining):
     def __init__(self, config: CLMAEConfig):
         super().__init__(config)
         if config.learns_masks:
-            self.masking_module = MaskingModule(config)
-            self.post_init()
+            self.masking_module = MaskingModule(config)  # initialised by `post_init` of the class that this is mixed in
 
     def forward(
         self,
@@ -312,7 +311,11 @@ class LearnedMasks(MAEForPreTraining):
 
 
 class CLMAEForPreTraining(CLMAEPreTrainedModel, LearnedMasks):
-    """The curriculum-learned masked autoencoder: [`LearnedMasks`] on [`MAEForPreTraining`]."""
+    """The curriculum-learned masked autoencoder: [`LearnedMasks`] and nothing else."""
+
+    def __init__(self, config: CLMAEConfig):
+        super().__init__(config)
+        self.post_init()
 
 
 class CLMAEForImageClassification(CLMAEPreTrainedModel, MAEForImageClassification):
