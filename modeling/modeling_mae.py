@@ -145,11 +145,16 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, attention_bias: Tensor | None = None, **kwargs: Any
+        self, hidden_states: Tensor, attention_bias: Tensor | None = None, num_queries: int | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """With `num_queries` only the first so many tokens attend, to all."""
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, hidden_states[:, :num_queries]),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )
         implementation = self.config._attn_implementation
         if attention_bias is not None and implementation != "eager":
@@ -193,9 +198,10 @@ class MAELayer(GradientCheckpointingLayer):
         self.mlp = MAEMLP(config, hidden_size, intermediate_size)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + self._drop_path(attended)
+    def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any) -> Tensor:
+        """Tokens `(B, L, D)` to `(B, L, D)`; with `num_queries` only the first so many, which attend to all."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries=num_queries, **kwargs)
+        hidden_states = hidden_states[:, :num_queries] + self._drop_path(attended)
         return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
     def _drop_path(self, branch: Tensor) -> Tensor:

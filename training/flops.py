@@ -85,7 +85,10 @@ def _decoder(config: MAEConfig, tokens: int) -> tuple[int, int]:
 
 def _masking_module(config: MAEConfig) -> int:
     patches, width, inner = config.num_patches, config.hidden_size, config.masker_intermediate_size
-    return sum(_blocks(config.masker_num_hidden_layers, patches + 1, width, inner)) + _linear(1, width, patches)
+    blocks = _blocks(config.masker_num_hidden_layers - 1, patches + 1, width, inner)
+    # The last block computes the class token alone, of all tokens' keys and values.
+    last = _linear(patches + 1, width, 2 * width) + 4 * (patches + 1) * width + _linear(1, width, 2 * width + 2 * inner)
+    return sum(blocks) + last + _linear(1, width, patches)
 
 
 def _pass_b(config: MAEConfig) -> int:
