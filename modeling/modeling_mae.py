@@ -501,8 +501,8 @@ def sample_masking(config: MAEConfig, noise: Tensor, batch_size: int, grid_size:
     num_patches = math.prod(grid_size)
     if noise.shape != (batch_size, num_patches):
         raise InputError(
-            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row an image, a "
-            "number a patch."
+            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row per image, a "
+            "number per patch."
         )
     num_visible = config.num_visible(num_patches)
     if not 0 < num_visible < num_patches:
@@ -524,6 +524,15 @@ class MAEForPreTraining(MAEPreTrainedModel):
     Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
     [`visible_tokens`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names them in
     `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
+
+    Example:
+
+    ```python
+    >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
+    >>> outputs = model(torch.rand(2, 3, 32, 32))
+    >>> outputs.logits.shape, outputs.mask.mean()
+    (torch.Size([2, 64, 48]), tensor(0.7500))
+    ```
     """
 
     output_class: type[MAEForPreTrainingOutput] = MAEForPreTrainingOutput
@@ -551,15 +560,6 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 mask. Drawn from PyTorch's global generator if not given.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Example:
-
-        ```python
-        >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
-        >>> outputs = model(torch.rand(2, 3, 32, 32))
-        >>> outputs.logits.shape, outputs.mask.mean()
-        (torch.Size([2, 64, 48]), tensor(0.7500))
-        ```
         """
         options: dict[str, Any] = {name: kwargs.pop(name) for name in self._step_arguments if name in kwargs}
         self._check_kwargs(kwargs)
