@@ -164,7 +164,7 @@ def test_evaluation_gives_all_positions_and_needs_one_view(build, make_images, t
 
 
 def test_learned_masks_are_cl_maes(build, views, tiny_config):
-    fields = dict(soft_masking="attention", diversity_loss_weight=0.3, masker_intermediate_size=48)
+    fields = dict(soft_masking="attention", diversity_loss_weight=0.3)
     model = build(**LEARNED, **OFF, **fields)
     theirs = CLMAEForPreTraining(tiny_config("cl_mae", **fields)).train()
     theirs.load_state_dict(model.state_dict())
