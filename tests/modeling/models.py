@@ -52,7 +52,7 @@ def assert_same(first: Any, second: Any, **tolerance: float) -> None:
     """Equal tensors, exactly unless a tolerance is given; dictionaries have equal keys too."""
     if isinstance(first, dict) and isinstance(second, dict):
         assert first.keys() == second.keys()
-        first, second = first.values(), second.values()
+        first, second = first.values(), [second[name] for name in first]
     first, second = flat(first), flat(second)
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
