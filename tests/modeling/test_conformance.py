@@ -85,6 +85,7 @@ def test_same_seed_same_encoder_in_every_family(tiny_config, head):
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
+@pytest.mark.slow
 @every_autoencoder
 @pytest.mark.parametrize("head", ["pretraining", "classifier"])
 def test_every_trainable_parameter_moves_within_three_steps(build, family, head, tmp_path):
@@ -188,6 +189,7 @@ def test_half_precision_weights(build, family, head, dtype, tmp_path):
         assert (a.double() - b.double()).abs().max() < 0.05 * a.double().abs().max()
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("layout", ["transformers 4", "transformers 5", "native"])
 @pytest.mark.parametrize("written", [ViTMAEForPreTraining, ViTMAEModel])
@@ -533,6 +535,7 @@ def test_encoder_compiles_as_one_graph_and_exports(build, family):
     assert_same(program.module()(inputs["pixel_values"][:3]), model(inputs["pixel_values"][:3]), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 def test_offloading(build, family, head, to, tmp_path):
@@ -556,6 +559,7 @@ def test_dynamic_quantisation(build, family):
         torch.testing.assert_close(a, b, atol=0.05, rtol=0)
 
 
+@pytest.mark.slow
 @every_autoencoder
 def test_lora_trains_every_layer(build, family):
     model, inputs = build(family)
