@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
-from clmae.configuration.configuration_mae import MAEConfig
+from clmae.configuration.configuration_mae import MAX_LAYERS, MAEConfig, Rule, choice, integer, number
 
 CURRICULUM_SHAPES = ("linear", "cosine", "constant")
 KL_REDUCTIONS = ("mean", "sum")
@@ -50,12 +49,12 @@ class CLMAEConfig(MAEConfig):
 
     masker_num_hidden_layers: int = 5
     masker_num_attention_heads: int = 4
-    masker_intermediate_size: int | None = None
+    masker_intermediate_size: int = None  # type: ignore[assignment]  # filled in when it is made
     masker_layer_norm_eps: float = 1e-5
     soft_masking: str = "attention"
     gauss_loss_weight: float = 0.1
     gauss_sigma: float = 0.12
-    kl_loss_weight: float | None = None
+    kl_loss_weight: float = None  # type: ignore[assignment]  # filled in when it is made
     kl_reduction: str = "mean"
     diversity_loss_weight: float = 0.5
     diversity_scale: float = 0.1
@@ -63,10 +62,24 @@ class CLMAEConfig(MAEConfig):
     curriculum_start: float = 1.0
     curriculum_end: float = -1.0
 
-    _stacks: ClassVar[tuple[tuple[str, str], ...]] = (
-        *MAEConfig._stacks,
-        ("hidden_size", "masker_num_attention_heads"),
+    _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
+        *MAEConfig._rules,
+        (integer(MAX_LAYERS), "masker_num_hidden_layers"),
+        (integer(), "masker_num_attention_heads masker_intermediate_size"),
+        (number("(0, 1]"), "masker_layer_norm_eps"),
+        (number("(0, inf)"), "gauss_sigma"),
+        (number("[0, inf)"), "gauss_loss_weight kl_loss_weight diversity_loss_weight diversity_scale"),
+        (number("(-inf, inf)"), "curriculum_start curriculum_end"),
+        (choice(*SOFT_MASKINGS), "soft_masking"),
+        (choice(*KL_REDUCTIONS), "kl_reduction"),
+        (choice(*CURRICULUM_SHAPES), "curriculum_shape"),
     )
+    _stacks: ClassVar[tuple[tuple[str, str], ...]] = (*MAEConfig._stacks, ("hidden_size", "masker_num_attention_heads"))
+
+    @property
+    def learns_masks(self) -> bool:
+        """True: this is what the family is for."""
+        return True
 
     def _fill_defaults(self) -> None:
         super()._fill_defaults()
@@ -74,23 +87,6 @@ class CLMAEConfig(MAEConfig):
             self.masker_intermediate_size = 4 * self.hidden_size
         if self.kl_loss_weight is None:
             self.kl_loss_weight = 25.6 if self.kl_reduction == "mean" else 0.1
-
-    def check(self) -> None:
-        self._check_int("masker_num_hidden_layers")
-        self._check_int("masker_num_attention_heads")
-        self._check_int("masker_intermediate_size", optional=True)
-        self._check_number("masker_layer_norm_eps", 0.0, 1.0, open_low=True)
-        self._check_number("gauss_sigma", 0.0, math.inf, open_low=True)
-        for name in ("gauss_loss_weight", "diversity_loss_weight", "diversity_scale"):
-            self._check_number(name, 0.0, math.inf)
-        if self.kl_loss_weight is not None:
-            self._check_number("kl_loss_weight", 0.0, math.inf)
-        for name in ("curriculum_start", "curriculum_end"):
-            self._check_number(name, -math.inf, math.inf)
-        self._check_choice("soft_masking", SOFT_MASKINGS)
-        self._check_choice("kl_reduction", KL_REDUCTIONS)
-        self._check_choice("curriculum_shape", CURRICULUM_SHAPES)
-        super().check()
 
 
 __all__ = ["CURRICULUM_SHAPES", "KL_REDUCTIONS", "SOFT_MASKINGS", "CLMAEConfig"]

@@ -7,6 +7,7 @@ import math
 from typing import ClassVar
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
+from clmae.configuration.configuration_mae import Rule, boolean, integer, number
 from clmae.configuration.errors import InputError
 
 
@@ -48,12 +49,25 @@ class CMAEConfig(CLMAEConfig):
     contrastive_loss_weight: float = 0.1
     contrastive_temperature: float = 0.2
     projection_size: int = 128
-    projection_hidden_size: int | None = None
+    projection_hidden_size: int = None  # type: ignore[assignment]  # filled in when it is made
     position_loss_weight: float = 0.1
     position_mask_ratio: float = 0.75
     learned_masks: bool = False
 
+    _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
+        *CLMAEConfig._rules,
+        (number("[0, inf)"), "contrastive_loss_weight position_loss_weight"),
+        (number("(0, inf)"), "contrastive_temperature"),
+        (number("(0, 1]"), "position_mask_ratio"),
+        (integer(), "projection_size projection_hidden_size"),
+        (boolean, "learned_masks"),
+    )
     _decoder_follows_size: ClassVar[bool] = False
+
+    @property
+    def learns_masks(self) -> bool:
+        """As `learned_masks` says."""
+        return self.learned_masks
 
     @property
     def num_views(self) -> int:
@@ -66,13 +80,6 @@ class CMAEConfig(CLMAEConfig):
             self.projection_hidden_size = max(512, 4 * self.hidden_size)
 
     def check(self) -> None:
-        for name in ("contrastive_loss_weight", "position_loss_weight"):
-            self._check_number(name, 0.0, math.inf)
-        self._check_number("contrastive_temperature", 0.0, math.inf, open_low=True)
-        self._check_number("position_mask_ratio", 0.0, 1.0, open_low=True)
-        self._check_int("projection_size")
-        self._check_int("projection_hidden_size", optional=True)
-        self._check_bool("learned_masks")
         super().check()
         visible = self.num_visible(self.num_patches)
         if self.position_loss_weight and not int(visible * self.position_mask_ratio):

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,30 +22,25 @@ logger = logging.get_logger(__name__)
 
 MASK_SAMPLERS = ("random", "block", "grid")
 POOLINGS = ("mean", "cls")
-# Far beyond any model that was built: a file that asks for more is damaged or hostile. Fields by how their names end
-# (sizes of images and patches are pixels a side), then what follows from several of them.
-LIMITS = {"num_hidden_layers": 1_000, "num_attention_heads": 65_536, "num_channels": 4_096, "size": 65_536}
+# Far beyond any model that was built: a file that asks for more is damaged or hostile.
+MAX_WIDTH = 65_536  # also heads, and pixels per side of an image or patch
+MAX_LAYERS = 1_000
+MAX_CHANNELS = 4_096
 MAX_LABELS = 10**6
 MAX_PATCHES = 2**20
 MAX_PARAMETERS = 10**11
 
-# Encoder (width, blocks, heads) and decoder (width, blocks, heads). base, large and huge: MAE (arXiv 2111.06377),
-# section 4; tiny and small: the encoders of DeiT (arXiv 2012.12877), with a decoder in proportion.
+# Width, blocks and heads of encoder and decoder. base, large, huge: MAE (arXiv 2111.06377), section 4; tiny, small: the
+# encoders of DeiT (arXiv 2012.12877), with a decoder in proportion.
+_STACK = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 SIZES: dict[str, dict[str, int]] = {
-    name: dict(
-        hidden_size=encoder[0],
-        num_hidden_layers=encoder[1],
-        num_attention_heads=encoder[2],
-        decoder_hidden_size=decoder[0],
-        decoder_num_hidden_layers=decoder[1],
-        decoder_num_attention_heads=decoder[2],
-    )
-    for name, encoder, decoder in (
-        ("tiny", (192, 12, 3), (128, 4, 4)),
-        ("small", (384, 12, 6), (256, 4, 8)),
-        ("base", (768, 12, 12), (512, 8, 16)),
-        ("large", (1024, 24, 16), (512, 8, 16)),
-        ("huge", (1280, 32, 16), (512, 8, 16)),
+    name: dict(zip((*_STACK, *(f"decoder_{field}" for field in _STACK)), numbers, strict=True))
+    for name, numbers in (
+        ("tiny", (192, 12, 3, 128, 4, 4)),
+        ("small", (384, 12, 6, 256, 4, 8)),
+        ("base", (768, 12, 12, 512, 8, 16)),
+        ("large", (1024, 24, 16, 512, 8, 16)),
+        ("huge", (1280, 32, 16, 512, 8, 16)),
     )
 }
 _SIZE_PATCH = {"huge": 14}  # the published huge model has patches of 14 pixels, the others of 16
@@ -53,6 +49,63 @@ _SIZE_PATCH = {"huge": 14}  # the published huge model has patches of 14 pixels,
 def pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """`(height, width)` of a size given as one number or as two."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+# -- rules: what a field must be, or `None` where it is --------------------------------------------------------------
+# (huggingface_hub's validators raise errors that are no `ValueError` and name no remedy, and refuse 1 for a float.)
+
+Rule = Callable[[Any], str | None]
+
+
+def integer(most: int = MAX_WIDTH) -> Rule:
+    """An int in 1..most."""
+
+    def rule(value: Any) -> str | None:
+        if type(value) is not int or value < 1:
+            return "an int of at least 1"
+        return None if value <= most else f"at most {most:,}"
+
+    return rule
+
+
+def number(interval: str) -> Rule:
+    """A finite number in an interval, such as `"(0, 1]"`."""
+    low, high = map(float, interval[1:-1].split(", "))
+    ends = [low] * (interval[0] == "[") + [high] * (interval[-1] == "]")
+
+    def rule(value: Any) -> str | None:
+        if type(value) in (int, float) and math.isfinite(value) and (low < value < high or value in ends):
+            return None
+        return "a finite number" if low == -math.inf else f"a number in {interval}"
+
+    return rule
+
+
+def choice(*names: str) -> Rule:
+    """One of the names."""
+    return lambda value: None if value in names else f"one of {', '.join(names)}"
+
+
+def boolean(value: Any) -> str | None:
+    """True or false, and not 0 or 1."""
+    return None if isinstance(value, bool) else "true or false"
+
+
+def sides(value: Any) -> str | None:
+    """Pixels per side, one number or two."""
+    values = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    if any(type(v) is not int or v < 1 for v in values):
+        return "a positive int, or two as (height, width)"
+    return None if max(values) <= MAX_WIDTH else f"at most {MAX_WIDTH:,} pixels per side"
+
+
+def activation(value: Any) -> str | None:
+    """A name that transformers knows."""
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError:  # without torch there are none, and no models either
+        return None
+    return None if isinstance(value, str) and value in ACT2FN else f"one of {', '.join(sorted(ACT2FN))}"
 
 
 class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -93,17 +146,6 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         InputError: A field has the wrong type or value; the message names field, value and remedy.
-
-    Example:
-
-    ```python
-    >>> from clmae import MAEConfig, MAEForPreTraining
-
-    >>> config = MAEConfig.from_size("tiny", image_size=32, patch_size=4)
-    >>> config.num_patches
-    64
-    >>> model = MAEForPreTraining(config)
-    ```
     """
 
     model_type = "mae"
@@ -111,7 +153,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]  # filled in when the configuration is made
     hidden_act: str = "gelu"
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
@@ -124,7 +166,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
-    decoder_intermediate_size: int | None = None
+    decoder_intermediate_size: int = None  # type: ignore[assignment]
     mask_ratio: float = 0.75
     mask_sampler: str = "random"
     norm_pix_loss: bool = True
@@ -133,6 +175,21 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
+    # Rules and the fields that follow them; a field whose default is `None` may be `None`. A family adds its own.
+    _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
+        (integer(), "hidden_size num_attention_heads intermediate_size"),
+        (integer(), "decoder_hidden_size decoder_num_attention_heads decoder_intermediate_size"),
+        (integer(MAX_LAYERS), "num_hidden_layers decoder_num_hidden_layers"),
+        (integer(MAX_CHANNELS), "num_channels"),
+        (sides, "image_size patch_size"),
+        (boolean, "qkv_bias norm_pix_loss apply_layernorm reshape_hidden_states"),
+        (number("[0, inf)"), "initializer_range"),
+        (number("(0, 1]"), "layer_norm_eps"),
+        (number("[0, 1)"), "drop_path_rate mask_ratio"),
+        (activation, "hidden_act"),
+        (choice(*MASK_SAMPLERS), "mask_sampler"),
+        (choice(*POOLINGS), "pooling"),
+    )
     # The transformer stacks of the family: their width and heads fields, checked alike.
     _stacks: ClassVar[tuple[tuple[str, str], ...]] = (
         ("hidden_size", "num_attention_heads"),
@@ -160,8 +217,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         cls._check_unknown(kwargs)
         cls._check_entries(config_dict)
-        # Of a later version or another program, say: kept, as all that is unknown, and only a person's words refused.
-        misspelt = {name: config_dict[name] for name in config_dict if cls._meant(name)}
+        # Of a later version or another program, say: kept, as all that is unknown; only a person's words are refused.
+        misspelt = {name: value for name, value in config_dict.items() if cls._meant(name)}
         for name in misspelt:
             logger.warning(
                 f"`{name}` is no field of {cls.__name__} and has no effect; did you mean `{cls._meant(name)}`?"
@@ -174,8 +231,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         try:
             loaded = super().from_dict(fields, **kwargs)
             config = loaded[0] if isinstance(loaded, tuple) else loaded
-            for name, value in misspelt.items():
-                setattr(config, name, value)
+            config.__dict__.update(misspelt)
             config.check()
             config.to_json_string()
             if config.dtype is not None:
@@ -242,18 +298,23 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Pixel values in a patch: `p_h * p_w * num_channels`."""
         return math.prod(pair(self.patch_size)) * self.num_channels
 
+    @property
+    def learns_masks(self) -> bool:
+        """Whether a masking module chooses the masks of pretraining."""
+        return False
+
+    @property
+    def num_views(self) -> int:
+        """Views of an image that a training sample of pretraining holds."""
+        return 1
+
     def num_visible(self, num_patches: int) -> int:
         """Patches K of `num_patches` that stay visible, `int(N * (1 - mask_ratio))` (METHODS: MAE's own rounding)."""
         return int(num_patches * (1 - self.mask_ratio))
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> MAEConfig:
-        """A named size, with any field overridden: `MAEConfig.from_size("small", image_size=96, patch_size=8)`.
-
-        Args:
-            size (`str`): `"tiny"` (192 wide, 12 blocks, 3 heads), `"small"` (384, 12, 6), `"base"` (768, 12, 12),
-                `"large"` (1024, 24, 16) or `"huge"` (1280, 32, 16; patches of 14 pixels).
-            kwargs: Fields that differ from the preset.
+        """The configuration of a size in `SIZES`, `"tiny"` to `"huge"`, with fields that differ from it as `kwargs`.
 
         Raises:
             InputError: The size has no such name, or a field is wrong.
@@ -269,21 +330,12 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def check(self) -> None:
         """Raises InputError for a field of the wrong type or value; done when the configuration or a model is made."""
-        self._check_activation()
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
-            self._check_int(name)
-        for name in ("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"):
-            self._check_int(name)
-        for name in ("intermediate_size", "decoder_intermediate_size"):
-            self._check_int(name, optional=True)
-        for name in ("qkv_bias", "norm_pix_loss", "apply_layernorm", "reshape_hidden_states"):
-            self._check_bool(name)
-        self._check_number("initializer_range", 0.0, math.inf)
-        self._check_number("layer_norm_eps", 0.0, 1.0, open_low=True)
-        self._check_number("drop_path_rate", 0.0, 1.0, open_high=True)
-        self._check_number("mask_ratio", 0.0, 1.0, open_high=True)
-        self._check_choice("mask_sampler", MASK_SAMPLERS)
-        self._check_choice("pooling", POOLINGS)
+        for rule, names in self._rules:
+            for name in names.split():
+                value = getattr(self, name)
+                optional = value is None and getattr(type(self), name) is None
+                if not optional and (right := rule(value)):
+                    raise InputError(f"`{name}` is {value!r}; give {right}.")
         self._check_widths()
         self._check_geometry()
         self._check_total()
@@ -311,10 +363,10 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, value in config_dict.items():
             if name.startswith("__") or callable(getattr(cls, name, None)):
                 raise InputError(f"`{name}` cannot be an entry of a configuration: {cls.__name__} has a method of it.")
-            if name.lstrip("_").startswith("attn_implementation") and not isinstance(value, (str, dict, type(None))):
-                raise InputError(f"`{name}` is {value!r}; give the name of an attention implementation.")
-            table = name in ("auto_map", "sub_configs") or (name.startswith("base_model_") and name.endswith("_plan"))
-            if table and not isinstance(value, (dict, type(None))):
+            plan = name.startswith("base_model_") and name.endswith("_plan")
+            table = plan or name in ("auto_map", "sub_configs")
+            attention = name.lstrip("_").startswith("attn_implementation")
+            if (table or attention) and not isinstance(value, (dict, type(None), str if attention else dict)):
                 raise InputError(f"`{name}` is {value!r}; leave it out.")
 
     def _check_widths(self) -> None:
@@ -331,14 +383,6 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def _check_geometry(self) -> None:
-        for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            values = [value] if isinstance(value, int) else value
-            good = isinstance(values, (list, tuple)) and (isinstance(value, int) or len(values) == 2)
-            if not good or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-                raise InputError(f"`{name}` is {value!r}; give a positive int, or two as (height, width).")
-            if max(values) > LIMITS["size"]:
-                raise InputError(f"`{name}` is {value!r}; give at most {LIMITS['size']:,} pixels a side.")
         for side, size, patch in zip(("height", "width"), pair(self.image_size), pair(self.patch_size), strict=True):
             if size % patch:
                 below, above = size // patch * patch, -(-size // patch) * patch
@@ -369,8 +413,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _check_total(self) -> None:
         """Refuses what no machine could hold before anything is allocated."""
-        ends = self.patch_dim + self.num_patches
-        total = ends * (self.hidden_size + self.decoder_hidden_size)
+        total = (self.patch_dim + self.num_patches) * (self.hidden_size + self.decoder_hidden_size)
         for part in ("", "decoder_", "masker_"):
             width = getattr(self, f"{part}hidden_size", self.hidden_size)
             inner = getattr(self, f"{part}intermediate_size", None) or 4 * width
@@ -381,47 +424,6 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"have about {total:.0e} parameters, but at most {MAX_PARAMETERS:.0e} are possible; take fewer or "
                 "smaller layers."
             )
-
-    def _check_activation(self) -> None:
-        try:
-            from transformers.activations import ACT2FN
-        except ImportError:  # without torch there are none, and no models either
-            return
-        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACT2FN:
-            raise InputError(f"`hidden_act` is {self.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
-
-    def _check_int(self, name: str, minimum: int = 1, optional: bool = False) -> None:
-        value = getattr(self, name)
-        if optional and value is None:
-            return
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise InputError(f"`{name}` is {value!r}; give an int of at least {minimum}.")
-        limit = next((limit for ending, limit in LIMITS.items() if name.endswith(ending)), None)
-        if limit is not None and value > limit:
-            raise InputError(f"`{name}` is {value}; give at most {limit:,}.")
-
-    def _check_number(
-        self, name: str, low: float, high: float, open_low: bool = False, open_high: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if (
-            not number
-            or not (low < value if open_low else low <= value)
-            or not (value < high if open_high else value <= high)
-        ):
-            interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or high == math.inf else ']'}"
-            kind = "a finite number" if low == -math.inf else f"a number in {interval}"
-            raise InputError(f"`{name}` is {value!r}; give {kind}.")
-
-    def _check_bool(self, name: str) -> None:
-        if not isinstance(getattr(self, name), bool):
-            raise InputError(f"`{name}` is {getattr(self, name)!r}; give true or false.")
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise InputError(f"`{name}` is {value!r}; choose one of {', '.join(choices)}.")
 
 
 __all__ = ["MASK_SAMPLERS", "POOLINGS", "SIZES", "MAEConfig", "pair"]

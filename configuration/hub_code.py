@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 # What follows the family's name in the name of its class.
 AUTO_CLASSES = {
@@ -26,7 +27,7 @@ _FLAT = not __name__.startswith("clmae.")  # whether this very module was loaded
 _IMPORT = re.compile(r"^([ \t]*from )(?:clmae((?:\.\w+)*))?\.(\w+)(?= import )", re.MULTILINE)
 
 
-def hub_auto_map(config_class: type) -> dict[str, str]:
+def hub_auto_map(config_class: type[Any]) -> dict[str, str]:
     """`auto_map` of the family that `config_class` belongs to; empty for a family from outside of this package."""
     module = f"configuration_{config_class.model_type}"
     for owner in config_class.__mro__:

@@ -20,7 +20,7 @@ def to_grayscale(image: torch.Tensor) -> torch.Tensor:
     return (gray / 65536 if image.is_floating_point() else (gray + 32768) >> 16).to(image.dtype)[None]
 
 
-class MAEImageProcessorKwargs(ImagesKwargs, total=False):
+class MAEImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]  # a typed dictionary
     r"""
     do_grayscale (`bool`, *optional*, defaults to `self.do_grayscale`):
         Whether to show images in grey, with one channel.
@@ -37,15 +37,16 @@ class _Grayscale:
     _auto_class = "AutoImageProcessor"  # so that `save_pretrained` puts this file beside `preprocessor_config.json`
 
     def process_image(self, image, do_convert_rgb=None, do_grayscale=False, **kwargs):
+        # Grey by way of RGB, so that palettes and transparency are transformers' task.
+        do_convert_rgb = is_pil_image(image) if do_grayscale else do_convert_rgb
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)  # type: ignore[misc]  # a mixin
         if not do_grayscale:
-            return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        # By way of RGB, so that palettes and transparency are transformers' task.
-        image = super().process_image(image, do_convert_rgb=is_pil_image(image), **kwargs)
+            return image
         gray = to_grayscale(torch.as_tensor(image))
         return gray if isinstance(image, torch.Tensor) else gray.numpy()
 
     def to_dict(self):
-        return {**super().to_dict(), "auto_map": AUTO_MAP}
+        return {**super().to_dict(), "auto_map": AUTO_MAP}  # type: ignore[misc]  # a mixin
 
 
 class MAEImageProcessor(_Grayscale, BitImageProcessor):

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
-from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import (
     diversity_loss,
@@ -22,14 +21,12 @@ from clmae.modeling.losses import (
     gauss_loss,
     kl_loss,
     patch_errors,
-    patch_targets,
     scale_gradient,
     sum_across_processes,
     world_size,
 )
 from clmae.modeling.masking import Masking, keep_lowest
 from clmae.modeling.modeling_mae import (
-    TASK_HEADS,
     MAEBackbone,
     MAEForImageClassification,
     MAEForPreTraining,
@@ -37,14 +34,10 @@ from clmae.modeling.modeling_mae import (
     MAELayer,
     MAEModel,
     MAEPreTrainedModel,
-    check_pixel_values,
-    sample_masking,
-    select_visible,
 )
 
 MASKINGS = ("learned", "random")
-# Of a part of pass B: enough to keep a GPU busy.
-_MIN_TOKENS = 8192
+_MIN_TOKENS = 8192  # of a part of pass B: enough to keep a GPU busy
 
 
 @dataclass
@@ -63,17 +56,11 @@ class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
             `None` with `masking="random"` unless pass B was computed.
     """
 
-    soft_reconstruction_loss: torch.FloatTensor | None = None
-    gauss_loss: torch.FloatTensor | None = None
-    kl_loss: torch.FloatTensor | None = None
-    diversity_loss: torch.FloatTensor | None = None
-    keep_probabilities: torch.FloatTensor | None = None
-
-
-def check_masking(masking: str) -> None:
-    """InputError where `masking` is none of those there are."""
-    if masking not in MASKINGS:
-        raise InputError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
+    soft_reconstruction_loss: Tensor | None = None
+    gauss_loss: Tensor | None = None
+    kl_loss: Tensor | None = None
+    diversity_loss: Tensor | None = None
+    keep_probabilities: Tensor | None = None
 
 
 class MaskingHead(nn.Linear):
@@ -82,7 +69,7 @@ class MaskingHead(nn.Linear):
     Rounded logits tie, and a tie would be decided by the patch's place.
     """
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return nn.functional.linear(hidden_states.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
@@ -94,27 +81,21 @@ class MaskingModule(nn.Module):
     def __init__(self, config: CLMAEConfig):
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        sizes = config.masker_num_attention_heads, config.masker_intermediate_size, config.masker_layer_norm_eps
         self.layers = nn.ModuleList(
-            MAELayer(
-                config,
-                config.hidden_size,
-                config.masker_num_attention_heads,
-                config.masker_intermediate_size,
-                config.masker_layer_norm_eps,
-            )
-            for _ in range(config.masker_num_hidden_layers)
+            MAELayer(config, config.hidden_size, *sizes) for _ in range(config.masker_num_hidden_layers)
         )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.masker_layer_norm_eps)
         self.head = MaskingHead(config.hidden_size, config.num_patches)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         """Keep probabilities m `(B, N)` in (0, 1) of patch tokens `(B, N, D)`, in float32 or wider."""
         hidden_states = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         *layers, last = self.layers
         for layer in layers:
             hidden_states = layer(hidden_states)
-        class_token = self.layernorm(last(hidden_states, num_queries=1)[:, 0])  # the others are of no more use
-        logits = self.head(class_token)
+        # The last block computes the class token alone: 5 % of a step (width 192, 6 blocks, on a CPU).
+        logits = self.head(self.layernorm(last(hidden_states, num_queries=1)[:, 0]))
         # What stands in for the head (quantised, say) may compute in less.
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
@@ -123,6 +104,7 @@ class CLMAEPreTrainedModel(MAEPreTrainedModel):
     """What transformers needs to know about every CL-MAE model."""
 
     config_class = CLMAEConfig
+    _keys_to_ignore_on_load_unexpected = [*MAEPreTrainedModel._keys_to_ignore_on_load_unexpected, r"^masking_module\."]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -135,8 +117,8 @@ class CLMAEModel(CLMAEPreTrainedModel, MAEModel):
     """The ViT encoder of a CL-MAE: the same as [`MAEModel`]. The masking module serves pretraining only."""
 
 
-class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
-    """Autoencoder and masking module, trained together.
+class LearnedMasks(MAEForPreTraining):
+    """Autoencoder and masking module, trained together; where `config.learns_masks` is false, the autoencoder alone.
 
     Pass A trains encoder and decoder under the mask that the module chooses; pass B trains the module through the
     frozen autoencoder, towards masks that are easier (curriculum factor > 0) or harder (< 0) to reconstruct. One
@@ -146,149 +128,139 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
     loop it stays at `config.curriculum_start` unless it is passed.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^fc_norm\.", *TASK_HEADS]
+    output_class = CLMAEForPreTrainingOutput
+    _step_arguments: tuple[str, ...] = ("masking", "curriculum_factor", "compute_masker_loss")
 
     def __init__(self, config: CLMAEConfig):
         super().__init__(config)
-        self.masking_module = MaskingModule(config)
-        self.post_init()
+        if config.learns_masks:
+            self.masking_module = MaskingModule(config)  # initialised by `post_init` of the class that this is mixed in
 
-    @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
-        masking: str = "learned",
-        curriculum_factor: torch.Tensor | float | None = None,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
+        masking: str | None = None,
+        curriculum_factor: Tensor | float | None = None,
         compute_masker_loss: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CLMAEForPreTrainingOutput:
-        """Reconstructs masked patches and, in training, judges the masks.
+        """Reconstructs masked patches and, in training, evaluates the masks.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`): Normalised images.
             noise (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); fixes the
                 mask with `masking="random"`, and is not used with `"learned"`.
-            masking (`str`, *optional*, defaults to `"learned"`): The masking module's masks, or `"random"` ones by
-                `config.mask_sampler`.
+            masking (`str`, *optional*): `"learned"`: the masking module's masks, the default where there is one; or
+                `"random"` ones by `config.mask_sampler`.
             curriculum_factor (`float` or 0-d `torch.Tensor`, *optional*): λ_CL. A tensor does not make a compiled
                 model recompile as it changes. `config.curriculum_start` if not given.
             compute_masker_loss (`bool`, *optional*): Whether to do pass B; if not given: in training with learned
                 masks.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one (with
-                `masking="random"`: the masking module has one output a patch).
+                `masking="random"`: the masking module has one output per patch).
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
             InputError: `masking` has no such value, or the images another shape than the configuration says.
         """
-        self._check_kwargs(kwargs)
-        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-        embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
-        targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        # Pass B first: its graph is gone before pass A builds its own, so the peak is the larger of the two.
-        chosen, keep, terms = self.choose_masks(embeddings, targets, grid_size, noise, masking, compute_masker_loss)
-        visible = select_visible(embeddings, chosen)
-        encoded, logits, reconstruction_loss = self.autoencode(visible, chosen, targets, grid_size, **kwargs)
-        loss = reconstruction_loss
-        if terms:
-            loss = loss + self.masker_loss(terms, curriculum_factor)
-        return CLMAEForPreTrainingOutput(
-            loss=loss,
-            reconstruction_loss=reconstruction_loss,
-            logits=logits,
-            mask=chosen.mask,
-            ids_restore=chosen.ids_restore,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            keep_probabilities=keep,
-            **terms,
+        if masking is None:
+            masking = "learned" if self.config.learns_masks else "random"
+        if masking not in MASKINGS:
+            raise InputError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
+        if compute_masker_loss is None:
+            compute_masker_loss = self.training and masking == "learned"
+        if (masking == "learned" or compute_masker_loss) and not self.config.learns_masks:
+            cause = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
+            raise InputError(f"{cause}, but `learned_masks` is false: this model has no masking module.")
+        return super().forward(
+            *(pixel_values, noise, interpolate_pos_encoding),
+            masking=masking,
+            curriculum_factor=curriculum_factor,
+            compute_masker_loss=compute_masker_loss,
+            **kwargs,
         )
 
-    def choose_masks(
+    def choose_mask(
         self,
-        embeddings: torch.Tensor,
-        targets: torch.Tensor,
+        tokens: Tensor,
+        noise: Tensor | None,
         grid_size: tuple[int, int],
-        noise: torch.Tensor | None,
-        masking: str,
-        compute_masker_loss: bool | None,
-    ) -> tuple[Masking, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """Which patches stay visible; m `(B, N)`, if it was needed; and pass B's terms, if it was wanted."""
-        check_masking(masking)
-        learned = masking == "learned"
-        if compute_masker_loss is None:
-            compute_masker_loss = self.training and learned
-        keep = None
-        if learned or compute_masker_loss:
-            keep = self.keep_probabilities(embeddings, grid_size, with_gradient=compute_masker_loss)
-        if learned:
-            # The largest m stay visible; choosing has no gradient.
-            chosen = keep_lowest(-keep.detach(), self.config.num_visible(keep.shape[1]))
-        else:
-            if noise is None:
-                noise = torch.rand(len(embeddings), math.prod(grid_size), device=embeddings.device)
-            chosen = sample_masking(self.config, noise, len(embeddings), grid_size)
-        terms = self.masker_terms(embeddings, keep, targets, grid_size) if compute_masker_loss else {}
-        return chosen, keep, terms
-
-    def keep_probabilities(
-        self, embeddings: torch.Tensor, grid_size: tuple[int, int], with_gradient: bool
-    ) -> torch.Tensor:
-        """m `(B, N)` of all tokens `(B, 1 + N, D)`; no gradient goes back into the embeddings."""
+        masking: str = "learned",
+        compute_masker_loss: bool = False,
+        **options: Any,
+    ) -> Masking:
+        """The patches with the largest keep probabilities m stay visible; with `masking="random"`, any."""
+        if masking == "random" and not compute_masker_loss:
+            return super().choose_mask(tokens, noise, grid_size, **options)
         if grid_size != self.config.grid_size:
             raise InputError(
                 f"`masking='learned'` needs images of {self.config.image_size} pixels: the masking module has one "
                 f"output for each of {self.config.num_patches} patches. Resize the images, or pass `masking='random'`."
             )
-        with torch.set_grad_enabled(with_gradient and torch.is_grad_enabled()):
-            return self.masking_module(embeddings[:, 1:].detach())
+        with torch.set_grad_enabled(compute_masker_loss and torch.is_grad_enabled()):
+            keep = self.masking_module(tokens[:, 1:].detach())
+        if masking == "random":
+            chosen = super().choose_mask(tokens, noise, grid_size, **options)
+        else:  # choosing has no gradient
+            chosen = keep_lowest(-keep.detach(), self.config.num_visible(keep.shape[1]))
+        return chosen._replace(keep_probabilities=keep)
+
+    def train_masker(
+        self,
+        tokens: Tensor,
+        chosen: Masking,
+        targets: Tensor,
+        grid_size: tuple[int, int],
+        compute_masker_loss: bool = False,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """m, and with `compute_masker_loss` pass B's terms."""
+        keep = chosen.keep_probabilities
+        terms = self.masker_terms(tokens, keep, targets, grid_size) if keep is not None and compute_masker_loss else {}
+        return {"keep_probabilities": keep, **terms}
 
     def masker_terms(
-        self, embeddings: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
-    ) -> dict[str, torch.Tensor]:
+        self, tokens: Tensor, keep: Tensor, targets: Tensor, grid_size: tuple[int, int]
+    ) -> dict[str, Tensor]:
         """The four terms of L_mask, before their weights."""
         config = self.config
         # Evaluation may happen in one process alone, and then must not wait for the others.
         everyone = gather_across_processes(keep) if self.training else keep
         return {
-            "soft_reconstruction_loss": self.soft_reconstruction_loss(embeddings, keep, targets, grid_size),
+            "soft_reconstruction_loss": self.soft_reconstruction_loss(tokens, keep, targets, grid_size),
             "gauss_loss": gauss_loss(keep, config.gauss_sigma),
             "kl_loss": kl_loss(keep, config.mask_ratio, config.kl_reduction),
             "diversity_loss": diversity_loss(everyone, config.diversity_scale),
         }
 
-    def masker_loss(
-        self, terms: dict[str, torch.Tensor], curriculum_factor: torch.Tensor | float | None
-    ) -> torch.Tensor:
-        """`L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`."""
+    def term_weights(
+        self, curriculum_factor: Tensor | float | None = None, **options: Any
+    ) -> dict[str, Tensor | float]:
+        """Those of `L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`."""
         config = self.config
-        factor = config.curriculum_start if curriculum_factor is None else curriculum_factor
-        return (
-            factor * terms["soft_reconstruction_loss"]
-            + config.gauss_loss_weight * terms["gauss_loss"]
-            + config.kl_loss_weight * terms["kl_loss"]
-            + config.diversity_loss_weight * terms["diversity_loss"]
-        )
+        return {
+            "soft_reconstruction_loss": config.curriculum_start if curriculum_factor is None else curriculum_factor,
+            "gauss_loss": config.gauss_loss_weight,
+            "kl_loss": config.kl_loss_weight,
+            "diversity_loss": config.diversity_loss_weight,
+        }
 
     def soft_reconstruction_loss(
-        self, embeddings: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor, grid_size: tuple[int, int]
-    ) -> torch.Tensor:
+        self, embeddings: Tensor, keep: Tensor, targets: Tensor, grid_size: tuple[int, int]
+    ) -> Tensor:
         """`L_soft = Σ (1 − m_i)·e_i / Σ (1 − m_i)` over the global batch, with a gradient for m alone.
 
         `e_i` is a patch's error where each patch is hidden to the degree of its m (see [`soft_logits`]).
 
         The gradient is taken here, with respect to m only, and handed on by a term of value 0. So autograd computes
         no weight gradients in this pass, frees its graph at once, and touches no gradient hook of the backbone: the
-        separation holds under gradient checkpointing, DDP and accumulation by construction. Measured on two CPU cores,
-        by the authors' soft masking (64 px, patch 8, 192 wide, 6 blocks, batch 128): 1.71 s a step and 2.7 GB, against
-        1.95 s and 3.2 GB with weight gradients computed and thrown away. (Calling the backbone with detached weights
-        through `torch.func.functional_call` takes 1.66 to 1.79 s and 2.9 GB, and breaks under checkpointing;
-        switching `requires_grad` off and on inside `forward` does too, and splits compiled graphs.)
+        separation holds under gradient checkpointing, DDP and accumulation by construction. (Detached weights through
+        `torch.func.functional_call`, or `requires_grad` switched off within `forward`, break under checkpointing.)
 
-        Images have nothing to do with each other here, so that a large batch goes through in parts, each gone before
-        the next begins: as many as make this pass's memory no more than pass A's, which encodes visible patches alone.
+        Images do not interact here, so a large batch goes through in parts, each freed before the next: as many as
+        make this pass's memory no more than pass A's, which encodes visible patches alone.
         """
         differentiate = torch.is_grad_enabled() and keep.requires_grad
         keep_values, numerators, gradients = keep.detach(), [], []
@@ -322,7 +294,7 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         by_size, by_memory = batch_size * num_tokens // _MIN_TOKENS, round(1 / (1 - self.config.mask_ratio))
         return max(1, min(batch_size, by_size, by_memory))
 
-    def soft_logits(self, embeddings: torch.Tensor, keep: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+    def soft_logits(self, embeddings: Tensor, keep: Tensor, grid_size: tuple[int, int]) -> Tensor:
         """Predicted patches `(B, N, p_h * p_w * C)` from all tokens `(B, 1 + N, D)`, patch i visible to the degree m_i.
 
         `config.soft_masking` `"attention"`: the attention weights on patch i are multiplied by m_i and made to sum to
@@ -338,6 +310,14 @@ class CLMAEForPreTraining(CLMAEPreTrainedModel, MAEForPreTraining):
         scores = nn.functional.pad((keep + 1e-8).log(), (1, 0))[:, None, None, :].to(embeddings.dtype)
         encoded = self.vit(inputs_embeds=embeddings, attention_bias=scores)
         return self.decoder(encoded.last_hidden_state, None, grid_size, keep)
+
+
+class CLMAEForPreTraining(CLMAEPreTrainedModel, LearnedMasks):
+    """The curriculum-learned masked autoencoder: [`LearnedMasks`] and nothing else."""
+
+    def __init__(self, config: CLMAEConfig):
+        super().__init__(config)
+        self.post_init()
 
 
 class CLMAEForImageClassification(CLMAEPreTrainedModel, MAEForImageClassification):

@@ -6,10 +6,12 @@ The abstract fixes the ideas; architecture and losses here are this project's re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.processing_utils import Unpack
@@ -17,26 +19,11 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cmae import CMAEConfig
-from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
-from clmae.modeling.losses import contrastive_loss, gather_across_processes, patch_targets
+from clmae.modeling.losses import contrastive_loss, gather_across_processes
 from clmae.modeling.masking import Masking, gather_tokens
-from clmae.modeling.modeling_cl_mae import (
-    CLMAEForPreTraining,
-    CLMAEForPreTrainingOutput,
-    CLMAEPreTrainedModel,
-    MaskingModule,
-    check_masking,
-)
-from clmae.modeling.modeling_mae import (
-    MAEBackbone,
-    MAEForImageClassification,
-    MAEForPreTraining,
-    MAEModel,
-    check_pixel_values,
-    sample_masking,
-    select_visible,
-)
+from clmae.modeling.modeling_cl_mae import CLMAEForPreTrainingOutput, CLMAEPreTrainedModel, LearnedMasks
+from clmae.modeling.modeling_mae import MAEBackbone, MAEForImageClassification, MAEModel, check_pixel_values
 
 
 @dataclass
@@ -57,10 +44,10 @@ class CMAEForPreTrainingOutput(CLMAEForPreTrainingOutput):
             is normalised.
     """
 
-    contrastive_loss: torch.FloatTensor | None = None
-    position_loss: torch.FloatTensor | None = None
-    position_accuracy: torch.FloatTensor | None = None
-    projections: torch.FloatTensor | None = None
+    contrastive_loss: Tensor | None = None
+    position_loss: Tensor | None = None
+    position_accuracy: Tensor | None = None
+    projections: Tensor | None = None
 
 
 class CMAEProjector(nn.Module):
@@ -72,7 +59,7 @@ class CMAEProjector(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.projection_hidden_size, config.projection_size)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.fc1(tokens)))
 
 
@@ -84,7 +71,7 @@ class CMAEPositionHead(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.classifier = nn.Linear(config.hidden_size, config.num_patches)
 
-    def forward(self, tokens: torch.Tensor, withhold: bool = False) -> torch.Tensor:
+    def forward(self, tokens: Tensor, withhold: bool = False) -> Tensor:
         """Scores of the N positions; with `withhold`, patch tokens without position get what stands for it."""
         # Both here: a module's parameters may be present only while its forward runs (sharding, offloading).
         return tokens + self.mask_token if withhold else self.classifier(tokens)
@@ -94,6 +81,11 @@ class CMAEPreTrainedModel(CLMAEPreTrainedModel):
     """What transformers needs to know about every CMAE model."""
 
     config_class = CMAEConfig
+    _keys_to_ignore_on_load_unexpected = [
+        *CLMAEPreTrainedModel._keys_to_ignore_on_load_unexpected,
+        r"^projector\.",
+        r"^position_head\.",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -106,7 +98,7 @@ class CMAEModel(CMAEPreTrainedModel, MAEModel):
     """The ViT encoder of a CMAE: the same as [`MAEModel`]; positions are always given."""
 
 
-class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
+class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
     """Autoencoder with a small decoder, whose encoder also contrasts two views and finds its tokens' positions.
 
     `L = L_rec + λ_con·L_con + λ_pos·L_pos`. A task of weight 0 has no parameters and is not computed; without both
@@ -114,10 +106,11 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
     chosen by a masking module, and `L_mask` is added as in [`CLMAEForPreTraining`].
     """
 
+    output_class = CMAEForPreTrainingOutput
+    _step_arguments = (*LearnedMasks._step_arguments, "contrast", "withhold")
+
     def __init__(self, config: CMAEConfig):
-        MAEForPreTraining.__init__(self, config)  # CL-MAE's would always make a masking module
-        if config.learned_masks:
-            self.masking_module = MaskingModule(config)
+        super().__init__(config)
         if config.contrastive_loss_weight:
             self.projector = CMAEProjector(config)
         if config.position_loss_weight:
@@ -127,10 +120,10 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
         masking: str | None = None,
-        curriculum_factor: torch.Tensor | float | None = None,
+        curriculum_factor: Tensor | float | None = None,
         compute_masker_loss: bool | None = None,
         compute_task_losses: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
@@ -155,107 +148,100 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
                 have another shape than the configuration says.
         """
         self._check_kwargs(kwargs)
-        views = pixel_values.shape[1] if pixel_values.ndim == 5 else None
-        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding, views is not None)
-        shape = (*pixel_values.shape[:-3], grid_size[0] * grid_size[1])
+        several = pixel_values.ndim == 5
+        views = pixel_values.shape[1] if several else 1
+        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding, several)
+        shape = (*pixel_values.shape[:-3], math.prod(grid_size))
         if noise is not None and noise.shape != shape:
             raise InputError(f"`noise` has shape {tuple(noise.shape)}; for these `pixel_values` give {shape}.")
-        if views is not None:
-            pixel_values = pixel_values.flatten(0, 1)
-            noise = noise if noise is None else noise.flatten(0, 1)
-        if compute_task_losses is None:
-            compute_task_losses = self.training
-        contrast = compute_task_losses and self.config.contrastive_loss_weight > 0
+        tasks = self.training if compute_task_losses is None else compute_task_losses
+        contrast = tasks and self.config.contrastive_loss_weight > 0
+        withhold = tasks and self.config.position_loss_weight > 0
+        self._check_tasks(contrast, withhold, views, grid_size)
+        if noise is None and withhold:
+            noise = torch.rand(shape, device=pixel_values.device)
+        if several:
+            pixel_values, noise = pixel_values.flatten(0, 1), None if noise is None else noise.flatten(0, 1)
+        outputs = super().forward(
+            *(pixel_values, noise, masking, curriculum_factor, compute_masker_loss, interpolate_pos_encoding),
+            contrast=contrast,
+            withhold=withhold,
+            **kwargs,
+            return_dict=True,
+        )
+        for name in ("logits", "mask", "ids_restore", "keep_probabilities") if several else ():
+            if name in outputs:
+                outputs[name] = outputs[name].unflatten(0, (-1, views))
+        return outputs
+
+    def _check_tasks(self, contrast: bool, withhold: bool, views: int, grid_size: tuple[int, int]) -> None:
         if contrast and views != 2:
             raise InputError(
-                f"`pixel_values` has {views or 1} view(s) of each image, but two are contrasted; give (batch_size, 2, "
+                f"`pixel_values` has {views} view(s) of each image, but two are contrasted; give (batch_size, 2, "
                 "num_channels, height, width), or set `contrastive_loss_weight` to 0."
             )
-        masking = masking or ("learned" if self.config.learned_masks else "random")
-        check_masking(masking)
-        if (masking == "learned" or compute_masker_loss) and not self.config.learned_masks:
-            asked = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
-            raise InputError(f"{asked}, but `learned_masks` is false: this model has no masking module.")
-        withhold = compute_task_losses and self.config.position_loss_weight > 0
-        if noise is None and (withhold or masking == "random"):
-            noise = torch.rand(len(pixel_values), grid_size[0] * grid_size[1], device=pixel_values.device)
-
-        targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        if self.config.learned_masks:
-            embeddings = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
-            chosen, keep, terms = self.choose_masks(embeddings, targets, grid_size, noise, masking, compute_masker_loss)
-            visible = select_visible(embeddings, chosen)
-        else:
-            chosen, keep, terms = sample_masking(self.config, noise, len(pixel_values), grid_size), None, {}
-            visible = self.vit.embeddings(pixel_values, interpolate_pos_encoding, chosen.ids_keep)
-        withheld = None
-        if withhold:
-            visible, withheld = self.withhold_positions(pixel_values, visible, chosen, noise, grid_size)
-        encoded, logits, reconstruction_loss = self.autoencode(visible, chosen, targets, grid_size, **kwargs)
-        tokens = encoded.last_hidden_state[:, 1:]
-        loss = reconstruction_loss
-        if terms:
-            loss = loss + self.masker_loss(terms, curriculum_factor)
-        if withheld is not None:
-            terms |= self.predict_positions(tokens, chosen, withheld)
-            loss = loss + self.config.position_loss_weight * terms["position_loss"]
-        if contrast:
-            terms |= self.contrast_views(tokens)
-            loss = loss + self.config.contrastive_loss_weight * terms["contrastive_loss"]
-        rows = {
-            "logits": logits,
-            "mask": chosen.mask,
-            "ids_restore": chosen.ids_restore,
-            "keep_probabilities": keep,
-        }
-        if views is not None:
-            rows = {name: None if value is None else value.unflatten(0, (-1, views)) for name, value in rows.items()}
-        return CMAEForPreTrainingOutput(
-            loss=loss,
-            reconstruction_loss=reconstruction_loss,
-            hidden_states=encoded.hidden_states,
-            attentions=encoded.attentions,
-            **rows,
-            **terms,
-        )
-
-    def withhold_positions(
-        self,
-        pixel_values: torch.Tensor,
-        visible: torch.Tensor,
-        chosen: Masking,
-        noise: torch.Tensor,
-        grid_size: tuple[int, int],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replaces the position of some visible tokens by one learned vector.
-
-        Args:
-            pixel_values (`(B, C, H, W)`): The images.
-            visible (`(B, 1 + K, D)`): Class token and visible tokens.
-            chosen: Which those are.
-            noise (`(B, N)`): Uniform in [0, 1); its finer digits draw the tokens, so that one noise fixes everything.
-            grid_size: The patch grid; the configured one, since the head has an output for each of its positions.
-
-        Returns:
-            The tokens, and which of the K are without their position, `(B, int(K * position_mask_ratio))`.
-        """
-        if grid_size != self.config.grid_size:
+        if withhold and grid_size != self.config.grid_size:
             raise InputError(
                 f"`position_loss_weight` is {self.config.position_loss_weight}, which needs images of "
                 f"{self.config.image_size} pixels: the position head has one output for each of "
                 f"{self.config.num_patches} positions. Resize the images, or set it to 0."
             )
-        num_visible = chosen.ids_keep.shape[1]
-        digits = (noise.gather(1, chosen.ids_keep) * 2**12).frac()  # the visible tokens' noise itself is small
-        withheld = digits.argsort(dim=1)[:, : int(num_visible * self.config.position_mask_ratio)]
-        bare = self.vit.embeddings.patch_embeddings(pixel_values, chosen.ids_keep.gather(1, withheld))
-        bare = self.position_head(bare, withhold=True)
-        patches = visible[:, 1:].scatter(1, withheld.unsqueeze(-1).expand_as(bare), bare)
-        return torch.cat([visible[:, :1], patches], dim=1), withheld
 
-    def predict_positions(
-        self, tokens: torch.Tensor, chosen: Masking, withheld: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def withheld_tokens(self, noise: Tensor | None, chosen: Masking) -> Tensor:
+        """Which of the K visible tokens are without their position: `(B, int(K * position_mask_ratio))`.
+
+        The finer digits of the noise `(B, N)` draw them, so that one noise fixes everything.
+        """
+        assert noise is not None  # `forward` has drawn it
+        digits = (noise.gather(1, chosen.ids_keep) * 2**12).frac()  # the visible tokens' noise itself is small
+        return digits.argsort(dim=1)[:, : int(digits.shape[1] * self.config.position_mask_ratio)]
+
+    def visible_tokens(
+        self,
+        tokens: Tensor,
+        chosen: Masking,
+        noise: Tensor | None,
+        pixel_values: Tensor,
+        withhold: bool = False,
+        **options: Any,
+    ) -> Tensor:
+        """Class token and visible tokens `(B, 1 + K, D)`, the position of some replaced by one learned vector."""
+        visible = super().visible_tokens(tokens, chosen, noise, pixel_values, **options)
+        if not withhold:
+            return visible
+        withheld = self.withheld_tokens(noise, chosen)
+        # The patches anew: to subtract positions from the tokens would leave traces of them in half precision.
+        patches = self.vit.embeddings.patch_embeddings(pixel_values)
+        bare = self.position_head(gather_tokens(patches, chosen.ids_keep.gather(1, withheld)), withhold=True)
+        return visible.scatter(1, (1 + withheld).unsqueeze(-1).expand_as(bare), bare)
+
+    def task_terms(
+        self,
+        hidden_states: Tensor,
+        chosen: Masking,
+        noise: Tensor | None,
+        contrast: bool = False,
+        withhold: bool = False,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """L_pos and its accuracy, L_con and its projections."""
+        tokens = hidden_states[:, 1:]
+        terms = super().task_terms(hidden_states, chosen, noise, **options)
+        if withhold:
+            terms |= self.predict_positions(tokens, chosen, self.withheld_tokens(noise, chosen))
+        if contrast:
+            terms |= self.contrast_views(tokens)
+        return terms
+
+    def term_weights(
+        self, curriculum_factor: Tensor | float | None = None, **options: Any
+    ) -> dict[str, Tensor | float]:
+        """CL-MAE's, λ_pos and λ_con."""
+        config = self.config
+        tasks = {"position_loss": config.position_loss_weight, "contrastive_loss": config.contrastive_loss_weight}
+        return super().term_weights(curriculum_factor, **options) | tasks
+
+    def predict_positions(self, tokens: Tensor, chosen: Masking, withheld: Tensor) -> dict[str, Tensor]:
         """L_pos and accuracy from the encoder's output `(B, K, D)` for the `withheld` `(B, n)` of its tokens."""
         scores = self.position_head(gather_tokens(tokens, withheld)).flatten(0, 1)
         places = chosen.ids_keep.gather(1, withheld).flatten()
@@ -265,7 +251,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, CLMAEForPreTraining):
             "position_accuracy": (scores.detach().argmax(1) == places).float().mean(),
         }
 
-    def contrast_views(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    def contrast_views(self, tokens: Tensor) -> dict[str, Tensor]:
         """L_con between the views' mean tokens, from the encoder's output `(2 * B, K, D)`, views side by side."""
         projections = self.projector(tokens.mean(1)).unflatten(0, (-1, 2))
         first, second = projections.unbind(1)

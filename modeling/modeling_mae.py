@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
@@ -24,7 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from clmae.configuration.configuration_mae import MAEConfig, pair
 from clmae.configuration.errors import InputError
-from clmae.modeling.losses import masked_mean, patch_errors, patch_targets, patchify, unpatchify
+from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
 from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
@@ -47,12 +47,12 @@ class MAEModelOutput(ModelOutput):
         attentions (`tuple` of `(batch_size, num_heads, 1 + n, 1 + n)`): With `output_attentions=True`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    mask: torch.FloatTensor | None = None
-    ids_restore: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    mask: Tensor | None = None
+    ids_restore: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -69,19 +69,19 @@ class MAEForPreTrainingOutput(ModelOutput):
         hidden_states, attentions (`tuple`): The encoder's, as in [`MAEModelOutput`].
     """
 
-    loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    mask: torch.FloatTensor | None = None
-    ids_restore: torch.LongTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    loss: Tensor | None = None
+    reconstruction_loss: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    ids_restore: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 # -- positions --------------------------------------------------------------------------------------------------------
 
 
-def sincos_positions(width: int, grid_size: tuple[int, int]) -> torch.Tensor:
+def sincos_positions(width: int, grid_size: tuple[int, int]) -> Tensor:
     """Fixed 2-D sin-cos positions `(1, 1 + h * w, width)`, float32, the class token's zero (MAE, appendix A.1).
 
     A patch's vector is `[sin(x) | cos(x) | sin(y) | cos(y)]`, each `width / 4` wide, frequencies
@@ -94,9 +94,7 @@ def sincos_positions(width: int, grid_size: tuple[int, int]) -> torch.Tensor:
     return torch.cat([positions.new_zeros(1, width), positions]).float().unsqueeze(0)
 
 
-def resize_positions(
-    positions: torch.Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]
-) -> torch.Tensor:
+def resize_positions(positions: Tensor, grid_size: tuple[int, int], new_grid_size: tuple[int, int]) -> Tensor:
     """Positions `(1, 1 + h * w, width)` for another patch grid, bicubic in two dimensions; the class token's stays."""
     if new_grid_size == grid_size:
         return positions
@@ -112,14 +110,14 @@ def resize_positions(
 
 def eager_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Plain attention on `(batch_size, num_heads, length, head_dim)` tensors; gives the weights too.
 
     `attention_mask`, broadcastable to the scores, is added to them.
@@ -127,13 +125,9 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=_softmax_dtype(query)).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def _softmax_dtype(query: torch.Tensor) -> torch.dtype:
     # At least float32, as the fused kernels; float64 stays, for exact tests.
-    return torch.promote_types(query.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 class MAEAttention(nn.Module):
@@ -151,20 +145,13 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor | None = None,
-        num_queries: int | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if torch.is_autocast_enabled(hidden_states.device.type):
-            # Once, where autocast would do it for each of the three; their gradients are then added in that type.
-            hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
-        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
+        self, hidden_states: Tensor, attention_bias: Tensor | None = None, num_queries: int | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """With `num_queries` only the first so many tokens attend, to all."""
         query, key, value = (
-            projection(tokens).view(*tokens.shape[:-1], -1, self.head_dim).transpose(1, 2)
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection, tokens in (
-                (self.q_proj, queries),
+                (self.q_proj, hidden_states[:, :num_queries]),
                 (self.k_proj, hidden_states),
                 (self.v_proj, hidden_states),
             )
@@ -176,7 +163,7 @@ class MAEAttention(nn.Module):
         output, weights = attention(
             self, query, key, value, attention_bias, dropout=0.0, scaling=self.scaling, **kwargs
         )
-        return self.o_proj(output.reshape(queries.shape)), weights
+        return self.o_proj(output.flatten(2)), weights
 
 
 class MAEMLP(nn.Module):
@@ -188,7 +175,7 @@ class MAEMLP(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(intermediate_size, hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
@@ -211,15 +198,13 @@ class MAELayer(GradientCheckpointingLayer):
         self.mlp = MAEMLP(config, hidden_size, intermediate_size)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: torch.Tensor, num_queries: int | None = None, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any) -> Tensor:
         """Tokens `(B, L, D)` to `(B, L, D)`; with `num_queries` only the first so many, which attend to all."""
         attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries=num_queries, **kwargs)
-        if num_queries is not None:
-            hidden_states = hidden_states[:, :num_queries]
-        hidden_states = hidden_states + self._drop_path(attended)
+        hidden_states = hidden_states[:, :num_queries] + self._drop_path(attended)
         return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
-    def _drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+    def _drop_path(self, branch: Tensor) -> Tensor:
         # Stochastic depth (arXiv 1603.09382): the branch is dropped per sample, the kept ones scaled up.
         if self.drop_path_rate == 0.0 or not self.training:
             return branch
@@ -235,18 +220,14 @@ class MAEPatchEmbeddings(nn.Module):
         patch_size = pair(config.patch_size)
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
-        """With `ids_keep` `(B, K)` the tokens of these patches only, `(B, K, hidden_size)`."""
-        if ids_keep is not None:
-            # Side by side they are an image, of one row of patches: the same product, of no more than is wanted.
-            patch_size = self.projection.kernel_size
-            patches = gather_tokens(patchify(pixel_values, patch_size), ids_keep)
-            pixel_values = unpatchify(patches, patch_size, (1, ids_keep.shape[1]))
+    def forward(self, pixel_values: Tensor) -> Tensor:
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
 class MAEEmbeddings(nn.Module):
-    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`, or `(B, 1 + K, hidden_size)`."""
+    """Class token and patch tokens with their positions: `(B, 1 + N, hidden_size)`."""
+
+    position_embeddings: Tensor
 
     def __init__(self, config: MAEConfig):
         super().__init__()
@@ -258,23 +239,16 @@ class MAEEmbeddings(nn.Module):
         positions = sincos_positions(config.hidden_size, config.grid_size)
         self.register_buffer("position_embeddings", positions.to(torch.get_default_dtype()))
 
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
-        ids_keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Of all patches, or with `ids_keep` `(B, K)` of these alone: what a mask hides need not be embedded."""
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool | None = None) -> Tensor:
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         positions = resize_positions(self.position_embeddings, self.config.grid_size, grid_size)
-        patch_positions = positions[:, 1:] if ids_keep is None else positions[0, 1:][ids_keep]
-        patches = self.patch_embeddings(pixel_values, ids_keep) + patch_positions
+        patches = self.patch_embeddings(pixel_values) + positions[:, 1:]
         class_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([class_token, patches], dim=1)
 
 
 def check_pixel_values(
-    config: MAEConfig, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None, views: bool = False
+    config: MAEConfig, pixel_values: Tensor, interpolate_pos_encoding: bool | None, views: bool = False
 ) -> tuple[int, int]:
     """The patch grid `(h, w)` of `pixel_values`; InputError where they are not what the configuration expects.
 
@@ -311,6 +285,8 @@ def check_pixel_values(
 class MAEDecoder(nn.Module):
     """Visible tokens to predicted patches `(B, N, p_h * p_w * C)`."""
 
+    decoder_pos_embed: Tensor
+
     def __init__(self, config: MAEConfig):
         super().__init__()
         self.config = config
@@ -319,26 +295,14 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         positions = sincos_positions(width, config.grid_size)
         self.register_buffer("decoder_pos_embed", positions.to(torch.get_default_dtype()))
-        self.decoder_layers = nn.ModuleList(
-            MAELayer(
-                config,
-                width,
-                config.decoder_num_attention_heads,
-                config.decoder_intermediate_size,
-                config.layer_norm_eps,
-            )
-            for _ in range(config.decoder_num_hidden_layers)
-        )
+        sizes = width, config.decoder_num_attention_heads, config.decoder_intermediate_size, config.layer_norm_eps
+        self.decoder_layers = nn.ModuleList(MAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
 
     def forward(
-        self,
-        hidden_states: torch.Tensor,
-        ids_keep: torch.Tensor | None,
-        grid_size: tuple[int, int],
-        keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, hidden_states: Tensor, ids_keep: Tensor | None, grid_size: tuple[int, int], keep: Tensor | None = None
+    ) -> Tensor:
         """Predicts every patch.
 
         Args:
@@ -368,8 +332,6 @@ class MAEDecoder(nn.Module):
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-# What CMAE's pretraining adds; every other model of the families leaves it aside.
-TASK_HEADS = [r"^projector\.", r"^position_head\."]
 # What callers within transformers may pass to any model.
 _KEYWORDS = {"return_dict", *TransformersKwargs.__annotations__}
 # transformers' ViTMAE is ours parameter for parameter, but its folders keep the names of version 4 (those that version
@@ -404,11 +366,11 @@ class MAEPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": MAELayer, "attentions": MAEAttention}
     _input_embed_layer = "patch_embeddings"
+    # Parts of the family's other models, which a folder may hold too. A family adds its own.
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^fc_norm\.", r"^vit\.layernorm\."]
 
     def __init__(self, config: MAEConfig, *args: Any, **kwargs: Any):
         config.check()  # its fields may have been set since it was made
-        if config.hidden_act not in ACT2FN:
-            raise InputError(f"`hidden_act` is {config.hidden_act!r}; choose one of {', '.join(sorted(ACT2FN))}.")
         super().__init__(config, *args, **kwargs)
 
     @classmethod
@@ -471,28 +433,13 @@ class MAEModel(MAEPreTrainedModel):
             block's output (for classifiers that normalise after pooling).
     """
 
-    # What a checkpoint of the whole autoencoder has beyond the encoder.
-    _keys_to_ignore_on_load_unexpected = [
-        r"^decoder\.",
-        r"^masking_module\.",
-        r"^classifier\.",
-        r"^fc_norm\.",
-        *TASK_HEADS,
-    ]
-
     def __init__(self, config: MAEConfig, add_final_layernorm: bool = True):
         super().__init__(config)
         self.embeddings = MAEEmbeddings(config)
+        sizes = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.layer_norm_eps
         last = max(1, config.num_hidden_layers - 1)
         self.layers = nn.ModuleList(
-            MAELayer(
-                config,
-                config.hidden_size,
-                config.num_attention_heads,
-                config.intermediate_size,
-                config.layer_norm_eps,
-                drop_path_rate=config.drop_path_rate * i / last,
-            )
+            MAELayer(config, *sizes, drop_path_rate=config.drop_path_rate * i / last)
             for i in range(config.num_hidden_layers)
         )
         self.layernorm = (
@@ -503,11 +450,11 @@ class MAEModel(MAEPreTrainedModel):
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
-        noise: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        noise: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
-        attention_bias: torch.Tensor | None = None,
+        attention_bias: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MAEModelOutput:
         """Encodes images.
@@ -530,14 +477,13 @@ class MAEModel(MAEPreTrainedModel):
         self._check_kwargs(kwargs)
         if (pixel_values is None) == (inputs_embeds is None):
             raise InputError("give either `pixel_values` or `inputs_embeds`, not both or neither.")
-        masking = None
-        if inputs_embeds is None:
+        hidden_states, masking = inputs_embeds, None
+        if pixel_values is not None:
+            hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
             if noise is not None:
                 grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
                 masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
-            ids_keep = masking.ids_keep if masking else None
-            inputs_embeds = self.embeddings(pixel_values, interpolate_pos_encoding, ids_keep)
-        hidden_states = inputs_embeds
+                hidden_states = select_visible(hidden_states, masking)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_bias=attention_bias, **kwargs)
         hidden_states = self.layernorm(hidden_states)
@@ -550,13 +496,13 @@ class MAEModel(MAEPreTrainedModel):
         )
 
 
-def sample_masking(config: MAEConfig, noise: torch.Tensor, batch_size: int, grid_size: tuple[int, int]) -> Masking:
+def sample_masking(config: MAEConfig, noise: Tensor, batch_size: int, grid_size: tuple[int, int]) -> Masking:
     """The masking that `config.mask_sampler` makes of uniform `noise` `(batch_size, num_patches)`."""
     num_patches = math.prod(grid_size)
     if noise.shape != (batch_size, num_patches):
         raise InputError(
-            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row an image, a "
-            "number a patch."
+            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row per image, a "
+            "number per patch."
         )
     num_visible = config.num_visible(num_patches)
     if not 0 < num_visible < num_patches:
@@ -567,15 +513,30 @@ def sample_masking(config: MAEConfig, noise: torch.Tensor, batch_size: int, grid
     return keep_lowest(SAMPLERS[config.mask_sampler](noise, grid_size, num_visible), num_visible)
 
 
-def select_visible(embeddings: torch.Tensor, masking: Masking) -> torch.Tensor:
+def select_visible(embeddings: Tensor, masking: Masking) -> Tensor:
     """Class token and visible patch tokens `(B, 1 + K, D)` of all tokens `(B, 1 + N, D)`."""
     return torch.cat([embeddings[:, :1], gather_tokens(embeddings[:, 1:], masking.ids_keep)], dim=1)
 
 
 class MAEForPreTraining(MAEPreTrainedModel):
-    """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked."""
+    """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked.
 
-    _keys_to_ignore_on_load_unexpected = [r"^masking_module\.", r"^classifier\.", r"^fc_norm\.", *TASK_HEADS]
+    Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
+    [`visible_tokens`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names them in
+    `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
+
+    Example:
+
+    ```python
+    >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
+    >>> outputs = model(torch.rand(2, 3, 32, 32))
+    >>> outputs.logits.shape, outputs.mask.mean()
+    (torch.Size([2, 64, 48]), tensor(0.7500))
+    ```
+    """
+
+    output_class: type[MAEForPreTrainingOutput] = MAEForPreTrainingOutput
+    _step_arguments: tuple[str, ...] = ()
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
@@ -586,8 +547,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        noise: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        noise: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MAEForPreTrainingOutput:
@@ -599,46 +560,64 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 mask. Drawn from PyTorch's global generator if not given.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Example:
-
-        ```python
-        >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
-        >>> outputs = model(torch.rand(2, 3, 32, 32))
-        >>> outputs.logits.shape, outputs.mask.mean()
-        (torch.Size([2, 64, 48]), tensor(0.7500))
-        ```
         """
+        options: dict[str, Any] = {name: kwargs.pop(name) for name in self._step_arguments if name in kwargs}
         self._check_kwargs(kwargs)
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-        if noise is None:
-            noise = torch.rand(len(pixel_values), math.prod(grid_size), device=pixel_values.device)
-        masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        visible = self.vit.embeddings(pixel_values, interpolate_pos_encoding, masking.ids_keep)
-        encoded, logits, loss = self.autoencode(visible, masking, targets, grid_size, **kwargs)
-        return MAEForPreTrainingOutput(
+        tokens = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+
+        chosen = self.choose_mask(tokens, noise, grid_size, **options)
+        # Before encoding, so that its graph is freed before the autoencoder's is built.
+        terms = self.train_masker(tokens, chosen, targets, grid_size, **options)
+        visible = self.visible_tokens(tokens, chosen, noise, pixel_values, **options)
+        encoded = self.vit(inputs_embeds=visible, **kwargs)
+        logits = self.decoder(encoded.last_hidden_state, chosen.ids_keep, grid_size)
+        errors = patch_errors(logits, targets)
+        reconstruction_loss = masked_mean(errors, chosen.mask)
+        terms |= self.task_terms(encoded.last_hidden_state, chosen, noise, **options)
+
+        loss = reconstruction_loss
+        for name, weight in self.term_weights(**options).items():
+            loss = loss + weight * terms[name] if name in terms else loss
+        return self.output_class(
             loss=loss,
-            reconstruction_loss=loss,
+            reconstruction_loss=reconstruction_loss,
             logits=logits,
-            mask=masking.mask,
-            ids_restore=masking.ids_restore,
+            mask=chosen.mask,
+            ids_restore=chosen.ids_restore,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
+            **terms,
         )
 
-    def autoencode(
-        self,
-        visible: torch.Tensor,
-        masking: Masking,
-        targets: torch.Tensor,
-        grid_size: tuple[int, int],
-        **kwargs: Any,
-    ) -> tuple[MAEModelOutput, torch.Tensor, torch.Tensor]:
-        """Encodes class token and visible tokens `(B, 1 + K, D)`, decodes: the encoder's output, logits and L_rec."""
-        encoded = self.vit(inputs_embeds=visible, **kwargs)
-        logits = self.decoder(encoded.last_hidden_state, masking.ids_keep, grid_size)
-        return encoded, logits, masked_mean(patch_errors(logits, targets), masking.mask)
+    def choose_mask(self, tokens: Tensor, noise: Tensor | None, grid_size: tuple[int, int], **options: Any) -> Masking:
+        """Which patches stay visible, of all tokens `(B, 1 + N, D)`; here by `config.mask_sampler` and the noise."""
+        if noise is None:
+            noise = torch.rand(len(tokens), math.prod(grid_size), device=tokens.device)
+        return sample_masking(self.config, noise, len(tokens), grid_size)
+
+    def train_masker(
+        self, tokens: Tensor, chosen: Masking, targets: Tensor, grid_size: tuple[int, int], **options: Any
+    ) -> dict[str, Any]:
+        """Output fields of what chose the mask, loss terms before their weights among them; random noise has none."""
+        return {}
+
+    def visible_tokens(
+        self, tokens: Tensor, chosen: Masking, noise: Tensor | None, pixel_values: Tensor, **options: Any
+    ) -> Tensor:
+        """What the encoder sees, `(B, 1 + K, D)`, of all tokens `(B, 1 + N, D)`."""
+        return select_visible(tokens, chosen)
+
+    def task_terms(
+        self, hidden_states: Tensor, chosen: Masking, noise: Tensor | None, **options: Any
+    ) -> dict[str, Any]:
+        """Output fields of further tasks on the encoder's output `(B, 1 + K, D)`, loss terms before their weights."""
+        return {}
+
+    def term_weights(self, **options: Any) -> dict[str, Tensor | float]:
+        """Weights, by the output field's name, of the terms that are added to the reconstruction loss."""
+        return {}
 
 
 class MAEForImageClassification(MAEPreTrainedModel):
@@ -647,8 +626,6 @@ class MAEForImageClassification(MAEPreTrainedModel):
     `config.pooling` `"mean"`: mean of the patch tokens, then LayerNorm (MAE's fine-tuning, appendix A.1); `"cls"`: the
     class token after the encoder's LayerNorm.
     """
-
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^masking_module\.", r"^vit\.layernorm\.", *TASK_HEADS]
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
@@ -662,8 +639,8 @@ class MAEForImageClassification(MAEPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        pixel_values: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
@@ -695,7 +672,7 @@ class MAEBackbone(BackboneMixin, MAEModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, interpolate_pos_encoding: bool = True, **kwargs: Unpack[TransformersKwargs]
     ) -> BackboneOutput:
         """Feature maps of images.
 
