@@ -1,4 +1,4 @@
-# make test: lint and all tests   make quick: the fast tests   make types: mypy   make demo: a small CL-MAE
+# make test: lint, types and all tests   make quick: the fast tests   make types: mypy   make demo: a small CL-MAE
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,6 +19,7 @@ $(VENV)/.installed: pyproject.toml
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 quick: install

@@ -136,21 +136,15 @@ def run_process(folder: Path, before: Callable[[], Any] | None, processes: int, 
     if processes == 1:
         return work(folder, before, options)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        start_method="fork",
-        max_restarts=0,
-        monitor_interval=0.1,
+        **dict(min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, start_method="fork"),
+        **dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1),
         logs_specs=DefaultLogsSpecs(log_dir=str(folder.parent / "agent")),
     )
     elastic_launch(config, work)(folder, before, options)
 
 
 def start(folder: Path, before: Callable[[], Any] | None = None, processes: int = 1, **options: Any) -> Any:
-    """Starts a run in a folder; one in which nothing was ever sealed is emptied, as there is nothing to go on from.
+    """Starts a run in a folder, which is emptied if no checkpoint in it is complete: there is nothing to go on from.
 
     Args:
         folder: For its output, and `log.txt`.
@@ -183,7 +177,7 @@ def last_line(folder: Path) -> str:
     return (folder / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2][:200]
 
 
-def judge(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> str:
+def finish(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> str:
     """Lets a run go on to its end, or makes one where there is none, and compares."""
     code = end(start(folder, **options))
     if code != 0:
@@ -191,11 +185,11 @@ def judge(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> st
     weights = load_file(folder / "model.safetensors")
     if weights.keys() != expected.keys() or not all(torch.equal(weights[name], expected[name]) for name in expected):
         return "other weights"
-    found = checkpoints(folder)
-    problems = [problem for path in [folder, *found] for problem in verify(path)]
+    saved = checkpoints(folder)
+    problems = [problem for path in [folder, *saved] for problem in verify(path)]
     if problems:
         return f"not whole: {problems[0]}"
-    return "same weights" if checkpoint_step(found[-1]) == STEPS else "the last checkpoint is missing"
+    return "same weights" if checkpoint_step(saved[-1]) == STEPS else "the last checkpoint is missing"
 
 
 @functools.cache
@@ -224,7 +218,7 @@ def disk(scale: float, rng: random.Random) -> list[Row]:
         # Batches from workers would be files that cannot grow, too.
         limit = functools.partial(limit_files, rng.randrange(1000, largest))
         code = end(start(folder, limit, dataloader_num_workers=0))
-        outcomes[judge(folder, expected) if code == 1 else f"ended with {code}"] += 1
+        outcomes[finish(folder, expected) if code == 1 else f"ended with {code}"] += 1
         shutil.rmtree(folder)
     return [row("no space in the midst of a save", outcomes, ("same weights",))]
 
@@ -232,23 +226,14 @@ def disk(scale: float, rng: random.Random) -> list[Row]:
 # -- what is done to runs from outside --------------------------------------------------------------------------------
 
 
-def children(process: Any, count: int) -> list[int]:
-    """The processes that a run has started, once there are `count`; none if it has ended."""
+def kill_child(process: Any, folder: Path, rng: random.Random, count: int = 1) -> None:
+    """Kills one of the processes that a run has started, once there are `count`."""
     while process.exitcode is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            found = psutil.Process(process.pid).children()
-            if len(found) >= count:
-                return [child.pid for child in found]
+            children = psutil.Process(process.pid).children()
+            if len(children) >= count:
+                return rng.choice(children).kill()
         time.sleep(0.001)
-    return []
-
-
-def kill_child(process: Any, folder: Path, rng: random.Random, count: int = 1) -> None:
-    """Kills one of the processes that a run has started, at least `count`."""
-    found = children(process, count)
-    if found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rng.choice(found), signal.SIGKILL)
 
 
 def forbid(process: Any, folder: Path, rng: random.Random) -> None:
@@ -297,15 +282,14 @@ class Injury(NamedTuple):
         inflict: Called with the process, its folder and a source of random numbers.
         code: Exit code of a run that was hurt; any, if not given.
         message: What it leaves in `log.txt`.
-        before: As in [`start`].
-        processes: As in [`start`].
+        before, processes: As in [`start`].
         count: How often.
     """
 
     fault: str
     inflict: Callable[[Any, Path, random.Random], None]
-    code: int | None
-    message: str
+    code: int | None = None
+    message: str = ""
     before: Callable[[], None] | None = None
     processes: int = 1
     count: int = 10
@@ -313,17 +297,15 @@ class Injury(NamedTuple):
 
 def stop(number: signal.Signals, count: int) -> Injury:
     """By a signal. Saves and evaluations are most of a run's time, and so most of what is interrupted."""
-    fault = f"{number.name} at a random moment"
-    return Injury(fault, lambda process, *_: os.kill(process.pid, number), None, "", count=count)
+    return Injury(f"{number.name} at a random moment", lambda run, *_: os.kill(run.pid, number), count=count)
 
 
 # fmt: off
 SIGNALS = (stop(signal.SIGKILL, 36), stop(signal.SIGTERM, 12), stop(signal.SIGINT, 12))
+KILL_RANK = functools.partial(kill_child, count=2)
 INJURIES = {
     "workers": Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid"),
-    "ranks": Injury(
-        "one of two processes killed", functools.partial(kill_child, count=2), 1, "first observed failure", processes=2
-    ),
+    "ranks": Injury("one of two processes killed", KILL_RANK, 1, "first observed failure", processes=2),
     "readonly": Injury("the folder made read-only", forbid, 1, "Permission denied", heed_permissions),
     "clock": Injury("killed with the clock set back", kill_and_turn_back, -signal.SIGKILL, "", set_clock_back),
     "second": Injury("a second run in the folder", run_second, 0, "in use by another run"),
@@ -347,14 +329,14 @@ def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
         folder.chmod(0o755)
         log = (folder / "log.txt").read_text(errors="replace")
         if late or (code == 0 and injury.message not in log):
-            outcomes[f"too late, {judge(folder, expected, **how)}"] += 1
+            outcomes[f"too late, {finish(folder, expected, **how)}"] += 1
         elif code is not None and injury.code in (None, code) and injury.message in log:
-            outcomes[judge(folder, expected, **how)] += 1
+            outcomes[finish(folder, expected, **how)] += 1
         else:
             outcomes[f"ended with {code} and {last_line(folder)}"] += 1
         shutil.rmtree(folder)
-    found = row(injury.fault, outcomes, ("same weights", "too late, same weights"))
-    return [found | {"slowest_end_seconds": round(slowest, 2)}]
+    result = row(injury.fault, outcomes, ("same weights", "too late, same weights"))
+    return [result | {"slowest_end_seconds": round(slowest, 2)}]
 
 
 # -- the same answer --------------------------------------------------------------------------------------------------
@@ -396,23 +378,21 @@ def same(scale: float, rng: random.Random) -> list[Row]:
     again, other = Counter(), Counter()
     scratch, expected, _ = undisturbed()
     for i in range(max(1, round(5 * scale))):
-        again[judge(scratch / f"again-{i}", expected)] += 1
-        other[judge(scratch / f"other-{i}", expected, seed=100 + i)] += 1
+        again[finish(scratch / f"again-{i}", expected)] += 1
+        other[finish(scratch / f"other-{i}", expected, seed=100 + i)] += 1
     rows = [row("the same seed", again, ("same weights",)), row("another seed", other, ("other weights",))]
     for name, (base, changed, tolerances) in ARRANGEMENTS.items():
         scratch, *_ = undisturbed(**base)
-        folder = scratch / "other"
-        code = end(start(folder, **{**base, **changed}))
-        found, curves = (math.inf, math.inf), []
-        if code == 0:
-            found = differences(scratch / "whole", folder, base["family"])
-            curves = [losses(path).round(5).tolist() for path in (scratch / "whole", folder)]
+        whole, folder = scratch / "whole", scratch / "other"
+        apart, curves = (math.inf, math.inf), []
+        if end(start(folder, **{**base, **changed})) == 0:
+            apart = differences(whole, folder, base["family"])
+            curves = [losses(path).round(5).tolist() for path in (whole, folder)]
         shutil.rmtree(folder)
-        good = all(difference <= most for difference, most in zip(found, tolerances, strict=True))
-        text = (
-            f"loss apart by {found[0]:.1e}, weights by {found[1]:.1e}, of {tolerances[0]:.0e} and {tolerances[1]:.0e}"
-        )
-        rows.append(row(name, Counter({text: 1}), (text,) if good else ()) | {"differences": found, "losses": curves})
+        good = all(difference <= most for difference, most in zip(apart, tolerances, strict=True))
+        (loss, weights), (most, most_weights) = apart, tolerances
+        text = f"loss apart by {loss:.1e}, weights by {weights:.1e}, of {most:.0e} and {most_weights:.0e}"
+        rows.append(row(name, Counter({text: 1}), (text,) if good else ()) | {"differences": apart, "losses": curves})
     return rows
 
 
@@ -462,7 +442,7 @@ def main() -> int:
         table["outcomes"] = [", ".join(f"{o}: {n:,}" for o, n in counts.items()) for counts in table["outcomes"]]
         lost += table["lost"].sum()
         print(markdown_table(table), flush=True)
-        if path.is_file():  # what was found goes before what earlier runs of the same commands found
+        if path.is_file():  # in place of what earlier runs of the same commands gave
             earlier = pd.read_csv(path)
             table = pd.concat([earlier[earlier["command"] != name], table])
             order = {command: i for i, command in enumerate(FAULTS)}

@@ -26,7 +26,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from step import SHAPES, Case, describe
+from measure import describe
+from step import SHAPES, Case, build_model
 from transformers import TrainerCallback
 
 from clmae import FAMILIES
@@ -46,11 +47,7 @@ def usable_cores() -> int:
 
 
 class StepTimes(TrainerCallback):
-    """The clock at the end of each step, with nothing left to do.
-
-    After the warm-up it waits until `count` processes have put a file into `folder`: those that are timed at the same
-    time start together.
-    """
+    """The clock at the end of each step, with nothing left to do; after the warm-up it waits for the others."""
 
     def __init__(self, folder: Path, place: int, count: int) -> None:
         self.clock: list[float] = []
@@ -70,58 +67,48 @@ class StepTimes(TrainerCallback):
         self.clock.append(time.perf_counter())
 
 
-def work(case: Case, steps: int, place: int, count: int, output: Path) -> None:
-    """Trains for `steps` steps after the warm-up, and writes their times to `output`; `place`: which of `count`."""
+def leave_the_group() -> None:
+    """Makes a process that torchrun started train for itself, on a GPU of its own."""
+    place = int(os.environ.pop("LOCAL_RANK"))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(place + 1)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
+    del os.environ["RANK"], os.environ["WORLD_SIZE"]
+
+
+def work(case: Case, steps: int, place: int, count: int, folder: Path) -> None:
+    """Trains for `steps` steps after the warm-up, and writes their times into `folder`; `place`: which of `count`."""
     use_cpu = not torch.cuda.is_available()
     if use_cpu:
         torch.set_num_threads(1)
         if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[place]})
-    config = case.config
-    model = FAMILIES[case.family][2]._from_config(config, attn_implementation=case.attention)
-    views = getattr(config, "num_views", 1)
-    shape = ((views,) if views > 1 else ()) + (config.num_channels, config.image_size, config.image_size)
-    images = [{"pixel_values": torch.randn(shape)} for _ in range(2 * case.batch)] * 64
-    times = StepTimes(output.parent, place, count)
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[place % len(cores)]})
+    images = [{"pixel_values": torch.randn(case.sample_shape)} for _ in range(2 * case.batch)] * 64
+    times, together = StepTimes(folder, place, count), "WORLD_SIZE" in os.environ
     args = PretrainingArguments(
-        str(output.with_suffix("")),
+        str(folder / ("run" if together else f"run-{place}")),  # a folder is one run's at a time
         **dict(per_device_train_batch_size=case.batch, max_steps=WARM_UP + steps, use_cpu=use_cpu, bf16=True),
         **dict(save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10_000),
     )
-    CurriculumTrainer(model, args, train_dataset=images, callbacks=[times]).train()
-    if args.process_index == 0:
+    CurriculumTrainer(build_model(case), args, train_dataset=images, callbacks=[times]).train()
+    if args.process_index == 0:  # of those that train for themselves, each
         clock = times.clock[WARM_UP - 1 :]
-        output.write_text(json.dumps([after - before for before, after in itertools.pairwise(clock)]))
+        path = folder / f"{place}.json"
+        path.write_text(json.dumps([after - before for before, after in itertools.pairwise(clock)]))
 
 
 def measure(case: Case, way: str, processes: int, steps: int, folder: Path) -> list[float]:
     """Times of the steps, one way; of processes apart: the slowest one's of each step."""
     folder = Path(tempfile.mkdtemp(dir=folder))
     count = 1 if way == "alone" else processes
-    worker = [str(HERE / "scaling.py"), "--families", case.family, "--shape", case.shape, "--batch", str(case.batch)]
-    worker += ["--steps", str(steps), "--processes", str(count), "--worker"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    command += [str(HERE / "scaling.py"), "--families", case.family, "--shape", case.shape, "--batch", str(case.batch)]
+    command += ["--steps", str(steps), "--worker", way, str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    outputs = [folder / f"{i}.json" for i in range(count)]
-    if way == "together":
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        running = [_start([*launch, *worker, str(outputs[0])], environment)]
-        outputs = outputs[:1]
-    else:
-        gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-        running = [
-            _start(
-                [sys.executable, *worker, str(path), "--place", str(i)], {**environment, "CUDA_VISIBLE_DEVICES": gpu}
-            )
-            for i, (path, gpu) in enumerate(zip(outputs, gpus, strict=False))
-        ]
-    printed = [process.communicate()[0] for process in running]
-    if any(process.returncode for process in running):
-        raise SystemExit("\n".join(printed)[-4000:])
-    return [max(step) for step in zip(*(json.loads(path.read_text()) for path in outputs), strict=True)]
-
-
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if run.returncode:
+        raise SystemExit(run.stdout[-4000:])
+    return [max(step) for step in zip(*(json.loads(path.read_text()) for path in folder.glob("*.json")), strict=True)]
 
 
 def main() -> None:
@@ -134,14 +121,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="Steps that are timed in each round.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--place", type=int, default=int(os.environ.get("LOCAL_RANK", 0)), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)  # one of the ways, and a folder
     args = parser.parse_args()
+    if args.worker:
+        place, count = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+        if args.worker[0] != "together":
+            leave_the_group()  # before CUDA is asked for anything
     on_gpus = torch.cuda.is_available()
     cases = [Case(family, args.shape, args.batch, "sdpa" if on_gpus else "eager", "bf16") for family in args.families]
     if args.worker:
-        work(cases[0], args.steps, args.place, args.processes, args.worker)
-        return
+        return work(cases[0], args.steps, place, count, Path(args.worker[1]))
     places = torch.cuda.device_count() if on_gpus else usable_cores()
     if args.processes > places:
         raise SystemExit(f"`--processes` is {args.processes}, but there are {places} {'GPUs' if on_gpus else 'cores'}.")

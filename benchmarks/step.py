@@ -7,8 +7,8 @@
 The cases of a group (`step.yaml`) run interleaved: a step of each, then again, so that what else the machine does hits
 all alike. Written after every group: `step-<preset>[-<only>].md`, with the median images/s, the share of the
 matrix-product peak that was measured at the start (by the formula's FLOPs), the ratio to ViTMAE and to our own MAE and,
-on a GPU, the peak memory and how often a step waits for the device. A group of three or more batches, numbers of
-patches or widths gets a fitted exponent.
+on a GPU, the peak memory, how often a step waits for the device, and each family's five largest kernels. A group of
+three or more batches, numbers of patches or widths gets a fitted exponent.
 
     python benchmarks/step.py --cost
     python benchmarks/step.py --memory
@@ -20,20 +20,15 @@ memory of a step by the sizes of its tensors (`docs/speed.md`).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import math
-import os
 import re
-import shlex
 import statistics
 import sys
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +36,7 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
+from measure import describe, largest_kernels, matmul_peak, matmul_precision, seconds
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +47,6 @@ from clmae import FAMILIES, MAEConfig
 from clmae.configuration.configuration_mae import SIZES
 from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
-from clmae.model_cards.record import device_name
 from clmae.training.flops import step_flops, step_flops_by_part
 
 HERE = Path(__file__).resolve().parent
@@ -111,6 +106,12 @@ class Case:
             values = {name: value for name, value in values.items() if not name.startswith("decoder_")}
         return FAMILIES["mae" if self.family == VIT_MAE else self.family][0](**values)
 
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """`(C, H, W)`, or `(V, C, H, W)` of V views of an image."""
+        config, views = self.config, getattr(self.config, "num_views", 1)
+        return (*((views,) if views > 1 else ()), config.num_channels, config.image_size, config.image_size)
+
 
 def read_cases(lines: Sequence[dict[str, Any]]) -> list[Case]:
     """All combinations of the lists of each line of a group."""
@@ -127,12 +128,11 @@ def read_cases(lines: Sequence[dict[str, Any]]) -> list[Case]:
 def build_model(case: Case) -> nn.Module:
     """The case's model in training mode, not compiled."""
     config: Any = case.config
+    kind = ViTMAEForPreTraining if case.family == VIT_MAE else FAMILIES[case.family][2]
     if case.family == VIT_MAE:
         names = ("intermediate_size", "decoder_intermediate_size", "norm_pix_loss", "mask_ratio")
         config = ViTMAEConfig(**SHAPES[case.shape], **{name: getattr(config, name) for name in names})
-        model = ViTMAEForPreTraining._from_config(config, attn_implementation=case.attention)
-    else:
-        model = FAMILIES[case.family][2]._from_config(config, attn_implementation=case.attention)
+    model = kind._from_config(config, attn_implementation=case.attention)
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -146,30 +146,26 @@ class Step:
 
     def __init__(self, case: Case, device: torch.device, like: Step | None = None):
         self.case, self.device, self.count = case, device, 0
+        self.learns_masks = getattr(case.config, "learns_masks", case.family == "cl_mae")
         if like is not None:
             self.model, self.optimizer = like.model, like.optimizer
         else:
             with device:
                 self.model = build_model(case)
             if case.compiled:  # in parts where pass B differentiates between them
-                parts = ("vit", "decoder", "masking_module") if hasattr(self.model, "masking_module") else ("",)
-                for part in parts:
+                for part in ("vit", "decoder", "masking_module") if self.learns_masks else ("",):
                     self.model.get_submodule(part).compile(dynamic=False)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-        config = case.config
-        views = getattr(config, "num_views", 1)
-        shape = (case.batch, *((views,) if views > 1 else ()), config.num_channels, *2 * (config.image_size,))
-        self.pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-        # λ as a tensor that is there before the step, as the trainer gives it.
-        self.factors = torch.linspace(1, -1, 64, device=device).unbind()
+        images = torch.randn(case.batch, *case.sample_shape, generator=torch.Generator().manual_seed(0))
+        self.inputs: dict[str, Any] = {"pixel_values": images.to(device)}
+        if self.learns_masks:  # λ as a tensor that is there before the step, as the trainer gives it
+            self.inputs["curriculum_factor"] = torch.tensor(0.5, device=device)
 
     def __call__(self) -> None:
-        inputs: dict[str, Any] = {"pixel_values": self.pixel_values}
-        if hasattr(self.model, "masking_module"):
-            inputs["curriculum_factor"] = self.factors[self.count % len(self.factors)]
-            inputs["compute_masker_loss"] = self.count % self.case.interval == 0
+        if self.learns_masks:
+            self.inputs["compute_masker_loss"] = self.count % self.case.interval == 0
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
-            loss = self.model(**inputs).loss
+            loss = self.model(**self.inputs).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -184,39 +180,8 @@ class Step:
     def state_bytes(self) -> int:
         """Of parameters, buffers, the optimiser's state and the images."""
         state = [value for values in self.optimizer.state.values() for value in values.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *state, self.pixel_values]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *state, self.inputs["pixel_values"]]
         return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
-
-
-@contextlib.contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """float32 matrix products in float32, or by the device's fastest path that still starts from float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if precision == "medium" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def seconds(call: Callable[[], Any], device: torch.device, times: int = 1) -> float:
-    """Of one of `times` calls, from an idle device to an idle device."""
-    synchronize = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    synchronize()
-    return (time.perf_counter() - start) / times
-
-
-def matmul_peak(precision: str, device: torch.device, size: int, tries: int = 20) -> float:
-    """FLOP/s of the fastest of some products of two square matrices of `size`."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    with matmul_precision(precision):
-        seconds(lambda: a @ b, device)
-        return 2 * size**3 / min(seconds(lambda: a @ b, device, 4) for _ in range(tries))
 
 
 # -- measuring a group ------------------------------------------------------------------------------------------------
@@ -235,6 +200,7 @@ def measure_group(cases: Sequence[Case], rounds: int, num_steps: int, device: to
             steps[case] = models.setdefault(model, step) if model not in models else step
             if device.type == "cuda":
                 rows[case] |= {"peak_bytes": peak_bytes(step), "synchronisations": synchronisations(step)}
+                rows[case]["kernels"] = largest_kernels(step, device)
         except torch.OutOfMemoryError:
             rows[case]["error"] = "out of memory"
             if model in models:
@@ -284,8 +250,8 @@ class AliveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and id(storage := tensor.untyped_storage()) not in self._storages:
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)):
+            if id(storage) not in self._storages:
                 self._storages.add(id(storage))
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self._free, id(storage), storage.nbytes())
@@ -309,17 +275,6 @@ def counted_bytes(case: Case, with_pass_b: bool = True) -> tuple[int, int]:
 
 
 # -- report -----------------------------------------------------------------------------------------------------------
-
-
-def describe(device: torch.device) -> str:
-    """What was run, on what and when."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    words = [f"`{command}`", time.strftime("%Y-%m-%d"), device_name(device), *([cpu] if cpu else [])]
-    words += [f"{name} {version(name)}" for name in ("torch", "transformers", "torchvision")]
-    return f"{', '.join(words)}. Load average at the start: {os.getloadavg()[0]:.1f}."
 
 
 def compare_rows(rows: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
@@ -386,7 +341,11 @@ def group_to_markdown(group: str, rows: pd.DataFrame) -> str:
     if "error" in rows:
         table["images/s"] = table["images/s"].where(rows["error"].isna(), rows["error"])
     fits = exponents(rows)
-    return f"\n**{group}**\n\n{markdown_table(table)}" + ("" if fits.empty else f"\n{markdown_table(fits)}")
+    text = f"\n**{group}**\n\n{markdown_table(table)}" + ("" if fits.empty else f"\n{markdown_table(fits)}")
+    if "kernels" in rows:
+        for row in rows.dropna(subset="kernels").drop_duplicates("family").itertuples():
+            text += f"\nThe largest kernels of a step, {row.options}:\n\n{markdown_table(row.kernels)}"
+    return text
 
 
 def cost_tables() -> str:
@@ -442,11 +401,9 @@ def run(name: str, output: Path, only: str | None, rounds: int) -> None:
     if name == "gpu" and not torch.cuda.is_available():
         raise SystemExit("`--preset gpu` needs a GPU, and torch sees none; take `--preset cpu`.")
     device = torch.device("cuda" if name == "gpu" else "cpu")
-    text = f"{describe(device)}\n"
     peaks = {precision: matmul_peak(precision, device, preset["matrix"]) for precision in PRECISIONS}
-    text += (
-        f"Measured matrix-product peak, GFLOP/s: {', '.join(f'{p} {peak / 1e9:.0f}' for p, peak in peaks.items())}. "
-    )
+    measured = ", ".join(f"{precision} {peak / 1e9:.0f}" for precision, peak in peaks.items())
+    text = f"{describe(device)}\nMeasured matrix-product peak, GFLOP/s: {measured}. "
     text += f"Medians of {rounds} interleaved rounds.\n"
     for group, lines in groups.items():
         print(group, flush=True)

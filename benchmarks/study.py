@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import measure
+import masks
 import pandas as pd
 import torch
 import yaml
@@ -60,9 +60,9 @@ def read_settings(study: str, scale: str | None) -> dict[str, Any]:
     scale = next(iter(scales)) if scale is None else scale
     if scale not in scales:
         raise SystemExit(f"`--scale` is {scale!r}; {path} has {', '.join(scales)}.")
-    own = scales[scale]
-    own["pretraining"] = {**content.get("pretraining", {}), **own.get("pretraining", {})}
-    return {"name": path.parent.name, "folder": path.parent, "scale": scale, **content, **own}
+    entries = scales[scale]
+    entries["pretraining"] = {**content.get("pretraining", {}), **entries.get("pretraining", {})}
+    return {"name": path.parent.name, "folder": path.parent, "scale": scale, **content, **entries}
 
 
 def read_plan(settings: dict[str, Any], dataset: str, folder: Path) -> Plan:
@@ -80,7 +80,7 @@ def read_plan(settings: dict[str, Any], dataset: str, folder: Path) -> Plan:
         choices["protocols"] = tuple(recipe["protocols"]) if "protocols" in recipe else None
         recipes.append(Recipe(name, config, data, args, kept, recipe.get("label", name), **choices))
     common = settings.get("finetuning", {})
-    finetuning = {name: {**common, **own} for name, own in settings.get("protocols", {}).items()}
+    finetuning = {name: {**common, **fields} for name, fields in settings.get("protocols", {}).items()}
     fixed = dict(dataset=dataset, finetuning=finetuning, from_scratch=settings.get("from_scratch", {}))
     evaluations = {}
     for name, fields in settings["evaluations"].items():
@@ -98,14 +98,12 @@ def stopping(minutes: float | None) -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    if minutes is not None:
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    signal.setitimer(signal.ITIMER_REAL, 60 * (minutes or 0))  # 0: none
     try:
         yield
     finally:
-        if minutes is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGTERM, before)
 
 
@@ -115,16 +113,19 @@ def chosen_cells(options: argparse.Namespace, plan: Plan, seeds: Sequence[int]) 
     Raises:
         SystemExit: There is no such cell.
     """
+
+    def chosen(values: list | None, value: Any) -> bool:
+        return values is None or value in values
+
     rows = [
         (budget, name)
         for budget, name in plan.rows()
-        if name in (options.recipes or [name]) and budget in (*(options.budgets or [budget]), "")
+        if chosen(options.recipes, name) and (not budget or chosen(options.budgets, budget))
     ]
     cells = [
         cell
         for cell in plan.cells(rows, options.seeds or seeds)
-        if cell.protocol in (options.protocols or [cell.protocol])
-        and cell.dataset in (options.datasets or [cell.dataset])
+        if chosen(options.protocols, cell.protocol) and chosen(options.datasets, cell.dataset)
     ]
     if not cells:
         names = ", ".join(f"{name} ({budget})" if budget else name for budget, name in plan.rows())
@@ -140,7 +141,7 @@ def run(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -> 
     out = sys.stdout
     plan = read_plan(settings, options.dataset, folder)
     cells = chosen_cells(options, plan, settings["seeds"])
-    callbacks = measure.callbacks if settings.get("measure") else None
+    callbacks = masks.callbacks if settings.get("measure") else None
     runner = Runner(plan, folder, lambda text: print(text, file=out, flush=True), callbacks)
     with stopping(options.minutes), (folder / "log.txt").open("a", encoding="utf-8") as log:
         try:
@@ -158,7 +159,7 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no such study; make one with `run`.")
     plan = read_plan(settings, options.dataset, folder)
     runner, seeds = Runner(plan, folder), settings["seeds"]
-    results = runner.results(plan.rows(), seeds, measure.metrics if settings.get("measure") else last_difficulty)
+    results = runner.results(plan.rows(), seeds, masks.metrics if settings.get("measure") else last_difficulty)
     if results.empty:
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no results; make some with `run`.")
     base = (options.results or settings["folder"] / "results") / settings["scale"]
@@ -171,13 +172,13 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
     write_whole(base.with_suffix(".csv"), summarize(results[results["final"]]).to_csv(index=False))
     figures = {"": accuracy_figure(results), "-curves": curves_figure(results)}
     if settings.get("measure"):
-        logs: dict[str, list[measure.Log]] = {}
+        logs: dict[str, list[masks.Log]] = {}
         for run in dict.fromkeys(cell.run for cell in plan.cells(plan.rows(), seeds)):
             if log := runner.training_log(run):
                 longer = plan.steps["images"][run.recipe] != run.steps
                 label = plan.recipes[run.recipe].label + ", equal compute" * longer
                 logs.setdefault(label, []).append(log)
-        figures |= measure.figures(logs)
+        figures |= masks.figures(logs)
     for name, figure in figures.items():
         save_figure(figure, base.with_name(f"{base.name}{name}.png"))
     print(text)

@@ -39,7 +39,7 @@ from clmae.training.pictures import save_figure
 from clmae.training.sealing import last_valid_checkpoint
 from clmae.training.trainer import CurriculumTrainer
 
-POLL = 5  # seconds between two looks at what another process is doing
+Metrics = Callable[[Sequence[dict[str, float]]], dict[str, float]]
 
 
 class _Keeper(TrainerCallback):
@@ -94,20 +94,15 @@ class Runner:
         missing = self._missing(cells)
         self.log(f"{len(cells) - len(missing)} of {len(cells)} results are there; delete a file to have it made again")
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
-        while missing:
-            idle = True
-            for run, group in itertools.groupby(missing, key=operator.attrgetter("run")):
+        for blocking in (False, True):  # at last waits for other processes, and does what they left when they ended
+            for run, group in itertools.groupby(self._missing(missing), key=operator.attrgetter("run")):
                 lock = FileLock(self.folder / "locks" / f"{run.name}.lock")
                 try:
-                    held = lock.acquire(blocking=False)
+                    held = lock.acquire(blocking=blocking)
                 except Timeout:
                     continue
                 with held:
-                    idle = False
                     self._finish(run, self._missing(list(group)))
-            missing = self._missing(missing)
-            if missing and idle:  # all of them are another process's
-                time.sleep(POLL)
 
     def path(self, cell: Cell) -> Path:
         """Of a cell's file."""
@@ -118,8 +113,10 @@ class Runner:
 
     def _finish(self, run: Run, cells: Sequence[Cell]) -> None:
         """Trains if need be, and evaluates; protocols on frozen features share them."""
+        if not cells:
+            return
         folder, model = self.folder / "runs" / run.name, self._model(run)
-        if cells and not model.is_dir():
+        if not model.is_dir():
             self.log(f"{run.name}: pretraining in {folder}" if run.steps else f"{run.name}: random weights")
             (self._pretrain if run.steps else self._save_untrained)(run, folder)
         for checkpoint in folder.glob("checkpoint-*"):
@@ -127,21 +124,25 @@ class Runner:
         for (step, dataset, _), group in itertools.groupby(
             cells, lambda cell: (cell.step, cell.dataset, cell.protocol in PROTOCOLS or cell.protocol)
         ):
-            part, start = list(group), time.perf_counter()
-            protocols = [cell.protocol for cell in part]
             weights = model if step == run.steps else folder / "points" / f"step-{step}"
-            tuned = folder / f"{dataset}-{protocols[0]}"
-            found = self.plan.evaluations[dataset].evaluate(weights, protocols, run, self.device, tuned)
-            seconds = round((time.perf_counter() - start) / len(part), 1)
-            for cell, result in zip(part, found, strict=True):
-                content = {**asdict(cell), **result, "seconds": seconds}
-                write_whole(self.path(cell), json.dumps(content, indent=2, allow_nan=False) + "\n")
-                column = headline(cell.protocol, result["accuracies"])
-                self.log(f"{cell.name}, {column}: {result['accuracies'][column]:.2f} % ({seconds:.0f} s)")
-            shutil.rmtree(tuned, ignore_errors=True)
+            self._evaluate(list(group), weights, folder / dataset)
         evaluated = self.plan.cells(self.plan.rows(), [run.seed])
         if not self._missing([cell for cell in evaluated if cell.run == run and cell.step < run.steps]):
             shutil.rmtree(folder / "points", ignore_errors=True)
+
+    def _evaluate(self, cells: Sequence[Cell], weights: Path, place: Path) -> None:
+        """Cells that share features, or one that fine-tunes."""
+        start, protocols = time.perf_counter(), [cell.protocol for cell in cells]
+        tuned = place.with_name(f"{place.name}-{protocols[0]}")
+        evaluation, run = self.plan.evaluations[cells[0].dataset], cells[0].run
+        results = evaluation.evaluate(weights, protocols, run, self.device, tuned)
+        seconds = round((time.perf_counter() - start) / len(cells), 1)
+        for cell, result in zip(cells, results, strict=True):
+            content = {**asdict(cell), **result, "seconds": seconds}
+            write_whole(self.path(cell), json.dumps(content, indent=2, allow_nan=False) + "\n")
+            column = headline(cell.protocol, result["accuracies"])
+            self.log(f"{cell.name}, {column}: {result['accuracies'][column]:.2f} % ({seconds:.0f} s)")
+        shutil.rmtree(tuned, ignore_errors=True)
 
     def _model(self, run: Run) -> Path:
         return self.folder / "runs" / run.name / "model"
@@ -157,11 +158,12 @@ class Runner:
     def _pretrain(self, run: Run, folder: Path) -> None:
         """Trains, or goes on, as `clmae pretrain --max_steps ... --seed ...` would."""
         recipe = self.plan.recipes[run.recipe]
-        own = dict(output_dir=str(folder), seed=run.seed, max_steps=run.steps, run_name=run.name, push_to_hub=False)
+        fields: dict[str, Any] = dict(output_dir=str(folder), seed=run.seed, max_steps=run.steps, run_name=run.name)
+        fields["push_to_hub"] = False
         checkpoint, _ = last_valid_checkpoint(folder)
         torch.compiler.reset()  # or the runs before would count as recompilations of this one's code
         interrupt = InterruptCallback()
-        trainer = build_trainer(recipe.config, recipe.data, dataclasses.replace(recipe.args, **own), [interrupt])
+        trainer = build_trainer(recipe.config, recipe.data, dataclasses.replace(recipe.args, **fields), [interrupt])
         trainer.add_callback(_Keeper(trainer, folder / "points", run.points(self.plan.num_points)))
         for callback in self.callbacks(trainer) if self.callbacks else ():
             trainer.add_callback(callback)
@@ -183,14 +185,10 @@ class Runner:
 
     def training_log(self, run: Run) -> list[dict[str, float]]:
         """What a finished run logged, in the order of its steps; nothing of a baseline."""
-        state = read_json(self._model(run) / "trainer_state.json")
-        return state["log_history"] if state else []
+        return (read_json(self._model(run) / "trainer_state.json") or {}).get("log_history", [])
 
     def results(
-        self,
-        rows: Sequence[tuple[str, str]],
-        seeds: Sequence[int],
-        metrics: Callable[[list[dict[str, float]]], dict[str, float]] | None = None,
+        self, rows: Sequence[tuple[str, str]], seeds: Sequence[int], metrics: Metrics | None = None
     ) -> pd.DataFrame:
         """A line for each number that is there: accuracies in percent, and what `metrics` makes of training logs.
 
@@ -200,35 +198,32 @@ class Runner:
         records: list[dict[str, Any]] = []
         for budget, name in rows:
             label = BASELINES.get(name) or self.plan.recipes[name].label or name
-            row = {"budget": budget, "recipe": name, "label": label}
             cells = self.plan.cells([(budget, name)], seeds)
-            measured = [
-                (run, run.steps, "", "training", self._measured(run, metrics)) for run in {c.run: 0 for c in cells}
-            ]
-            for cell in cells:
-                accuracies = (read_json(self.path(cell)) or {}).get("accuracies", {})
-                measured.append((cell.run, cell.step, cell.dataset, cell.protocol, accuracies))
-            for run, step, dataset, protocol, values in measured:
-                about = {**row, "seed": run.seed, **self._cost(run, step), "final": step == run.steps}
-                about |= {"dataset": dataset, "protocol": protocol}
+            trained = [Cell(run, run.steps, "", "training") for run in dict.fromkeys(cell.run for cell in cells)]
+            for cell in [*trained, *cells]:
+                if cell.protocol == "training":
+                    values = self._measured(cell.run, metrics or last_difficulty)
+                else:
+                    values = (read_json(self.path(cell)) or {}).get("accuracies", {})
+                about = dict(budget=budget, recipe=name, label=label, seed=cell.run.seed, **self._cost(cell))
+                about |= dict(final=cell.step == cell.run.steps, dataset=cell.dataset, protocol=cell.protocol)
                 records += [{**about, "column": column, "value": value} for column, value in values.items()]
         return pd.DataFrame(records)
 
-    def _cost(self, run: Run, step: int) -> dict[str, int]:
-        if not run.steps:
-            return {"step": 0, "images_seen": 0, "flops": 0}
-        cost = self.plan.costs[run.recipe]
-        return {"step": step, "images_seen": step * cost.images_per_step, "flops": cost.flops(step, run.steps)}
+    def _cost(self, cell: Cell) -> dict[str, int]:
+        if not cell.step:
+            return dict(step=0, images_seen=0, flops=0)
+        cost = self.plan.costs[cell.run.recipe]
+        flops = cost.flops(cell.step, cell.run.steps)
+        return dict(step=cell.step, images_seen=cell.step * cost.images_per_step, flops=flops)
 
-    def _measured(
-        self, run: Run, metrics: Callable[[list[dict[str, float]]], dict[str, float]] | None
-    ) -> dict[str, float]:
+    def _measured(self, run: Run, metrics: Metrics) -> dict[str, float]:
         record = read_json(self._model(run) / RECORD_NAME)
         if record is None:
             return {}
         seconds = sum(session["seconds"] for session in record["sessions"])
         steps = sum(session["last_step"] - session["first_step"] for session in record["sessions"])
-        return {**(metrics or last_difficulty)(self.training_log(run)), "s / step": seconds / max(steps, 1)}
+        return {**metrics(self.training_log(run)), "s / step": seconds / max(steps, 1)}
 
 
 def last_difficulty(log: Sequence[dict[str, float]]) -> dict[str, float]:

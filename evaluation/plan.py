@@ -101,12 +101,11 @@ class Evaluation:
         choose("protocols", self.protocols, (*PROTOCOLS, *self.finetuning))
         for protocol in self.finetuning:
             self._finetuning_arguments(protocol, "never", 0, False)
-        for split in (self.train_split, self.test_split):
-            if split is not None:
-                images, _ = load_image_dataset(
-                    self.dataset, split, config_name=self.config_name, image_column=self.image_column
-                )
-                LabelledImages(images, None, image_column=self.image_column, label_column=self.label_column)
+        for split in filter(None, (self.train_split, self.test_split)):
+            column = self.image_column
+            images = load_image_dataset(self.dataset, split, config_name=self.config_name, image_column=column)
+            # No image is processed here.
+            LabelledImages(images.dataset, dict, image_column=column, label_column=self.label_column)
 
     @property
     def curve_protocol(self) -> str | None:
@@ -126,16 +125,15 @@ class Evaluation:
             device: Where to compute.
             folder: For fine-tuning, which goes on where it was.
         """
-        images = {name: getattr(self, name) for name in IMAGES}
+        images: dict[str, Any] = {name: getattr(self, name) for name in IMAGES}
+        row = BASELINES["raw"] if run.recipe == "raw" else "pretrained"
         if protocols[0] in PROTOCOLS:
-            options = dict(
-                feature=self.feature, seed=run.seed, device=device, progress=False, baselines=run.recipe == "raw"
-            )
-            results = evaluate_model(model, self.dataset, protocols, **images, **options).values()
-            row = BASELINES["raw"] if run.recipe == "raw" else "pretrained"
+            images |= dict(feature=self.feature, seed=run.seed, device=device, progress=False)
+            baselines = run.recipe == "raw"
+            results = list(evaluate_model(model, self.dataset, protocols, **images, baselines=baselines).values())
         else:
             args, labels = self._finetuning_arguments(protocols[0], str(folder), run.seed, run.recipe == "scratch")
-            results, row = [finetune(model, self.dataset, args, baselines=False, **labels, **images)], "pretrained"
+            results = [finetune(model, self.dataset, args, baselines=False, **labels, **images)]
         return [
             {"accuracies": next(r.accuracies for r in result.rows if r.name == row), "settings": result.settings}
             for result in results
@@ -144,10 +142,13 @@ class Evaluation:
     def _finetuning_arguments(
         self, protocol: str, output_dir: str, seed: int, scratch: bool
     ) -> tuple[FinetuningArguments, dict[str, Any]]:
-        fields = {**self.finetuning[protocol], **(self.from_scratch if scratch else {})}
-        labels = {name: fields.pop(name) for name in ("label_fraction", "labels_per_class") if name in fields}
-        quiet = dict(report_to="none", disable_tqdm=True, resume_from_checkpoint="last")
-        return FinetuningArguments(output_dir=output_dir, seed=seed, **quiet, **fields), labels
+        """The arguments of a fine-tuning, and which labels it uses."""
+        fields: dict[str, Any] = {**self.finetuning[protocol], **(self.from_scratch if scratch else {})}
+        labels: dict[str, Any] = {
+            name: fields.pop(name) for name in ("label_fraction", "labels_per_class") if name in fields
+        }
+        fields |= dict(report_to="none", disable_tqdm=True, resume_from_checkpoint="last")
+        return FinetuningArguments(output_dir=output_dir, seed=seed, **fields), labels
 
 
 def choose(name: str, values: Sequence[str], known: Iterable[str], least: int = 1) -> None:
@@ -280,7 +281,7 @@ class Plan:
     def _applies(self, name: str, protocol: str) -> bool:
         if name in BASELINES:
             return (protocol in PROTOCOLS) == (name != "scratch")
-        return self.recipes[name].protocols is None or protocol in self.recipes[name].protocols
+        return protocol in (self.recipes[name].protocols or [protocol])
 
 
 def make_plan(
@@ -313,7 +314,8 @@ def make_plan(
         if value is not None and value < 1:
             raise InputError(f"`{name}` is {value}; give at least 1.")
     choose("baselines", baselines, BASELINES, least=0)
-    if reference is not None and reference not in (names := [recipe.name for recipe in recipes]):
+    names = [recipe.name for recipe in recipes]
+    if reference not in (None, *names):
         raise InputError(f"`reference` is {reference!r}; give the name of one of the recipes: {', '.join(names)}.")
     for evaluation in evaluations.values():
         evaluation.check()
@@ -329,20 +331,12 @@ def make_plan(
     by_images = {name: max(1, round(images_seen / cost.images_per_step)) for name, cost in costs.items()}
     flops = {name: cost.flops(by_images[name], by_images[name]) for name, cost in costs.items()}
     budget = max(flops.values()) if reference is None else flops[reference]
-    # The reference is not trained again.
-    by_compute = {
-        name: by_images[name] if flops[name] == budget else cost.steps_for(budget) for name, cost in costs.items()
-    }
-    return Plan(
-        recipes={recipe.name: recipe for recipe in recipes},
-        costs=costs,
-        steps={"images": by_images, "compute": by_compute},
-        evaluations=evaluations,
-        num_images=len(dataset),
-        images_seen=images_seen,
-        num_points=num_points,
-        baselines=tuple(baselines),
-    )
+    by_compute = {name: cost.steps_for(budget) for name, cost in costs.items()}
+    by_compute |= {name: by_images[name] for name in names if flops[name] == budget}  # not trained again
+    steps_by_budget = {"images": by_images, "compute": by_compute}
+    counts = dict(num_images=len(dataset), images_seen=images_seen, num_points=num_points)
+    by_name = dict(zip(names, recipes, strict=True))
+    return Plan(by_name, costs, steps_by_budget, evaluations, **counts, baselines=tuple(baselines))
 
 
 def _check_recipes(recipes: Sequence[Recipe]) -> None:

@@ -15,6 +15,7 @@ from scipy.stats import t as student_t
 
 BUDGETS = {"images": "equal images seen", "compute": "equal compute"}
 LEVEL = 0.95  # of the intervals
+COSTS = {"images seen": ("images_seen", "{:,}"), "steps": ("step", "{:,}"), "FLOPs": ("flops", "{:.3g}")}
 
 
 def headline(protocol: str, columns: Iterable[str]) -> str:
@@ -51,8 +52,8 @@ def differences(results: pd.DataFrame, compared_with: str) -> pd.DataFrame:
     keys = ["other", "seed", "dataset", "protocol", "column"]
     results = results.assign(other=results["budget"].replace("", first))
     base = results[(results["recipe"] == compared_with) & (results["budget"] != "")].set_index(keys)["value"]
-    found = results[results["recipe"] != compared_with].join(base.rename("base"), on=keys, how="inner")
-    return summarize(found.assign(value=found["value"] - found["base"]))
+    pairs = results[results["recipe"] != compared_with].join(base.rename("base"), on=keys, how="inner")
+    return summarize(pairs.assign(value=pairs["value"] - pairs["base"]))
 
 
 def markdown_table(table: pd.DataFrame) -> str:
@@ -61,7 +62,7 @@ def markdown_table(table: pd.DataFrame) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _wide(summary: pd.DataFrame, seeds: int, with_costs: bool = True) -> pd.DataFrame:
+def _wide(summary: pd.DataFrame, seeds: int, with_costs: bool = True) -> str:
     """A row for each recipe, a column for each protocol: `"38.02 ± 1.16"`, `" (2)"` if not over all seeds."""
 
     def cell(row: pd.Series) -> str:
@@ -77,10 +78,9 @@ def _wide(summary: pd.DataFrame, seeds: int, with_costs: bool = True) -> pd.Data
     table = table.reindex(index=summary["label"].unique(), columns=order)
     if with_costs:
         costs = summary.groupby("label")[["images_seen", "step", "flops"]].first().loc[table.index]
-        table["images seen"] = [f"{n:,}" if n else "-" for n in costs["images_seen"]]
-        table["steps"] = [f"{n:,}" if n else "-" for n in costs["step"]]
-        table["FLOPs"] = [f"{n:.3g}" if n else "-" for n in costs["flops"]]
-    return table.reset_index(names="recipe")
+        for name, (column, form) in COSTS.items():
+            table[name] = [form.format(number) if number else "-" for number in costs[column]]
+    return markdown_table(table.reset_index(names="recipe"))
 
 
 def results_to_markdown(results: pd.DataFrame, compared_with: str) -> str:
@@ -89,27 +89,19 @@ def results_to_markdown(results: pd.DataFrame, compared_with: str) -> str:
     text = f"Accuracy in percent; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     text += ": mean ± half of the 95 % interval (Student's t); (n): over n of them.\n" if len(seeds) > 1 else ".\n"
     shown = headlines(results[results["final"]])
+    label = shown.loc[shown["recipe"] == compared_with, "label"]
     paired, shown = differences(shown, compared_with), summarize(shown)
-    datasets = [name for name in shown["dataset"].unique() if name]
-    for dataset, budget in itertools.product(datasets, [b for b in shown["budget"].unique() if b]):
-
-        def part(table: pd.DataFrame, dataset: str = dataset, budget: str = budget) -> pd.DataFrame:
-            return table[table["dataset"].isin([dataset, ""]) & table["budget"].isin([budget, ""])]
-
+    datasets, budgets = ([name for name in shown[column].unique() if name] for column in ("dataset", "budget"))
+    for dataset, budget in itertools.product(datasets, budgets):
+        part, differing = (
+            table[table["dataset"].isin([dataset, ""]) & table["budget"].isin([budget, ""])]
+            for table in (shown, paired)
+        )
         text += f"\n## {BUDGETS[budget].capitalize()}{f', {dataset}' * (len(datasets) > 1)}\n\n"
-        text += markdown_table(_wide(part(shown), len(seeds)))
-        label = shown.loc[shown["recipe"] == compared_with, "label"]
-        if len(seeds) > 1 and not part(paired).empty:
-            text += f"\nLess {label.iloc[0]} under the same seed:\n\n"
-            text += markdown_table(_wide(part(paired), len(seeds), with_costs=False))
+        text += _wide(part, len(seeds))
+        if len(seeds) > 1 and not differing.empty:
+            text += f"\nLess {label.iloc[0]} under the same seed:\n\n{_wide(differing, len(seeds), with_costs=False)}"
     return text
-
-
-def _draw(axis: Any, x: Sequence[Any], table: pd.DataFrame, **style: Any) -> None:
-    """Means, and a band or bars of the 95 % interval over the seeds."""
-    half = table["half_width"].fillna(0)
-    (line,) = axis.plot(x, table["mean"], markersize=4, **style)
-    axis.fill_between(x, table["mean"] - half, table["mean"] + half, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def accuracy_figure(results: pd.DataFrame) -> Figure:
@@ -123,9 +115,10 @@ def accuracy_figure(results: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(13, 1 + height * (1.4 + 0.22 * table["name"].nunique())), layout="constrained")
     axes = figure.subplots(height, min(3, len(panels)), squeeze=False).ravel()
     for axis, ((dataset, protocol), panel) in zip(axes, panels, strict=False):
-        several = panel["column"].nunique() > 1
-        for i, (name, row) in enumerate(panel.groupby("name", sort=False)):
-            style, half = dict(marker="o", capsize=3, color=f"C{i}", label=name), row["half_width"].fillna(0)
+        several = panel["column"].nunique() > 1  # images per class of the few-shot probe
+        for name, row in panel.groupby("name", sort=False):
+            style: dict[str, Any] = dict(marker="o", capsize=3, label=name)
+            half = row["half_width"].fillna(0)
             if several:
                 axis.errorbar(row["column"], row["mean"], yerr=half, **style)
             else:
@@ -143,23 +136,23 @@ def accuracy_figure(results: pd.DataFrame) -> Figure:
 
 def curves_figure(results: pd.DataFrame) -> Figure:
     """Accuracy while training, over images seen at equal images and over FLOPs at equal compute; a row each dataset."""
-    table = summarize(headlines(results))
+    table = summarize(headlines(results[results["protocol"] != "training"]))
     points = table[~table["final"]]
-    keys = points[["dataset", "protocol"]].drop_duplicates().values.tolist()
-    keys = keys or table.loc[table["protocol"] != "training", ["dataset", "protocol"]].values.tolist()[:1]
+    keys = (table[:1] if points.empty else points)[["dataset", "protocol"]].drop_duplicates().values.tolist()
     budgets = [budget for budget in table["budget"].unique() if budget]
-    colors = {label: f"C{i}" for i, label in enumerate(table["label"].unique())}
     figure = Figure(figsize=(9, 4 * len(keys)), layout="constrained")
     axes = figure.subplots(len(keys), 2, sharey="row", squeeze=False)
     panels = (("images", "images_seen", "images seen"), ("compute", "flops", "compute (FLOPs)"))
     for (dataset, protocol), row in zip(keys, axes, strict=True):
         measured = table[(table["dataset"] == dataset) & (table["protocol"] == protocol)]
+        measured = measured[measured["column"] == measured["column"].iloc[0]]
         for axis, (budget, unit, label) in zip(row, panels, strict=True):
             shown = budget if budget in budgets else budgets[0]
-            curves = measured[measured["budget"] == shown].sort_values("step", kind="stable")
-            for recipe in measured.loc[measured["budget"] == shown, "label"].unique():
-                curve = curves[curves["label"] == recipe]
-                _draw(axis, curve[unit], curve, marker="o", label=recipe, color=colors[recipe])
+            for recipe, curve in measured[measured["budget"] == shown].groupby("label", sort=False):
+                curve = curve.sort_values("step")
+                half, color = curve["half_width"].fillna(0), f"C{list(table['label'].unique()).index(recipe)}"
+                axis.plot(curve[unit], curve["mean"], marker="o", markersize=4, label=recipe, color=color)
+                axis.fill_between(curve[unit], curve["mean"] - half, curve["mean"] + half, color=color, alpha=0.15)
             for (_, baseline), style in zip(measured[measured["budget"] == ""].iterrows(), ("--", ":"), strict=False):
                 axis.axhline(baseline["mean"], color="grey", linewidth=1, linestyle=style, label=baseline["label"])
             axis.set(title=f"{dataset}: runs at {BUDGETS[shown]}", xlabel=label)
@@ -172,13 +165,4 @@ def curves_figure(results: pd.DataFrame) -> Figure:
     return figure
 
 
-__all__ = [
-    "BUDGETS",
-    "accuracy_figure",
-    "curves_figure",
-    "differences",
-    "headlines",
-    "markdown_table",
-    "results_to_markdown",
-    "summarize",
-]
+__all__ = ["BUDGETS", "accuracy_figure", "curves_figure", "markdown_table", "results_to_markdown", "summarize"]

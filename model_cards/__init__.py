@@ -1,20 +1,8 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Model cards: what a run records of itself, the card made of it, and what goes to the Hub."""
 
-from clmae.model_cards.card import EditedCardError, render_card, write_card
+from clmae.model_cards.card import EditedCardError, write_card
 from clmae.model_cards.hub import check_folder, hub_files, upload
 from clmae.model_cards.record import RunRecord, describe_data
-from clmae.model_cards.run import Run, read_run
 
-__all__ = [
-    "EditedCardError",
-    "Run",
-    "RunRecord",
-    "check_folder",
-    "describe_data",
-    "hub_files",
-    "read_run",
-    "render_card",
-    "upload",
-    "write_card",
-]
+__all__ = ["EditedCardError", "RunRecord", "check_folder", "describe_data", "hub_files", "upload", "write_card"]

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+import yaml
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, metadata_load
 from safetensors import SafetensorError, safe_open
 
 from clmae.configuration.errors import InputError
@@ -31,14 +32,13 @@ def code_files(folder: Path) -> list[str]:
     for name in ("config.json", "preprocessor_config.json"):
         for target in ((read_json(folder / name) or {}).get("auto_map") or {}).values():
             targets += target.values() if isinstance(target, dict) else [target]  # an image processor has backends
-    waiting, found = {target.split("--")[-1].split(".")[0] for target in targets}, set()
+    waiting, names = {target.split("--")[-1].split(".")[0] for target in targets}, set()
     while waiting:
-        name = waiting.pop()
-        found.add(name)
+        names.add(name := waiting.pop())
         path = folder / f"{name}.py"
         if path.is_file():
-            waiting |= set(_IMPORT.findall(path.read_text(encoding="utf-8"))) - found
-    return sorted(f"{name}.py" for name in found)
+            waiting |= set(_IMPORT.findall(path.read_text(encoding="utf-8"))) - names
+    return sorted(f"{name}.py" for name in names)
 
 
 def linked_pictures(folder: Path) -> list[str]:
@@ -55,16 +55,8 @@ def hub_files(folder: str | os.PathLike) -> list[str]:
     checkpoints nor optimiser states, data or logs; nor `training_args.bin`, which holds paths and may hold a token.
     """
     folder = Path(folder)
-    wanted = [
-        CARD_NAME,
-        "config.json",
-        "preprocessor_config.json",
-        "model.safetensors.index.json",
-        *weight_files(folder),
-        *code_files(folder),
-        *linked_pictures(folder),
-        EVAL_RESULTS_NAME,
-    ]
+    wanted = [CARD_NAME, "config.json", "preprocessor_config.json", "model.safetensors.index.json"]
+    wanted += [*weight_files(folder), *code_files(folder), *linked_pictures(folder), EVAL_RESULTS_NAME]
     if "model.safetensors" in wanted:
         wanted.remove("model.safetensors.index.json")  # of an earlier save
     root = folder.resolve()
@@ -121,12 +113,14 @@ def check_card(folder: str | os.PathLike) -> None:
     card = folder / CARD_NAME
     if not card.is_file():
         raise InputError(f"{str(folder)!r} has no {CARD_NAME}; make one with `clmae card {folder}`.")
-    text = card.read_text(encoding="utf-8")
     problems = [f"{name} is missing" for name in linked_pictures(folder) if not (folder / name).is_file()]
-    front_matter = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-    for entry in ("library_name", "license"):
-        if front_matter is None or not re.search(rf"^{entry}: *\S", front_matter[1], re.MULTILINE):
-            problems.append(f"its front matter has no `{entry}`")
+    try:
+        metadata = metadata_load(card) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"the front matter of {card} cannot be read: {error}") from error
+    problems += [
+        f"its front matter has no `{entry}`" for entry in ("library_name", "license") if not metadata.get(entry)
+    ]
     if problems:
         raise InputError(f"{card} is not complete: {'; '.join(problems)}.")
 
@@ -159,13 +153,8 @@ def upload(
         there = api.list_repo_files(repo_id, revision=revision, token=token)
         stale = [name for name in there if any(fnmatch.fnmatch(name, pattern) for pattern in _OURS)]
         operations += [CommitOperationDelete(name) for name in stale if name not in names]
-    return api.create_commit(
-        repo_id,
-        operations,
-        commit_message=commit_message,
-        token=token,
-        revision=revision,
-    )
+    # Not by `upload_folder`, which may take several commits for many or large files.
+    return api.create_commit(repo_id, operations, commit_message=commit_message, token=token, revision=revision)
 
 
 __all__ = ["check_card", "check_folder", "code_files", "hub_files", "linked_pictures", "upload"]

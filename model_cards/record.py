@@ -28,15 +28,7 @@ _NOT_RECORDED = frozenset((
     "push_to_hub", "report_to", "resume_from_checkpoint", "run_name", "trackio_space_id", "use_cpu",
 ))
 # fmt: on
-_NOT_RECORDED_PREFIXES = (
-    "dataloader_num",
-    "dataloader_pe",
-    "dataloader_pi",
-    "dataloader_pre",
-    "hub_",
-    "logging_",
-    "save_",
-)
+_NOT_RECORDED_PREFIXES = ("dataloader_num", "dataloader_p", "hub_", "logging_", "save_")
 
 
 class RunRecord:
@@ -98,23 +90,16 @@ class RunRecord:
 
 
 def describe_data(arguments: Any) -> dict[str, Any]:
-    """The fields of a `DataArguments` that differ from their defaults; of a local data set only its name.
+    """The fields of a `DataArguments` that differ from their defaults; of a local dataset only its name.
 
     The entry `dataset` is a Hub id if `dataset_on_hub` is true, otherwise the name of a file or folder.
     """
     source = Path(arguments.dataset).expanduser()
     local = source.exists()
-    fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
-    changed = {
-        field.name: fields[field.name]
-        for field in dataclasses.fields(arguments)
-        if field.name != "dataset" and fields[field.name] != field.default
-    }
-    return {
-        "dataset": source.resolve().name if local else arguments.dataset,
-        "dataset_on_hub": not local,
-        "options": changed,
-    }
+    values = {field: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
+    changed = {f.name: value for f, value in values.items() if f.name != "dataset" and value != f.default}
+    name = source.resolve().name if local else arguments.dataset
+    return {"dataset": name, "dataset_on_hub": not local, "options": changed}
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
@@ -123,7 +108,9 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     changed = {}
     for field in dataclasses.fields(args):
         name, value = field.name, values.get(field.name)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default: Any = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         if not field.init or name in _NOT_RECORDED or name.startswith(_NOT_RECORDED_PREFIXES):
             continue
         # What is off either way (False, None, an empty list) is no difference.
@@ -142,7 +129,7 @@ def _shareable(value: Any) -> bool:
 
 
 def num_images(dataset: Any) -> int | None:
-    """Images of a data set; `None` of a stream."""
+    """Images of a dataset; `None` of a stream."""
     return len(dataset) if hasattr(dataset, "__len__") else None
 
 

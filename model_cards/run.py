@@ -16,8 +16,9 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
 from clmae.configuration.errors import InputError
-from clmae.model_cards.families import FAMILIES
 from clmae.model_cards.record import RECORD_NAME, read_json
+
+FAMILIES = {"mae": "MAE", "vit_mae": "MAE", "cl_mae": "CL-MAE", "cmae": "CMAE"}  # that cards are made for
 
 
 @dataclass(frozen=True)
@@ -130,4 +131,4 @@ def count_parameters(folder: Path) -> tuple[int, int]:
     return total, encoder or total
 
 
-__all__ = ["Run", "count_parameters", "read_model_config", "read_run", "weight_files"]
+__all__ = ["FAMILIES", "Run", "count_parameters", "read_model_config", "read_run", "weight_files"]

@@ -22,12 +22,7 @@ from clmae.configuration.configuration_cl_mae import CLMAEConfig
 from clmae.configuration.configuration_mae import SIZES, MAEConfig, pair
 from clmae.configuration.errors import InputError
 from clmae.modeling.modeling_cl_mae import CLMAEForPreTraining
-from clmae.modeling.modeling_mae import (
-    MAEForImageClassification,
-    MAEForPreTraining,
-    MAEModel,
-    MAEPreTrainedModel,
-)
+from clmae.modeling.modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel, MAEPreTrainedModel
 
 # -- names --------------------------------------------------------------------------------------------------------
 
@@ -44,13 +39,19 @@ class Layout(NamedTuple):
     name: str
     rules: tuple[tuple[str, str], ...]
 
-    def rename(self, ours: str) -> str:
-        """The layout's name for our parameter `ours`."""
+    def place(self, ours: str) -> tuple[str, int | None]:
+        """The layout's name for our parameter `ours`, and which third of that parameter it is, if not all of it."""
         for pattern, replacement in self.rules:
             ours = re.sub(pattern, replacement, ours)
-        return ours
+        name, _, part = ours.partition("#")
+        return name, int(part) if part else None
+
+    def rename(self, ours: str) -> str:
+        """The layout's name for our parameter `ours`."""
+        return self.place(ours)[0]
 
 
+_NORMS = ((r"\.layernorm_before\.", ".norm1."), (r"\.layernorm_after\.", ".norm2."))
 # facebookresearch/mae, with its decoder and classifier; timm's VisionTransformer; and the CL-MAE authors' masking net.
 TIMM = Layout(
     "facebookresearch/mae, CL-MAE's authors or timm",
@@ -58,8 +59,7 @@ TIMM = Layout(
         (r"^vit\.layers\.", "blocks."),
         (r"^decoder\.decoder_layers\.", "decoder_blocks."),
         (r"^masking_module\.layers\.", "masking_net.blocks."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
+        *_NORMS,
         (r"\.attention\.o_proj\.", ".attn.proj."),
         (r"\.attention\.q_proj\.(\w+)$", r".attn.qkv.\1#0"),
         (r"\.attention\.k_proj\.(\w+)$", r".attn.qkv.\1#1"),
@@ -75,25 +75,19 @@ TIMM = Layout(
         (r"^masking_module\.", "masking_net."),
     ),
 )
-TRANSFORMERS_4 = Layout(
-    "transformers 4",
-    (
-        (r"^vit\.layers\.", "vit.encoder.layer."),
-        (r"\.attention\.o_proj\.", ".attention.output.dense."),
-        (r"\.attention\.q_proj\.", ".attention.attention.query."),
-        (r"\.attention\.k_proj\.", ".attention.attention.key."),
-        (r"\.attention\.v_proj\.", ".attention.attention.value."),
-        (r"\.mlp\.fc1\.", ".intermediate.dense."),
-        (r"\.mlp\.fc2\.", ".output.dense."),
-    ),
+_ATTENTION_4 = (
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
 )
+_MLP_4 = ((r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense."))
+TRANSFORMERS_4 = Layout("transformers 4", ((r"^vit\.layers\.", "vit.encoder.layer."), *_ATTENTION_4, *_MLP_4))
 TRANSFORMERS_5 = Layout("transformers 5", ())
-# What only one of the layouts has, in the encoder's first block.
-_SIGNS = (
-    (TIMM, "blocks.0.attn.qkv.weight"),
-    (TRANSFORMERS_4, "vit.encoder.layer.0.attention.attention.query.weight"),
-    (TRANSFORMERS_5, "vit.layers.0.attention.q_proj.weight"),
-)
+# Only written: transformers 4's names, which transformers 5 reads as well.
+BEIT = Layout("BEiT", (*TRANSFORMERS_4.rules, (r"^vit\.", "beit."), (r"^fc_norm\.", "beit.pooler.layernorm.")))
+DINOV2 = Layout("DINOv2", ((r"^vit\.layers\.", "vit.encoder.layer."), (r"^vit\.", "dinov2."), *_ATTENTION_4, *_NORMS))
+_SIGN = "vit.layers.0.attention.q_proj.weight"  # each of the layouts that are read has another name for it
 _ENCODER = ("embeddings.", "encoder.", "layers.", "layernorm.")
 
 # -- import -------------------------------------------------------------------------------------------------------
@@ -107,13 +101,13 @@ CL_MAE_AUTHORS = dict(soft_masking="tokens", gauss_loss_weight=1.0, diversity_lo
 
 @dataclass
 class Import:
-    """What was found in foreign weights; [`Import.load`] makes the model.
+    """What foreign weights are; [`Import.load`] makes the model.
 
     Attributes:
         layout (`Layout`): Whose names they have.
         model_class, config: What they are weights of.
         weights: The foreign weights, under names without wrappers' prefixes.
-        assumed: Fields of `config` that neither weights nor caller said, and that change what the model computes.
+        assumed: Fields of `config` that neither weights nor caller give, and that change what the model computes.
         loaded, missing: Our names that have foreign weights, and those that have none.
         unexpected: Foreign names that we have no place for.
     """
@@ -140,17 +134,16 @@ class Import:
             )
         with torch.device("meta"):
             model = self.model_class(self.config)
-        parameters = model.state_dict()
         state = {}
-        for ours in self.loaded:
-            theirs, _, part = self.layout.rename(_full_name(self.model_class, ours)).partition("#")
+        for ours, parameter in model.state_dict().items():
+            theirs, part = self.layout.place(_full_name(self.model_class, ours))
             tensor = self.weights[theirs]
             # Cloned, because parameters that share memory cannot be saved.
-            state[ours] = tensor.chunk(3)[int(part)].clone() if part else tensor
-            if state[ours].shape != parameters[ours].shape:
+            state[ours] = tensor if part is None else tensor.chunk(3)[part].clone()
+            if state[ours].shape != parameter.shape:
                 raise InputError(
                     f"`{theirs}` has shape {tuple(tensor.shape)}, and gives {tuple(state[ours].shape)} where the rest "
-                    f"of the weights asks for {tuple(parameters[ours].shape)}: these are no weights of one MAE."
+                    f"of the weights asks for {tuple(parameter.shape)}: these are no weights of one MAE."
                 )
         model.load_state_dict(state, assign=True)
         return model.eval()
@@ -186,26 +179,21 @@ def read_weights(weights: Mapping[str, torch.Tensor], **fields: Any) -> Import:
     config = config_class(**{**sizes, **assumed, **fields})
     with torch.device("meta"):
         names = list(model_class(config).state_dict())
-    theirs = {ours: layout.rename(_full_name(model_class, ours)).partition("#")[0] for ours in names}
-    return Import(
-        layout=layout,
-        model_class=model_class,
-        config=config,
-        weights=weights,
-        assumed=assumed,
-        loaded=[ours for ours in names if theirs[ours] in weights],
-        missing=[ours for ours in names if theirs[ours] not in weights],
-        unexpected=sorted(set(weights) - set(theirs.values())),
-    )
+    theirs = {ours: layout.rename(_full_name(model_class, ours)) for ours in names}
+    loaded = [ours for ours in names if theirs[ours] in weights]
+    missing = [ours for ours in names if theirs[ours] not in weights]
+    unexpected = sorted(set(weights) - set(theirs.values()))
+    return Import(layout, model_class, config, weights, assumed, loaded, missing, unexpected)
 
 
 def detect_layout(names: Iterable[str]) -> Layout:
     """The layout that the parameter `names` are in; InputError if it is none that we know."""
     names = list(names)
-    for layout, sign in _SIGNS:
-        if sign in names:
-            return layout
-    known = "; ".join(f"{layout.name} ({sign})" for layout, sign in _SIGNS)
+    layouts = {layout.rename(_SIGN): layout for layout in (TIMM, TRANSFORMERS_4, TRANSFORMERS_5)}
+    layout = next((layout for sign, layout in layouts.items() if sign in names), None)
+    if layout is not None:
+        return layout
+    known = "; ".join(f"{layout.name} ({sign})" for sign, layout in layouts.items())
     raise InputError(
         f"the weights are in no known layout: they are named {', '.join(names[:3])} …; known are: {known}."
     )
@@ -223,7 +211,7 @@ def _model_class(
         return CLMAEForPreTraining
     if layout.rename("decoder.decoder_pred.weight") in shapes:
         return MAEForPreTraining
-    # timm's mean of tokens after the last LayerNorm is our encoder's feature, but no classifier of ours looks at it.
+    # timm's mean of tokens after the last LayerNorm is our encoder's feature, but no classifier of ours has it.
     mean_of_normed = fields.get("pooling") == "mean" and "fc_norm.weight" not in shapes
     classifier = layout.rename("classifier.weight") in shapes and not mean_of_normed
     return MAEForImageClassification if classifier else MAEModel
@@ -234,14 +222,13 @@ def _infer_sizes(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(what the shapes tell, what had to be assumed)`, as fields of the configuration."""
 
-    def shape(ours: str) -> torch.Size:
-        theirs = layout.rename(ours).partition("#")[0]
-        if theirs not in shapes:
-            raise InputError(f"the weights lack `{theirs}`: this is no whole checkpoint of {layout.name}.")
-        return shapes[theirs]
-
     def has(ours: str) -> bool:
-        return layout.rename(ours).partition("#")[0] in shapes
+        return layout.rename(ours) in shapes
+
+    def shape(ours: str) -> torch.Size:
+        if not has(ours):
+            raise InputError(f"the weights lack `{layout.rename(ours)}`: this is no whole checkpoint of {layout.name}.")
+        return shapes[layout.rename(ours)]
 
     def stack(prefix: str) -> tuple[int, int]:
         """Blocks, and the width of their MLP."""
@@ -253,8 +240,8 @@ def _infer_sizes(
     sizes["num_hidden_layers"], sizes["intermediate_size"] = stack("vit.layers")
     sizes["qkv_bias"] = has("vit.layers.0.attention.q_proj.bias")
     if "image_size" not in fields:
-        sizes["image_size"] = _infer_image_size(shape("vit.embeddings.position_embeddings"), patch_size)
-    assumed = {}
+        sizes["image_size"] = _infer_image_size(shape("vit.embeddings.position_embeddings")[1], patch_size)
+    assumed: dict[str, Any] = {}
     heads = [("num_attention_heads", hidden_size, STANDARD_HEADS)]
     if model_class is MAEForImageClassification:
         sizes.update(num_labels=shape("classifier.weight")[0], pooling="mean" if has("fc_norm.weight") else "cls")
@@ -272,7 +259,7 @@ def _infer_sizes(
             assumed[name] = standard[width]
         elif name not in fields:
             raise InputError(
-                f"`{name}` cannot be told from the weights, and a width of {width} has no standard one: give it "
+                f"`{name}` cannot be inferred from the weights, and a width of {width} has no standard one: give it "
                 f"(--{name})."
             )
     assumed["layer_norm_eps"] = MAEConfig.layer_norm_eps
@@ -284,15 +271,15 @@ def _simplest(size: Iterable[int]) -> int | list[int]:
     return height if height == width else [height, width]
 
 
-def _infer_image_size(positions: torch.Size, patch_size: list[int]) -> int | list[int]:
+def _infer_image_size(num_positions: int, patch_size: list[int]) -> int | list[int]:
     """The image size of a square patch grid with a class token before it."""
-    side = math.isqrt(positions[1] - 1)
-    if side * side != positions[1] - 1:
+    side = math.isqrt(num_positions - 1)
+    if side * side != num_positions - 1:
         raise InputError(
-            f"`image_size` cannot be told from {positions[1]} positions, which are no square and a class token: give "
-            "it (--image_size HEIGHT WIDTH)."
+            f"`image_size` cannot be inferred from {num_positions} positions, which are no square and a class token: "
+            "give it (--image_size HEIGHT WIDTH)."
         )
-    return _simplest([side * patch_size[0], side * patch_size[1]])
+    return _simplest([side * size for size in patch_size])
 
 
 # -- export -------------------------------------------------------------------------------------------------------
@@ -310,7 +297,7 @@ def export_weights(model: MAEPreTrainedModel, layout: Layout) -> dict[str, torch
     exported: dict[str, list[torch.Tensor]] = {}
     for ours, tensor in model.state_dict().items():
         if not ours.startswith(("projector.", "position_head.")):
-            theirs = layout.rename(_full_name(type(model), ours)).partition("#")[0]
+            theirs = layout.rename(_full_name(type(model), ours))
             exported.setdefault(theirs, []).append(tensor)  # queries, keys and values come in this order
     return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in exported.items()}
 
@@ -325,9 +312,9 @@ def to_mae(model: MAEPreTrainedModel) -> dict[str, torch.Tensor]:
 
 def to_vit(model: MAEPreTrainedModel) -> Export:
     """transformers' `ViTModel`, or `ViTForImageClassification` from a classifier on the class token."""
-    _require_cls_pooling(model, "vit")
+    _require(model, "vit", cls_pooling=True)
     config = ViTConfig(**_shared_fields(model), qkv_bias=model.config.qkv_bias)
-    return _transformers_export(model, config, "vit", "ViT")
+    return _encoder_export(model, config, "ViT", export_weights(model, TRANSFORMERS_4), "vit.")
 
 
 def to_vit_mae(model: MAEPreTrainedModel) -> Export:
@@ -337,16 +324,10 @@ def to_vit_mae(model: MAEPreTrainedModel) -> Export:
             f"`--to vit_mae` needs an autoencoder, but the model is a {type(model).__name__}, which has no decoder; "
             "take `--to vit`, or the pretrained model."
         )
-    _require_square(model, "vit_mae")
-    ours = model.config
+    _require(model, "vit_mae", square=True)
     decoder = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    config = ViTMAEConfig(
-        **_shared_fields(model),
-        **{f"decoder_{name}": getattr(ours, f"decoder_{name}") for name in decoder},
-        qkv_bias=ours.qkv_bias,
-        mask_ratio=ours.mask_ratio,
-        norm_pix_loss=ours.norm_pix_loss,
-    )
+    more = (*(f"decoder_{name}" for name in decoder), "qkv_bias", "mask_ratio", "norm_pix_loss")
+    config = ViTMAEConfig(**_shared_fields(model), **{name: getattr(model.config, name) for name in more})
     config.architectures = ["ViTMAEForPreTraining"]
     weights = export_weights(model, TRANSFORMERS_4)
     return Export(config, {name: value for name, value in weights.items() if name.startswith(("vit.", "decoder."))})
@@ -359,7 +340,7 @@ def to_beit(model: MAEPreTrainedModel) -> Export:
             f"`--to beit` is for classifiers with `pooling` 'mean', but the model is a {type(model).__name__} with "
             f"{model.config.pooling!r}; take `--to vit`."
         )
-    _require_square(model, "beit")
+    _require(model, "beit", square=True)
     config = BeitConfig(
         **_shared_fields(model),
         drop_path_rate=model.config.drop_path_rate,
@@ -367,23 +348,18 @@ def to_beit(model: MAEPreTrainedModel) -> Export:
         use_mean_pooling=True,
         layer_scale_init_value=0.0,
     )
-    config.architectures = ["BeitForImageClassification"]
-    weights = {}
-    for name, tensor in export_weights(model, TRANSFORMERS_4).items():
-        name = re.sub(r"^fc_norm\.", "beit.pooler.layernorm.", re.sub(r"^vit\.", "beit.", name))
-        if name.endswith(".key.weight") and not model.config.qkv_bias:
-            for other in ("query", "value"):
-                weights[name.replace("key.weight", f"{other}.bias")] = tensor.new_zeros(len(tensor))
+    weights = export_weights(model, BEIT)
+    for name in [name for name in weights if name.endswith(".key.weight")]:
         # BEiT's keys have no bias: it adds the same to a query's scores for all keys, and the softmax undoes that.
-        if not name.endswith(".key.bias"):
-            weights[name] = tensor
-    return Export(config, weights)
+        weights.pop(name.replace("key.weight", "key.bias"), None)
+        for other in ("query", "value"):
+            weights.setdefault(name.replace("key.weight", f"{other}.bias"), weights[name].new_zeros(len(weights[name])))
+    return _encoder_export(model, config, "Beit", weights, "beit.")
 
 
 def to_dinov2(model: MAEPreTrainedModel) -> Export:
     """transformers' `Dinov2Model`, or `Dinov2ForImageClassification` from a classifier on the class token."""
-    _require_cls_pooling(model, "dinov2")
-    _require_square(model, "dinov2")
+    _require(model, "dinov2", square=True, cls_pooling=True)
     fields = _shared_fields(model)
     width, intermediate = fields["hidden_size"], fields.pop("intermediate_size")
     if intermediate % width:
@@ -399,17 +375,21 @@ def to_dinov2(model: MAEPreTrainedModel) -> Export:
         layerscale_value=1.0,
         use_mask_token=False,
     )
-    export = _transformers_export(model, config, "dinov2", "Dinov2")
-    weights = {}
-    for name, tensor in export.weights.items():
-        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
-        name = name.replace(".intermediate.dense.", ".mlp.fc1.")
-        name = re.sub(r"(layer\.\d+)\.output\.dense\.", r"\1.mlp.fc2.", name)
-        if match := re.match(r"(.*layer\.\d+\.)norm([12])\.weight", name):
-            weights[f"{match[1]}layer_scale{match[2]}.lambda1"] = torch.ones_like(tensor)
-        # Its classifier looks at the class token and at the mean of the patch tokens, side by side.
-        weights[name] = torch.cat([tensor, torch.zeros_like(tensor)], 1) if name == "classifier.weight" else tensor
-    return Export(config, weights)
+    weights = export_weights(model, DINOV2)
+    for name in list(weights):
+        if match := re.fullmatch(r"(.*)\.norm([12])\.weight", name):
+            weights[f"{match[1]}.layer_scale{match[2]}.lambda1"] = torch.ones_like(weights[name])
+    if "classifier.weight" in weights:  # it looks at the class token and at the mean of the patch tokens, side by side
+        head = weights["classifier.weight"]
+        weights["classifier.weight"] = torch.cat([head, torch.zeros_like(head)], 1)
+    return _encoder_export(model, config, "Dinov2", weights, "dinov2.")
+
+
+TIMM_FIELDS = {
+    **dict(img_size="image_size", patch_size="patch_size", in_chans="num_channels", embed_dim="hidden_size"),
+    **dict(depth="num_hidden_layers", num_heads="num_attention_heads", qkv_bias="qkv_bias"),
+    "drop_path_rate": "drop_path_rate",
+}
 
 
 def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -427,19 +407,10 @@ def to_timm(model: MAEPreTrainedModel) -> tuple[dict[str, Any], dict[str, torch.
     classifier = isinstance(model, MAEForImageClassification)
     num_classes = config.num_labels if classifier else 0
     pool = "avg" if config.pooling == "mean" else "token"
-    args = dict(
-        img_size=pair(config.image_size),
-        patch_size=pair(config.patch_size),
-        in_chans=config.num_channels,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=_ratio(config.intermediate_size, config.hidden_size),
-        qkv_bias=config.qkv_bias,
-        global_pool=pool,
-        fc_norm=classifier and pool == "avg",  # else timm would pool before its final LayerNorm
-        drop_path_rate=config.drop_path_rate,
-    )
+    args = {timm: getattr(config, ours) for timm, ours in TIMM_FIELDS.items()}
+    args |= {name: pair(args[name]) for name in ("img_size", "patch_size")}
+    args |= dict(mlp_ratio=_ratio(config.intermediate_size, config.hidden_size), global_pool=pool)
+    args["fc_norm"] = classifier and pool == "avg"  # else timm would pool before its final LayerNorm
     details = dict(
         architecture="vit_base_patch16_224",  # any of the family: `model_args` replaces all that differs
         num_classes=num_classes,
@@ -470,67 +441,34 @@ def _ratio(part: int, whole: int) -> float:
 def _shared_fields(model: MAEPreTrainedModel) -> dict[str, Any]:
     """The fields that have the same name in all of transformers' ViTs."""
     config = model.config
-    names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "intermediate_size",
-        "hidden_act",
-        "initializer_range",
-        "layer_norm_eps",
-        "num_channels",
-    )
-    fields = {name: getattr(config, name) for name in names}
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act")
+    fields = {name: getattr(config, name) for name in (*names, "initializer_range", "layer_norm_eps", "num_channels")}
     fields |= {name: _simplest(pair(getattr(config, name))) for name in ("image_size", "patch_size")}
     if isinstance(model, MAEForImageClassification):
         fields |= dict(id2label=config.id2label, label2id=config.label2id, problem_type=config.problem_type)
     return fields
 
 
-def _require_cls_pooling(model: MAEPreTrainedModel, target: str) -> None:
-    if isinstance(model, MAEForImageClassification) and model.config.pooling != "cls":
+def _require(model: MAEPreTrainedModel, target: str, square: bool = False, cls_pooling: bool = False) -> None:
+    config = model.config
+    if cls_pooling and isinstance(model, MAEForImageClassification) and config.pooling != "cls":
         raise InputError(
-            f"`--to {target}` has no classifier with `pooling` {model.config.pooling!r}; take `--to beit` or `timm`."
+            f"`--to {target}` has no classifier with `pooling` {config.pooling!r}; take `--to beit` or `timm`."
         )
-
-
-def _require_square(model: MAEPreTrainedModel, target: str) -> None:
-    for name in ("image_size", "patch_size"):
-        if not isinstance(_simplest(pair(getattr(model.config, name))), int):
+    for name in ("image_size", "patch_size") if square else ():
+        if not isinstance(_simplest(pair(getattr(config, name))), int):
             raise InputError(
-                f"`--to {target}` needs square images and patches, but `{name}` is {getattr(model.config, name)}; take "
+                f"`--to {target}` needs square images and patches, but `{name}` is {getattr(config, name)}; take "
                 "`--to vit`, `timm` or `onnx`."
             )
 
 
-def _transformers_export(model: MAEPreTrainedModel, config: PreTrainedConfig, prefix: str, name: str) -> Export:
-    """Encoder, with the head if there is one, under transformers 4's names: those, transformers 4 and 5 both read."""
-    weights = export_weights(model, TRANSFORMERS_4)
+def _encoder_export(
+    model: MAEPreTrainedModel, config: PreTrainedConfig, name: str, weights: dict[str, torch.Tensor], prefix: str
+) -> Export:
+    """The classifier, or the encoder alone, whose parameters have no `prefix`."""
     if isinstance(model, MAEForImageClassification):
         config.architectures = [f"{name}ForImageClassification"]
-        return Export(config, {re.sub(r"^vit\.", f"{prefix}.", key): value for key, value in weights.items()})
+        return Export(config, weights)
     config.architectures = [f"{name}Model"]
-    encoder = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
-    return Export(config, encoder)
-
-
-__all__ = [
-    "CL_MAE_AUTHORS",
-    "STANDARD_DECODER_HEADS",
-    "STANDARD_HEADS",
-    "TIMM",
-    "TRANSFORMERS_4",
-    "TRANSFORMERS_5",
-    "Export",
-    "Import",
-    "Layout",
-    "detect_layout",
-    "export_weights",
-    "read_weights",
-    "to_beit",
-    "to_dinov2",
-    "to_mae",
-    "to_timm",
-    "to_vit",
-    "to_vit_mae",
-]
+    return Export(config, {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)})

@@ -152,6 +152,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             InputError: The views are to be contrasted, but there is one of each image, or one image; or the images
                 have another shape than the configuration says.
         """
+        self._check_kwargs(kwargs)
         several = pixel_values.ndim == 5
         views = pixel_values.shape[1] if several else 1
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding, several)
@@ -170,7 +171,8 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             *(pixel_values, noise, masking, curriculum_factor, compute_masker_loss, interpolate_pos_encoding),
             contrast=contrast,
             withhold=withhold,
-            **{**kwargs, "return_dict": True},
+            **kwargs,
+            return_dict=True,
         )
         for name in ("logits", "mask", "ids_restore", "keep_probabilities", "predicted_errors") if several else ():
             if name in outputs:

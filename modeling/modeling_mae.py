@@ -149,11 +149,16 @@ class MAEAttention(nn.Module):
         self.o_proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, attention_bias: Tensor | None = None, **kwargs: Any
+        self, hidden_states: Tensor, attention_bias: Tensor | None = None, num_queries: int | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        """With `num_queries` only the first so many tokens attend, to all."""
         query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, hidden_states[:, :num_queries]),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )
         implementation = self.config._attn_implementation
         if attention_bias is not None and implementation != "eager":
@@ -197,9 +202,10 @@ class MAELayer(GradientCheckpointingLayer):
         self.mlp = MAEMLP(config, hidden_size, intermediate_size)
         self.drop_path_rate = drop_path_rate
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = hidden_states + self._drop_path(attended)
+    def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs: Any) -> Tensor:
+        """Tokens `(B, L, D)` to `(B, L, D)`; with `num_queries` only the first so many, which attend to all."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), num_queries=num_queries, **kwargs)
+        hidden_states = hidden_states[:, :num_queries] + self._drop_path(attended)
         return hidden_states + self._drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
     def _drop_path(self, branch: Tensor) -> Tensor:
@@ -511,8 +517,8 @@ def sample_masking(config: MAEConfig, noise: Tensor, batch_size: int, grid_size:
     num_patches = math.prod(grid_size)
     if noise.shape != (batch_size, num_patches):
         raise InputError(
-            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row an image, a "
-            "number a patch."
+            f"`noise` has shape {tuple(noise.shape)}; expected ({batch_size}, {num_patches}): a row per image, a "
+            "number per patch."
         )
     num_visible = config.num_visible(num_patches)
     if not 0 < num_visible < num_patches:
@@ -534,6 +540,15 @@ class MAEForPreTraining(MAEPreTrainedModel):
     Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
     [`visible_tokens`], [`decoded_rows`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names
     them in `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
+
+    Example:
+
+    ```python
+    >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
+    >>> outputs = model(torch.rand(2, 3, 32, 32))
+    >>> outputs.logits.shape, outputs.mask.mean()
+    (torch.Size([2, 64, 48]), tensor(0.7500))
+    ```
     """
 
     output_class: type[MAEForPreTrainingOutput] = MAEForPreTrainingOutput
@@ -561,15 +576,6 @@ class MAEForPreTraining(MAEPreTrainedModel):
                 mask. Drawn from PyTorch's global generator if not given.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
-
-        Example:
-
-        ```python
-        >>> model = MAEForPreTraining(MAEConfig.from_size("tiny", image_size=32, patch_size=4))
-        >>> outputs = model(torch.rand(2, 3, 32, 32))
-        >>> outputs.logits.shape, outputs.mask.mean()
-        (torch.Size([2, 64, 48]), tensor(0.7500))
-        ```
         """
         options: dict[str, Any] = {name: kwargs.pop(name) for name in self._step_arguments if name in kwargs}
         self._check_kwargs(kwargs)

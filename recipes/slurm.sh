@@ -1,8 +1,8 @@
 #!/bin/bash
-# Several machines under SLURM: one torchrun on each, which starts a process for each of its GPUs.
+# Several machines under SLURM: one torchrun per machine, which starts one process per GPU.
 #   RECIPE=recipes/cl_mae_vit_base_imagenet.yaml OUTPUT=outputs/cl_mae sbatch recipes/slurm.sh [more options of clmae pretrain]
 # Submitted again, it goes on from the last checkpoint, also with another number of machines: keep the total batch, images
-# a device x devices x accumulation, as it was.
+# per device x devices x accumulation, as it was.
 #SBATCH --job-name=clmae
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -56,6 +60,19 @@ def make_images() -> Callable[..., torch.Tensor]:
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Iterator[Callable[[str], ModuleType]]:
+    """`benchmark(name)`: a script of `benchmarks/` or one of its folders as a module, which finds those beside it."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        for path in (folder, folder / "contrastive_crop"):
+            patch.syspath_prepend(str(path))
+        yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if folder in Path(getattr(module, "__file__", None) or "").parents:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

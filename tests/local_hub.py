@@ -102,11 +102,11 @@ class LocalHub:
 
     def fault(self, request: str) -> Fault | None:
         """The break that this request meets, used up by it."""
-        found = next((fault for fault in self.faults if re.search(fault.pattern, request)), None)
-        if found is not None:
-            found.times -= 1
+        fault = next((fault for fault in self.faults if re.search(fault.pattern, request)), None)
+        if fault is not None:
+            fault.times -= 1
             self.faults = [fault for fault in self.faults if fault.times > 0]
-        return found
+        return fault
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -170,20 +170,19 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"errors": [], "warnings": []})
         elif path == "/api/repos/create":
             self._create(json.loads(data))
-        elif found := re.fullmatch(r"/objects/(\w+)", path):
-            self._store(found[1], data)
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
-            self._with_repo(found[1], True, lambda repo: self._batch(json.loads(data)))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", path):
-            self._with_repo(found[1], True, lambda repo: self._preupload(repo, json.loads(data)))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/[^/]+", path):
-            self._with_repo(found[1], True, lambda repo: self._commit(found[1], repo, data))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
-            self._with_revision(found[1], found[2] or "main", self._info)
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
-            self._with_revision(found[1], found[2], lambda *repo: self._tree(*repo, found[3] or ""))
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            self._with_revision(found[1], found[2], lambda *repo: self._file(*repo, found[3]))
+        elif match := re.fullmatch(r"/objects/(\w+)", path):
+            self._store(match[1], data)
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            self._with_repo(match[1], True, lambda repo: self._batch(json.loads(data)))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+", path):
+            act = self._preupload if match[2] == "preupload" else self._commit
+            self._with_repo(match[1], True, lambda repo: act(match[1], repo, data))
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+            self._with_revision(match[1], match[2] or "main", self._info)
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+            self._with_revision(match[1], match[2], lambda *repo: self._tree(*repo, match[3] or ""))
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self._with_revision(match[1], match[2], lambda *repo: self._file(*repo, match[3]))
         else:
             self._refuse(404, "NotFound")
 
@@ -204,9 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
 
         self._with_repo(repo_id, False, find)
 
-    def _create(self, wanted: dict[str, Any]) -> None:
-        owner = wanted.get("organization") or self.user
-        repo_id = f"{owner}/{wanted['name']}"
+    def _create(self, request: dict[str, Any]) -> None:
+        owner = request.get("organization") or self.user
+        repo_id = f"{owner}/{request['name']}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "id": repo_id, "name": repo_id}
         if self.user is None:
             self._refuse(401, "Unauthorized", "Invalid username or password.")
@@ -215,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif repo_id in self.hub.repos:
             self._send(409, {"error": "You already created this model repo", **answer})
         else:
-            private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
+            private = bool(request.get("private")) or request.get("visibility") == "private"
             repo = self.hub.repos[repo_id] = Repo(private)
             repo.commit({".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
             self._send(200, answer)
@@ -227,21 +226,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.objects[oid] = data
         self._send(200)
 
-    def _batch(self, wanted: dict[str, Any]) -> None:
+    def _batch(self, request: dict[str, Any]) -> None:
         objects = []
-        for one in wanted["objects"]:
+        for one in request["objects"]:
             upload = {"upload": {"href": f"{self.hub.url}/objects/{one['oid']}"}}
             known = one["oid"] in self.hub.objects
             objects.append({"oid": one["oid"], "size": one["size"], **({} if known else {"actions": upload})})
         self._send(200, {"transfer": "basic", "objects": objects}, "application/vnd.git-lfs+json")
 
-    def _preupload(self, repo: Repo, wanted: dict[str, Any]) -> None:
+    def _preupload(self, repo_id: str, repo: Repo, data: bytes) -> None:
         def describe(path: str) -> dict[str, Any]:
             content, lfs = repo.files.get(path), is_lfs(path)
             oid = None if content is None else hashlib.sha256(content).hexdigest() if lfs else blob_id(content)
             return {"path": path, "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
 
-        self._send(200, {"files": [describe(one["path"]) for one in wanted["files"]]})
+        self._send(200, {"files": [describe(one["path"]) for one in json.loads(data)["files"]]})
 
     def _commit(self, repo_id: str, repo: Repo, data: bytes) -> None:
         files = dict(repo.files)
@@ -284,8 +283,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"X_Repo_Commit": sha, "Accept_Ranges": "bytes", "ETag": f'"{blob_id(content)}"'}
         if is_lfs(path):
             headers |= {"X_Linked_Etag": f'"{hashlib.sha256(content).hexdigest()}"', "X_Linked_Size": str(len(content))}
-        if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(found[1]), int(found[2] or len(content) - 1)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(match[1]), int(match[2] or len(content) - 1)
             headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
             self._send(206, content[first : last + 1], "application/octet-stream", **headers)
         else:

@@ -1,35 +1,47 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Who may import whom: configuration <- modeling <- model_cards <- training <- evaluation <- clmae, from the source."""
+"""The architecture, read from the source: who imports whom, what is declared, how long functions are, what is safe."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import os
+import re
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import transformers
+
+from clmae.training import CurriculumTrainer
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
 # Each may import those before it, and itself.
-ROOMS = ("configuration", "modeling", "model_cards", "training", "evaluation", "clmae")
+LAYERS = ("configuration", "modeling", "model_cards", "training", "evaluation", "clmae")
 # What travels to the Hub depends on nothing else; the configuration not even on torch.
 THIRD_PARTY = {"configuration": {"transformers"}, "modeling": {"transformers", "torch"}}
 
 
-def sources() -> dict[str, Path]:
-    """Every module of the package by its dotted name; the links in `clmae/` are not followed."""
-    found = {}
-    for room in ROOMS:
-        for folder, _, files in os.walk(ROOT / room):
-            for path in (Path(folder, file) for file in sorted(files) if file.endswith(".py")):
-                parts = path.relative_to(ROOT).with_suffix("").parts
-                parts = parts[:-1] if parts[-1] == "__init__" else parts
-                found[".".join(parts if room == "clmae" else ("clmae", *parts))] = path
-    return found
+def python_files(folder: str) -> list[Path]:
+    """The Python files below a folder, without following the links in `clmae/`."""
+    return [Path(path, name) for path, _, names in os.walk(ROOT / folder) for name in names if name.endswith(".py")]
 
 
-SOURCES = sources()
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[:-1] if parts[-1] == "__init__" else parts
+    return ".".join(parts if parts[0] == "clmae" else ("clmae", *parts))
+
+
+SOURCES = {module_name(path): path.read_text() for layer in LAYERS for path in sorted(python_files(layer))}
+UNTIL_MERGED = pytest.mark.xfail(strict=False, reason="until the redesigns of modeling, training and evaluation meet")
+SCRIPTS = {str(path): path.read_text() for folder in ("benchmarks", "recipes") for path in python_files(folder)}
 
 
 def imported(source: str) -> list[str]:
@@ -43,68 +55,61 @@ def imported(source: str) -> list[str]:
     return names
 
 
-def room_of(name: str) -> str:
+# -- imports ----------------------------------------------------------------------------------------------------------
+
+
+def layer_of(name: str) -> str:
     """The package that a dotted name under `clmae` belongs to; of the public API, `clmae` itself."""
     parts = name.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else "clmae"
+    return parts[1] if len(parts) > 1 and parts[1] in LAYERS else "clmae"
 
 
-def complaints(room: str, source: str) -> list[str]:
-    """What the imports of one module of `room` break."""
-    found = []
+def violations(layer: str, source: str) -> list[str]:
+    """What the imports of one module of `layer` break."""
+    broken = []
     for name in imported(source):
         package = name.split(".")[0]
         if name.startswith("."):
-            found.append(f"{name}: relative; write clmae.<room>.<module>")
-        elif package in ROOMS and package != "clmae":
-            found.append(f"{name}: the same module twice; write clmae.{name}")
-        elif package == "clmae" and ROOMS.index(room_of(name)) > ROOMS.index(room):
-            found.append(f"{name}: upwards from {room}")
-        elif package != "clmae" and room in THIRD_PARTY:
-            allowed = THIRD_PARTY[room] | sys.stdlib_module_names
-            found += [] if package in allowed else [f"{name}: {room} may import only {sorted(THIRD_PARTY[room])}"]
-    return found
+            broken.append(f"{name}: relative; write clmae.<package>.<module>")
+        elif package in LAYERS and package != "clmae":
+            broken.append(f"{name}: the same module twice; write clmae.{name}")
+        elif package == "clmae" and LAYERS.index(layer_of(name)) > LAYERS.index(layer):
+            broken.append(f"{name}: upwards from {layer}")
+        elif package not in {"clmae", *THIRD_PARTY.get(layer, {package}), *sys.stdlib_module_names}:
+            broken.append(f"{name}: {layer} may import only {sorted(THIRD_PARTY[layer])}")
+    return broken
 
 
-def module_of(name: str) -> str | None:
-    """The module of this package that holds the dotted `name`, or `None`."""
-    return next((name.rsplit(".", i)[0] for i in range(name.count(".") + 1) if name.rsplit(".", i)[0] in SOURCES), None)
-
-
-@pytest.mark.parametrize("module", SOURCES)
-def test_imports(module):
-    assert complaints(room_of(module), SOURCES[module].read_text()) == []
+def test_nothing_imports_upwards():
+    assert {"clmae", "clmae.configuration", "clmae.modeling.losses", "clmae.training"} <= set(SOURCES)
+    assert {name: broken for name, text in SOURCES.items() if (broken := violations(layer_of(name), text))} == {}
 
 
 @pytest.mark.parametrize(
-    ("room", "source"),
+    ("layer", "source"),
     [
         ("configuration", "import torch"),
         ("configuration", "def f():\n    from torch import nn"),
         ("configuration", "from clmae.modeling import MAEModel"),
         ("modeling", "import numpy as np"),
-        ("modeling", "from clmae.training.curriculum import CurriculumTrainer"),
         ("modeling", "from clmae import MAEConfig"),
         ("modeling", "from modeling.losses import kl_loss"),
         ("modeling", "from . import losses"),
         ("model_cards", "from clmae.training.pictures import curves_figure"),
         ("training", "import clmae.evaluation.knn"),
-        ("evaluation", "import clmae"),
         ("clmae", "import training"),
     ],
 )
-def test_the_rule_finds_what_breaks_it(room, source):
-    assert len(complaints(room, source)) == 1
-
-
-def test_there_is_something_to_check():
-    assert {"clmae", "clmae.configuration", "clmae.modeling.losses", "clmae.training"} <= set(SOURCES)
+def test_an_import_upwards_is_found(layer, source):
+    assert len(violations(layer, source)) == 1
 
 
 def test_no_import_cycles():
-    edges = {
-        module: {module_of(name) for name in imported(path.read_text())} - {None} for module, path in SOURCES.items()
-    }
+    def module_of(name: str) -> str | None:
+        prefixes = (name.rsplit(".", i)[0] for i in range(name.count(".") + 1))
+        return next((prefix for prefix in prefixes if prefix in SOURCES), None)
+
+    edges = {module: {module_of(name) for name in imported(text)} - {None} for module, text in SOURCES.items()}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -119,12 +124,87 @@ def test_no_import_cycles():
 
 
 def test_tests_import_the_installed_names():
-    for path in (ROOT / "tests").rglob("*.py"):
-        packages = {name.split(".")[0] for name in imported(path.read_text())}
-        assert not packages & set(ROOMS[:-1]), path
+    for path in python_files("tests"):
+        assert not {name.split(".")[0] for name in imported(path.read_text())} & set(LAYERS[:-1]), path
 
 
-# What reads a file that somebody else may have made, and runs what is in it.
+# -- dependencies -----------------------------------------------------------------------------------------------------
+
+# Not imported here, but by `report_to: tensorboard` of the recipes, huggingface_hub's card templates, torch.onnx.
+NOT_IMPORTED = {"tensorboard", "jinja2", "onnx", "onnxscript"}
+
+
+def declared(*extras: str) -> set[str]:
+    """Distributions in pyproject.toml: of the package itself, and of some extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + [line for extra in extras for line in project["optional-dependencies"][extra]]
+    return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+
+
+installed = functools.cache(packages_distributions)  # which takes seconds
+
+
+def needed(sources: dict[str, str]) -> set[str]:
+    """Distributions of the third-party packages that some modules import."""
+    packages = {name.split(".")[0] for text in sources.values() for name in imported(text)}
+    packages -= {"clmae", *sys.stdlib_module_names, *(Path(path).stem for path in SCRIPTS)}
+    distributions = installed()
+    return {distributions[package][0].lower().replace("_", "-") for package in packages}
+
+
+def test_what_the_package_imports_is_declared():
+    assert needed(SOURCES) - declared("export") == set()
+
+
+@UNTIL_MERGED
+def test_what_is_declared_is_imported():
+    assert declared("export") - needed(SOURCES) == NOT_IMPORTED
+
+
+def test_what_only_benchmarks_import_is_their_extra():
+    assert needed(SCRIPTS) - declared() == declared("benchmarks") - declared()
+
+
+# -- size -------------------------------------------------------------------------------------------------------------
+
+
+def code_lines(node: ast.AST, source: str) -> int:
+    """Non-blank lines of a definition."""
+    return sum(bool(line.strip()) for line in source.splitlines()[node.lineno - 1 : node.end_lineno])
+
+
+def definitions(kind: type, sources: dict[str, str]) -> dict[str, int]:
+    """Non-blank lines of all definitions of a kind, by module and name."""
+    nodes = ((name, text, node) for name, text in sources.items() for node in ast.walk(ast.parse(text)))
+    return {f"{name}.{node.name}": code_lines(node, text) for name, text, node in nodes if isinstance(node, kind)}
+
+
+@UNTIL_MERGED
+def test_no_function_is_longer_than_60_lines():
+    functions = definitions((ast.FunctionDef, ast.AsyncFunctionDef), SOURCES)
+    assert {name: lines for name, lines in functions.items() if lines > 60} == {}
+
+
+@UNTIL_MERGED
+def test_the_trainer_is_small():
+    assert definitions(ast.ClassDef, SOURCES)["clmae.training.trainer.CurriculumTrainer"] <= 350
+
+
+@UNTIL_MERGED
+def test_the_trainer_overrides_at_most_two_private_methods():
+    chain = [owner for owner in CurriculumTrainer.__mro__ if owner.__module__.startswith("clmae.")]
+    private = {name for owner in chain for name, value in vars(owner).items() if name[0] == "_" and callable(value)}
+    assert len({name for name in private if not name.startswith("__") and hasattr(transformers.Trainer, name)}) <= 2
+
+
+@UNTIL_MERGED
+def test_no_model_is_asked_for_the_parts_of_a_family():
+    pattern = re.compile(r"""(?:has|get)attr\([^()]*,\s*["'](?:masking_module|position_head)["']""")
+    assert {name: hits for name, text in SOURCES.items() if (hits := pattern.findall(text))} == {}
+
+
+# -- what reads a file that somebody else may have made, and runs what is in it ---------------------------------------
+
 FREE = {
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open", "joblib.load"),
     *("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.UnsafeLoader", "yaml.Loader"),
@@ -135,32 +215,26 @@ CONSENT = {("trust_remote_code", True), ("allow_pickle", True), ("weights_only",
 
 def unsafe(source: str) -> list[str]:
     """What in `source` could run code that comes with data: free unpickling, free YAML, unasked consent."""
-    found = []
+    hits = []
     for node in ast.walk(ast.parse(source)):
+        given: set[tuple] = set()
         if isinstance(node, (ast.Name, ast.Attribute)) and ast.unparse(node) in FREE:
-            found.append(ast.unparse(node))
-        if isinstance(node, ast.ImportFrom):
-            found += [name for name in imported(ast.unparse(node)) if name in FREE]
-        if isinstance(node, ast.Call):
+            hits.append(ast.unparse(node))
+        elif isinstance(node, ast.ImportFrom):
+            hits += [name for name in imported(ast.unparse(node)) if name in FREE]
+        elif isinstance(node, ast.Call):
             given = {(word.arg, getattr(word.value, "value", None)) for word in node.keywords}
-            found += [f"{name}={value}" for name, value in CONSENT & given]
             if ast.unparse(node.func) == "torch.load" and ("weights_only", True) not in given:
-                found.append("torch.load without weights_only=True")
-        if isinstance(node, ast.Dict):
-            given = {(getattr(key, "value", None), getattr(value, "value", None)) for key, value in zip_dict(node)}
-            found += [f"{name}: {value}" for name, value in CONSENT & given]
-    return found
-
-
-def zip_dict(node: ast.Dict) -> list[tuple[ast.expr | None, ast.expr]]:
-    """Keys and values of a dictionary in source."""
-    return list(zip(node.keys, node.values, strict=True))
+                hits.append("torch.load without weights_only=True")
+        elif isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            given = {(getattr(key, "value", None), getattr(value, "value", None)) for key, value in pairs}
+        hits += [f"{name}={value}" for name, value in CONSENT & given]
+    return hits
 
 
 def test_no_file_is_read_as_code():
-    scripts = [path for room in ("benchmarks", "recipes") for path in (ROOT / room).rglob("*.py")]
-    found = {str(path): unsafe(path.read_text()) for path in [*SOURCES.values(), *scripts]}
-    assert {path: problems for path, problems in found.items() if problems} == {}
+    assert {path: hits for path, text in (SOURCES | SCRIPTS).items() if (hits := unsafe(text))} == {}
 
 
 @pytest.mark.parametrize(
@@ -172,9 +246,7 @@ def test_no_file_is_read_as_code():
         "from pickle import loads",
         "yaml.load(text, yaml.SafeLoader)",
         "np.load(path, allow_pickle=True)",
-        "AutoModel.from_pretrained(name, trust_remote_code=True)",
         "options = {'trust_remote_code': True}",
-        "dict(trust_remote_code=True)",
         "eval(text)",
     ],
 )

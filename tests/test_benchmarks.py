@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,12 +16,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(benchmark, monkeypatch, capsys):
     """`script(name)`: a script's module, and `module.main` called with arguments, for what it prints."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def load(name: str):
-        module = importlib.import_module(name)
+        module = benchmark(name)
 
         def call(*argv: object) -> str:
             monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, argv)])
@@ -32,11 +30,10 @@ def script(monkeypatch, capsys):
 
         return module, call
 
-    yield load
-    for name in ("step", "input_pipeline", "scaling"):
-        sys.modules.pop(name, None)
+    return load
 
 
+@pytest.mark.slow
 def test_step_benchmark(tmp_path, script):
     _, call = script("step")
     printed = call("--preset", "smoke", "--only", "tiny", "--output", tmp_path, "--rounds", 1)
@@ -66,8 +63,12 @@ def test_step_benchmark_compares_what_is_of_one_shape(script):
     assert list(rows["over_mae"]) == [2, 1, 0.8, 1]
     assert list(rows["peak_share"]) == pytest.approx([0.5, 1, 0.025, 0.02])
     assert list(rows["images_per_second"]) == [0.5, 1, 0.025, 0.02]
+    kernels = step.largest_kernels(lambda: step.torch.ones(9, 9) @ step.torch.ones(9, 9), step.torch.device("cpu"))
+    assert "aten::mm" in set(kernels["kernel"])
+    assert len(kernels) <= 5
     rows = rows.assign(peak_bytes=5e6, synchronisations=0, error=[None, None, None, "out of memory"])
-    text = step.group_to_markdown("g", rows)
+    text = step.group_to_markdown("g", rows.assign(kernels=[kernels, None, kernels, None]))
+    assert text.count("The largest kernels of a step, vit_mae:\n\n| kernel | launches | ms | share |") == 1
     assert "| tiny, mae | 2 | 1.0 | 2000.0 | 100% | 2.00 | 2.00 | 1.00 | 5 | 0 |" in text
     assert "| 192x6-64px, mae | 2 | out of memory |" in text
 
@@ -87,6 +88,7 @@ def test_step_benchmark_fits_exponents(script):
         assert step.exponents(rows[:2]).empty
 
 
+@pytest.mark.slow
 def test_the_page_on_speed_has_the_computed_tables(script):
     _, call = script("step")
     page = (ROOT / "docs" / "speed.md").read_text()
@@ -100,6 +102,7 @@ def test_step_benchmark_wrong_use(tmp_path, script, capsys):
         call("--preset", "smoke", "--only", "huge", "--output", tmp_path)
 
 
+@pytest.mark.slow
 def test_memory_is_counted(script):
     step, _ = script("step")
     case = step.Case("cl_mae", "tiny", 8, precision="bf16")
@@ -130,6 +133,7 @@ def test_presets_hold_what_can_be_built(script):
             assert all(step.step_flops(case.config, case.batch, case.interval) > 0 for case in cases)
 
 
+@pytest.mark.slow
 def test_input_pipeline_benchmark(tmp_path, script):
     for i, image in enumerate(pil_dataset(6, size=80)["image"]):
         (tmp_path / "photos").mkdir(exist_ok=True)
@@ -146,19 +150,19 @@ def test_input_pipeline_benchmark(tmp_path, script):
         assert 0 < float(row[4]) < 1
 
 
-def test_heat_maps(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_heat_maps(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "contrastive_crop"))
-    module = importlib.import_module("heat_maps")
     options = ["--seeds", "0", "1", "--steps", "1", "--num_train", "64", "--num_test", "8", "--output"]
-    monkeypatch.setattr(sys, "argv", ["heat_maps.py", *options, str(tmp_path)])
-    module.main()
+    printed = script("heat_maps")[1](*options, tmp_path)
     lines = (tmp_path / "heat_maps.md").read_text().splitlines()
+    assert printed.endswith("\n".join(lines) + "\n\n")
     assert lines[0] == "| heat map | random encoder | MAE | CMAE |"
     assert len(lines) == 3 + 4 * 2 * 5
     assert all(line.count("±") == 3 for line in lines[3:])
 
 
+@pytest.mark.slow
 def test_scaling_benchmark(tmp_path, script):
     processes = min(2, script("scaling")[0].usable_cores())
     options = f"--processes {processes} --families mae --shape tiny --batch 2 --steps 2 --rounds 1 --output".split()

@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,30 +12,21 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="runs are forked")
 
 
-def load(name):
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+@pytest.fixture(scope="module")
+def faults(benchmark):
+    """The script, with short runs."""
+    module = benchmark("faults")
+    module.STEPS = 6
     return module
 
 
 @pytest.fixture(scope="module")
-def faults():
-    """The script, with short runs."""
-    module = load("faults")
-    module.STEPS = 6
-    yield module
-    del sys.modules["faults"]
-
-
-@pytest.fixture(scope="module")
-def soak(faults):
+def soak(faults, benchmark):
     """The other one, which imports the first."""
-    yield load("soak")
-    del sys.modules["soak"]
+    return benchmark("soak")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["kill", "disk", "workers", "ranks", "readonly", "clock", "second"])
 def test_runs_that_are_stopped_and_hurt_end_with_the_same_weights(faults, name):
     rows = faults.FAULTS[name](0.05, faults.random.Random(0))
@@ -45,6 +34,7 @@ def test_runs_that_are_stopped_and_hurt_end_with_the_same_weights(faults, name):
     assert all(row.get("slowest_end_seconds", 0) < 40 for row in rows)  # after 30, torchrun kills who hangs
 
 
+@pytest.mark.slow
 def test_the_same_answer_and_another(faults, monkeypatch, tmp_path):
     base, parts, tolerances = faults.ARRANGEMENTS["MAE: 4 x 1 images accumulated for 1 x 4"]
     base = dict(base, max_steps=6, save_steps=6)
@@ -59,7 +49,7 @@ def test_the_same_answer_and_another(faults, monkeypatch, tmp_path):
     assert (tmp_path / "losses.png").stat().st_size > 5000
 
 
-def test_the_table_is_made_in_pieces(faults, monkeypatch, tmp_path):
+def test_the_table_is_made_in_pieces_and_counts_what_is_lost(faults, monkeypatch, tmp_path):
     counts = {"kill": 1, "same": 2}
     fakes = {name: lambda *_, name=name: [faults.row(name, faults.Counter(x=counts[name]), ("x",))] for name in counts}
     monkeypatch.setattr(faults, "FAULTS", fakes)
@@ -71,19 +61,17 @@ def test_the_table_is_made_in_pieces(faults, monkeypatch, tmp_path):
     assert list(zip(table["command"], table["tried"], table["outcomes"], strict=True)) == [
         *(("kill", 5, "x: 5"), ("same", 2, "x: 2"))
     ]
+    lost = faults.row("x", faults.Counter({"good": 2, "bad": 1}), ("good",))
+    assert (lost["tried"], lost["survived"], lost["lost"]) == (3, 2, 1)
+    monkeypatch.setattr(faults, "FAULTS", {"kill": lambda *_: [lost]})
+    monkeypatch.setattr(sys, "argv", ["faults.py", "--output", str(tmp_path)])
+    assert faults.main() == 1
     lines = (tmp_path / "results.md").read_text().splitlines()
     assert lines[0] == "| fault | tried | survived | lost | outcomes | date | command | seconds |"
     assert len(lines) == 4
 
 
-def test_what_is_lost_is_counted(faults, monkeypatch, tmp_path):
-    found = faults.row("x", faults.Counter({"good": 2, "bad": 1}), ("good",))
-    assert (found["tried"], found["survived"], found["lost"]) == (3, 2, 1)
-    monkeypatch.setattr(faults, "FAULTS", {"x": lambda *_: [found]})
-    monkeypatch.setattr(sys, "argv", ["faults.py", "--output", str(tmp_path)])
-    assert faults.main() == 1
-
-
+@pytest.mark.slow
 def test_nothing_grows_over_a_short_soak(soak, tmp_path, monkeypatch):
     monkeypatch.setattr(soak, "WINDOW", 10)
     often = dict(eval_steps=20, difficulty_steps=20, save_steps=40, picture_steps=80, contrastive_crop_interval=0.2)

@@ -26,6 +26,7 @@ from transformers import AutoModelForPreTraining
 import clmae
 from clmae.training.images import ImageDecodeError, decode_image
 
+pytestmark = pytest.mark.slow
 TRIES = settings(
     **dict(max_examples=int(os.environ.get("MUTATIONS", "60")), deadline=None, derandomize=True, database=None),
     suppress_health_check=list(HealthCheck),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from clmae.model_cards.card import write_card
 
 from .training.runs import pil_dataset
 
+pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = dict(model_size="tiny", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
 MASKER = {"masker_num_hidden_layers": 1, "masker_num_attention_heads": 2}
@@ -57,12 +57,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def module():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        yield importlib.import_module("study")
-    for name in ("study", "measure"):
-        del sys.modules[name]
+def module(benchmark):
+    return benchmark("study")
 
 
 @pytest.fixture(scope="module")
@@ -140,17 +136,8 @@ def test_cells_straight_and_stopped(study, home, monkeypatch):
 
 def test_two_processes_do_each_cell_once(study, home, tmp_path):
     options = ["--seeds", "0", "--recipes", "mae", "cl_mae", "--budgets", "images", "--protocols", "knn"]
-    argv = [
-        sys.executable,
-        BENCHMARKS / "study.py",
-        "run",
-        "tiny",
-        "--output_dir",
-        tmp_path,
-        "--dataset",
-        "data",
-        *options,
-    ]
+    script = [sys.executable, BENCHMARKS / "study.py", "run", "tiny"]
+    argv = [*script, "--output_dir", tmp_path, "--dataset", "data", *options]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen(argv, cwd=home, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate(timeout=300)[0] for process in started]
@@ -193,7 +180,7 @@ def test_measurements_by_hand(module):
         {"step": 25 * i, "random_loss": 1.0, "difficulty": 0.1 * i, "keep_mean": 0.2 + 0.01 * i, "keep_spread": 0.1}
         for i in range(9)
     ]
-    found = sys.modules["measure"].metrics([{"step": 3, "loss": 1.0}, *rows])
+    found = module.masks.metrics([{"step": 3, "loss": 1.0}, *rows])
     quarters = [found[f"Q{i}"] for i in range(1, 5)]
     assert quarters == pytest.approx([0.15, 0.35, 0.55, 0.75])  # of two measurements each, the first one left out
     assert found["difficulty at the end"] == pytest.approx(0.8)

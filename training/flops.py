@@ -46,17 +46,15 @@ def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_int
     views = getattr(config, "num_views", 1)
     patches, width = config.num_patches, config.hidden_size
     visible = config.num_visible(patches)
-    learned_masks = config.model_type == "cl_mae" or getattr(config, "learned_masks", False)
-    # Only what chooses its masks by its patches embeds all of them; the images need no gradient.
-    embedding = 2 * _linear(patches if learned_masks else visible, config.patch_dim, width)
+    embedding = 2 * _linear(patches, config.patch_dim, width)  # the images need no gradient
     parts: dict[str, float] = {"encoder": embedding + 3 * sum(_encoder(config, visible + 1))}
     parts["decoder"] = 3 * sum(_decoder(config, visible + 1))
-    if learned_masks:
+    if config.learns_masks:
         share = 1 / masker_update_interval
         parts["masking module"] = (1 + 2 * share) * _masking_module(config)
         parts["pass B"] = share * _pass_b(config)
     if config.model_type == "cmae" and config.position_loss_weight:
-        parts["token positions"] = 3 * _linear(int(visible * config.position_mask_ratio), width, patches)
+        parts["token positions"] = 3 * _linear(int(visible * config.position_mask_ratio), width, patches) + embedding
     if config.model_type == "cmae" and config.contrastive_loss_weight:
         inner, size = config.projection_hidden_size, config.projection_size
         parts["contrast"] = 3 * (_linear(1, width, inner) + _linear(1, inner, size))
@@ -135,7 +133,7 @@ def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     def count(**inputs: Any) -> int:
         with FakeTensorMode():
             model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").train()
-            if not hasattr(model, "masking_module"):
+            if not config.learns_masks:
                 inputs = {}
             with FlopCounter() as counter:
                 model(pixel_values=torch.zeros(shape), **inputs).loss.backward()

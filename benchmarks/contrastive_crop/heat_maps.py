@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Which heat map of a ViT finds the object? Judged on generated images whose object boxes are known.
+"""Which heat map of a ViT finds the object? Evaluated on generated images whose object boxes are known.
 
     python benchmarks/contrastive_crop/heat_maps.py --seeds 0 1 2
 
@@ -29,16 +29,6 @@ SIZE, PATCH, GRID = 32, 4, (8, 8)
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5)
 
 
-def norm(tokens: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each token."""
-    return tokens.norm(dim=-1)
-
-
-def distance(tokens: torch.Tensor) -> torch.Tensor:
-    """Distance of each token to the image's mean token."""
-    return (tokens - tokens.mean(1, keepdim=True)).norm(dim=-1)
-
-
 def component(tokens: torch.Tensor) -> torch.Tensor:
     """First principal component over the image's tokens, its sign such that fewer tokens are hot than cold."""
     centred = tokens - tokens.mean(1, keepdim=True)
@@ -55,9 +45,10 @@ def border_distance(tokens: torch.Tensor) -> torch.Tensor:
     return (tokens - tokens[:, border].mean(1, keepdim=True)).norm(dim=-1)
 
 
+# Of tokens `(B, N, D)`: heat `(B, N)`.
 CANDIDATES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "norm": norm,
-    "distance to the mean": distance,
+    "norm": lambda tokens: tokens.norm(dim=-1),
+    "distance to the mean": lambda tokens: (tokens - tokens.mean(1, keepdim=True)).norm(dim=-1),
     "first principal component": component,
     "distance to the border's mean": border_distance,
 }
@@ -86,16 +77,9 @@ def encoder(family: str, seed: int, steps: int, images: torch.Tensor) -> torch.n
     config = config_class(**sizes, **(decoder if family == "mae" else {}))
     model = model_class._from_config(config, attn_implementation="eager")
     if steps:
-        args = PretrainingArguments(
-            f"outputs/heat_maps/{family}-{seed}",
-            max_steps=steps,
-            learning_rate=1e-3,
-            seed=seed,
-            use_cpu=not torch.cuda.is_available(),
-            bf16=True,
-            save_strategy="no",
-            report_to="none",
-        )
+        options = dict(use_cpu=not torch.cuda.is_available(), bf16=True, save_strategy="no", report_to="none")
+        folder = f"outputs/heat_maps/{family}-{seed}"
+        args = PretrainingArguments(folder, max_steps=steps, learning_rate=1e-3, seed=seed, **options)
         CurriculumTrainer(model, args, train_dataset=Views(images, getattr(config, "num_views", 1))).train()
     return model.vit.eval()
 
@@ -151,8 +135,9 @@ def main() -> None:
     best = groups["mean"].unstack()[["MAE", "CMAE"]].sum(axis=1).sort_values(ascending=False).index
     table = text.unstack().loc[best, ["random encoder", "MAE", "CMAE"]]
     table = pd.concat([pd.DataFrame(f"{whole:.3f}", ["whole image"], table.columns), table])
-    write_whole(options.output / "heat_maps.md", markdown_table(table.reset_index(names="heat map")))
-    print(markdown_table(table.reset_index(names="heat map")))
+    text = markdown_table(table.reset_index(names="heat map"))
+    write_whole(options.output / "heat_maps.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

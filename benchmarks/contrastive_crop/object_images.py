@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Generated images with one object each, whose box is known: to judge which heat map finds objects."""
+"""Generated images with one object each, whose box is known: to evaluate which heat map finds objects."""
 
 from __future__ import annotations
 
@@ -27,13 +27,7 @@ def object_images(count: int, size: int, seed: int) -> tuple[torch.Tensor, torch
     Returns:
         The images, uint8 `(count, 3, size, size)`, and the smallest boxes around the shapes, float32 `(count, 4)`:
         `(top, left, bottom, right)` in fractions of the side.
-
-    Raises:
-        ValueError: `count`, `size` or `seed` is too small.
     """
-    for name, value, least in (("count", count, 1), ("size", size, 16), ("seed", seed, 0)):
-        if value < least:
-            raise ValueError(f"`{name}` is {value}; give a whole number from {least}.")
     images, boxes = zip(*(_object_image(size, np.random.default_rng((seed, i))) for i in range(count)), strict=True)
     return torch.from_numpy(np.stack(images)), torch.tensor(boxes, dtype=torch.float32) / size
 

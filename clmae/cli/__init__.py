@@ -10,7 +10,19 @@ from collections.abc import Sequence
 from clmae.cli.options import nearest
 from clmae.configuration.errors import InputError
 
-USAGE = """\
+COMMANDS = {
+    "pretrain": "pretrain a masked autoencoder on images",
+    "evaluate": "evaluate an encoder: k-NN, linear, few-shot, fine-tuning …",
+    "compare": "pretrain by several recipes under equal conditions, and evaluate each",
+    "visualize": "draw masks and reconstructions",
+    "export": "write a model for transformers' own classes, timm or ONNX",
+    "convert": "read a checkpoint of another MAE project",
+    "card": "make the model card of an output folder",
+    "push": "upload a model to the Hub",
+    "verify": "check that checkpoints and models are whole",
+    "bench": "measure how fast this machine pretrains, and which batch size fits",
+}
+USAGE = f"""\
 usage: clmae COMMAND ...
 
 examples:
@@ -19,21 +31,10 @@ examples:
   clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png
 
 commands:
-  pretrain          pretrain a masked autoencoder on images
-  evaluate          judge an encoder: k-NN, linear, few-shot, fine-tuning …
-  compare           pretrain by several recipes under equal conditions, and judge each
-  visualize         draw masks and reconstructions
-  export            write a model for transformers' own classes, timm or ONNX
-  convert           read a checkpoint of another MAE project
-  card              make the model card of an output folder
-  push              upload a model to the Hub
-  verify            check that checkpoints and models are whole
-  bench             how fast this machine pretrains, and which batch fits
+{chr(10).join(f"  {name:<17} {text}" for name, text in COMMANDS.items())}
 
 `clmae COMMAND --help` explains a command's options.
 """
-
-COMMANDS = ("pretrain", "evaluate", "compare", "visualize", "export", "convert", "card", "push", "verify", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,55 +9,53 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForPreTraining, PrinterCallback, TrainerCallback
+from transformers.hf_argparser import HfArg
 
-from clmae.cli.options import parse, split_options
+from clmae.cli.options import CommandParser
 from clmae.cli.pretrain import read_arguments
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.record import device_name
-from clmae.training.arguments import PretrainingArguments
+from clmae.training import CurriculumTrainer, PretrainingArguments
 from clmae.training.build import fastest_attention
 from clmae.training.flops import step_flops
-from clmae.training.trainer import CurriculumTrainer
 
 EXAMPLES = """\
   clmae bench --family cl_mae --model_size small --image_size 96 --patch_size 8
   clmae bench --config recipes/mae_cifar10.yaml --bf16 --batch_sizes 128 256 512 --num_images 50000"""
 
 # Options of `clmae pretrain` that a measurement sets by itself.
-TAKEN = {
+REFUSED = {
     "per_device_train_batch_size": "give --batch_sizes",
     "output_dir": "nothing is written",
     "resume_from_checkpoint": "nothing is trained",
     "push_to_hub": "nothing is trained",
 }
-# Of a recipe: nothing is logged, evaluated, saved or drawn while steps are timed.
+# Nothing is logged, evaluated, saved or drawn while steps are timed, whatever the recipe says.
 QUIET = {
     **dict(eval_strategy="no", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm="true"),
     **dict(difficulty_steps="0", picture_steps="0", gradient_accumulation_steps="1", dataloader_num_workers="0"),
-    "contrastive_crop": "false",
+    **dict(contrastive_crop="false", dataset="none", output_dir="none", learning_rate="1e-4"),
 }
 _ROW = "{:>6} {:>10} {:>9} {:>11} {:>10}"
-LARGEST = 4096  # MAE's batch over all devices; more on one is no recipe, and host memory has to hold it
-WARM_UP = 2  # steps, times the interval: what happens once, such as compilation
+LARGEST = 4096  # MAE's batch over all devices; host memory has to hold it
+DOUBLED = f"on a GPU then doubled until they no longer fit, up to {LARGEST}"
+WARM_UP = 2  # steps, times the interval: compilation and other things that happen once
 
 
 @dataclass
 class BenchArguments:
     """What to measure, beside the options of `clmae pretrain` (family, model, precision, compilation ...)."""
 
-    batch_sizes: list[int] = field(
-        default_factory=lambda: [16, 32, 64, 128],
-        metadata={"help": f"Images a step; on a GPU then doubled until it no longer fits, up to {LARGEST}."},
-    )
-    num_steps: int = field(default=5, metadata={"help": "Steps that are timed; the median counts."})
-    num_images: int = field(default=1_281_167, metadata={"help": "Images of an epoch; ImageNet-1K's if not given."})
+    batch_sizes: list[int] = HfArg(default_factory=lambda: [16, 32, 64, 128], help=f"Images per step; {DOUBLED}.")
+    num_steps: int = HfArg(default=5, help="Steps that are timed; the median is reported.")
+    num_images: int = HfArg(default=1_281_167, help="Images per epoch; ImageNet-1K's if not given.")
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_images"):
@@ -68,26 +66,10 @@ class BenchArguments:
 
 
 class Measured(NamedTuple):
-    """Median seconds of a step, and the peak of the GPU's memory in bytes; `None` on a CPU."""
+    """Median seconds per step, and the peak of the GPU's memory in bytes; `None` on a CPU."""
 
     seconds: float
     memory: int | None
-
-
-class Images(torch.utils.data.Dataset):
-    """`length` times the same random samples, as many views as the family wants, ready made."""
-
-    def __init__(self, config: MAEConfig, length: int):
-        views = getattr(config, "num_views", 1)
-        shape = ((views,) if views > 1 else ()) + (config.num_channels, *pair(config.image_size))
-        self.length = length
-        self.sample = {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.sample
 
 
 class Stopwatch(TrainerCallback):
@@ -111,50 +93,47 @@ class Stopwatch(TrainerCallback):
 
 def run(argv: Sequence[str]) -> int:
     """Times training steps on synthetic images, and prints what to expect."""
-    own, rest = split_options(argv, BenchArguments, TAKEN, "a measurement")
-    (bench,) = parse(
-        {"options": BenchArguments},
-        own,
-        prog="clmae bench",
-        description="How fast does this machine pretrain, and which batch fits? Times real training steps on random\n"
+    bench, options = CommandParser(
+        "clmae bench",
+        "Measure how fast this machine pretrains, and which batch size fits. Times training steps on random\n"
         "images (reading yours is not included). Every option of `clmae pretrain` that says what is trained\n"
         "and how applies: --family, --model_size, --image_size, --bf16, --torch_compile, a recipe ...",
-        examples=EXAMPLES,
-    )
-    config, args = read(rest, bench.batch_sizes[0])
+        EXAMPLES,
+        {"options": BenchArguments},
+        refused=REFUSED,
+    ).read(argv)
+    config, args = read(options, bench.batch_sizes[0])
     if args.world_size > 1:
         raise InputError("a measurement runs in one process; start it without torchrun.")
     gpu = args.device.type == "cuda"
     what = f"{config.model_type}, {config.hidden_size} wide, {config.num_hidden_layers} blocks"
     print(f"{what}, on {device_name(args.device)}; an epoch: {bench.num_images:,} images")
     print(_ROW.format("batch", "images/s", "TFLOP/s", "memory", "epoch"))
-    fastest, largest = None, None
+    speeds: dict[int, float] = {}
     for batch in batch_sizes(bench.batch_sizes, more=gpu):
-        _, args = read(rest, batch)
-        found = measure(config, args, bench.num_steps)
-        if found is None:
+        _, args = read(options, batch)
+        measured = measure(config, args, bench.num_steps)
+        if measured is None:
             print(f"{batch:>6} does not fit")
             break
-        speed, largest = args.train_batch_size / found.seconds, batch
-        if fastest is None or speed > fastest[1]:
-            fastest = batch, speed
-        teraflops = step_flops(config, args.train_batch_size, args.masker_update_interval) / found.seconds / 1e12
-        memory = "-" if found.memory is None else f"{found.memory / 2**30:.1f} GiB"
+        speeds[batch] = speed = args.train_batch_size / measured.seconds
+        teraflops = step_flops(config, args.train_batch_size, args.masker_update_interval) / measured.seconds / 1e12
+        memory = "-" if measured.memory is None else f"{measured.memory / 2**30:.1f} GiB"
         epoch = duration(bench.num_images / speed)
         print(_ROW.format(batch, f"{speed:.1f}", f"{teraflops:.2g}", memory, epoch), flush=True)
-    if fastest is None:
+    if not speeds:
         print("Not even the smallest batch fits; try --gradient_checkpointing, --bf16 or a smaller model.")
         return 1
-    fits = f"; the largest that was seen to fit: {largest}" if gpu else ""
-    print(f"Fastest: {fastest[1]:.1f} images/s, with --per_device_train_batch_size {fastest[0]}{fits}.")
+    fastest = max(speeds, key=lambda batch: speeds[batch])
+    fits = f"; the largest that fitted: {max(speeds)}" if gpu else ""
+    print(f"Fastest: {speeds[fastest]:.1f} images/s, with --per_device_train_batch_size {fastest}{fits}.")
     return 0
 
 
-def read(rest: Sequence[str], batch: int) -> tuple[MAEConfig, PretrainingArguments]:
+def read(options: Sequence[str], batch: int) -> tuple[MAEConfig, PretrainingArguments]:
     """What `clmae pretrain` would train with these options, in batches of `batch`, and nothing but that."""
-    quiet = [f"--{name}={value}" for name, value in QUIET.items()]
-    own = ["--dataset=none", "--output_dir=none", f"--per_device_train_batch_size={batch}", "--learning_rate=1e-4"]
-    config, _, args, _ = read_arguments([*rest, *quiet, *own])
+    quiet = {**QUIET, "per_device_train_batch_size": batch}
+    config, _, args, _ = read_arguments([*options, *(f"--{name}={value}" for name, value in quiet.items())])
     return config, args
 
 
@@ -169,9 +148,11 @@ def batch_sizes(asked: Sequence[int], more: bool) -> Iterator[int]:
 
 def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Measured | None:
     """Times steps of the trainer on images that are all the same; `None` if they do not fit into the GPU."""
-    interval, batch = args.masker_update_interval, args.train_batch_size
-    cycles = math.ceil(num_steps / interval)  # a time is the mean over an interval
-    args.max_steps = interval * (WARM_UP + cycles)
+    interval = args.masker_update_interval  # a time is the mean over an interval
+    args.max_steps = interval * (WARM_UP + math.ceil(num_steps / interval))
+    views = getattr(config, "num_views", 1)
+    shape = ((views,) if views > 1 else ()) + (config.num_channels, *pair(config.image_size))
+    sample = {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
     watch = Stopwatch(args.device)
     gpu = args.device.type == "cuda"
     if gpu:
@@ -183,7 +164,7 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
             trainer = CurriculumTrainer(
                 AutoModelForPreTraining.from_config(config, attn_implementation=fastest_attention(args.device)),
                 args,
-                train_dataset=Images(config, args.max_steps * batch),
+                train_dataset=[sample] * (args.max_steps * args.train_batch_size),
                 callbacks=[watch],
             )
             trainer.remove_callback(PrinterCallback)
@@ -191,7 +172,7 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
     except torch.OutOfMemoryError:
         return None
     finally:
-        # The next batch is not to find less room, nor the compiled code of this one.
+        # The next batch size starts with free memory and without this one's compiled code.
         trainer = None
         gc.collect()
         torch.compiler.reset()
@@ -203,7 +184,7 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
 
 
 def duration(seconds: float) -> str:
-    """In the largest unit that it reaches: `"42 s"`, `"3.5 min"`, `"7.1 h"`, `"2.3 days"`."""
+    """In the largest unit of which it is at least one: `"42 s"`, `"3.5 min"`, `"7.1 h"`, `"2.3 days"`."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.1f} {unit}"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from clmae.cli.folders import PathsParser
+from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 from clmae.model_cards.card import write_card
 from clmae.model_cards.run import read_run
@@ -19,20 +19,27 @@ EXAMPLES = """\
 
 def run(argv: Sequence[str]) -> int:
     """Makes `README.md` in an output folder, from what the run and its evaluations wrote there."""
-    parser = PathsParser(
+    parser = CommandParser(
         "clmae card",
-        "Make the model card (README.md) of an output folder from what the run recorded there. What `clmae evaluate "
-        "--output FOLDER/NAME.json` wrote into the folder is shown. The author's section stays when the card is made "
-        "anew; a card that was edited elsewhere is left alone.",
+        "Make the model card (README.md) of an output folder from what the run recorded there, with the results that\n"
+        "`clmae evaluate --output FOLDER/NAME.json` wrote into the folder. The author's section is kept when the card\n"
+        "is made again; a card that was edited in other places is refused.",
         EXAMPLES,
     )
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder that `clmae pretrain` wrote.")
+    add_card_arguments(parser)
     parser.add_argument("--repo_id", metavar="ID", help="Where on the Hub the model is: owner/name.")
-    parser.add_argument("--license", help="Of the weights; the earlier card's if there is one, else apache-2.0.")
-    parser.add_argument("--force", action="store_true", help="Overwrite a card that was written or edited by hand.")
-    args = parser.read(argv)
+    (args,) = parser.read(argv)
     print(f"wrote {make_card(args.output_dir, args.repo_id, args.license, args.force)}")
     return 0
+
+
+def add_card_arguments(parser: CommandParser) -> None:
+    """The arguments of all commands that make a card."""
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder that `clmae pretrain` wrote.")
+    parser.add_argument(
+        "--license", help="Licence of the weights; the earlier card's if there is one, else apache-2.0."
+    )
+    parser.add_argument("--force", action="store_true", help="Overwrite a card that was written or edited by hand.")
 
 
 def make_card(folder: str, repo_id: str | None = None, license: str | None = None, force: bool = False) -> Path:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from clmae.cli.options import parse, read_recipe, split_options
+from transformers.hf_argparser import HfArg
+
+from clmae.cli.options import CommandParser, read_recipe
 from clmae.cli.pretrain import read_arguments
 from clmae.configuration.errors import InputError
 from clmae.evaluation.compare import compare
@@ -23,7 +25,7 @@ EXAMPLES = """\
       --images_seen 1000000 --per_device_train_batch_size 128"""
 
 # Options of `clmae pretrain` that a comparison sets by itself.
-TAKEN = {
+REFUSED = {
     "config": "give the recipes by --recipes",
     "seed": "give --seeds",
     "resume_from_checkpoint": "an unfinished comparison goes on by itself",
@@ -43,49 +45,36 @@ WITHOUT_EFFECT = {
 class CompareArguments:
     """What to compare, and how to evaluate it."""
 
-    recipes: list[str] = field(metadata={"help": "YAML recipes of `clmae pretrain`; file names become row names."})
-    output_dir: str = field(metadata={"help": "Folder of runs, table and figure; call again to go on."})
-    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "A run of each recipe with each seed."})
-    budgets: list[str] = field(
-        default_factory=lambda: list(BUDGETS),
-        metadata={"help": "images: equal images seen. compute: the FLOPs of the most expensive of these, for each."},
-    )
-    protocols: list[str] = field(
-        default_factory=lambda: ["knn", "linear"], metadata={"help": f"Some of {', '.join(PROTOCOLS)}."}
-    )
-    images_seen: int | None = field(
-        default=None, metadata={"help": "Images that each recipe trains on; those of the first, if not given."}
-    )
-    num_points: int = field(
-        default=NUM_POINTS, metadata={"help": "How often a run is evaluated, evenly spaced, the last time at its end."}
-    )
-    eval_dataset: str | None = field(
-        default=None, metadata={"help": "Labelled images to evaluate on; the recipes' dataset, if not given."}
-    )
-    eval_config_name: str | None = field(default=None, metadata={"help": "Configuration of eval_dataset."})
-    eval_train_split: str = field(default="train", metadata={"help": "Its split to learn from."})
-    eval_test_split: str | None = field(
-        default=None, metadata={"help": "Its split to test on; test, or without one a fifth of the other."}
-    )
-    eval_image_column: str | None = field(default=None, metadata={"help": "Its column of the images, if several."})
-    eval_label_column: str | None = field(default=None, metadata={"help": "Its column of the classes, if several."})
-    eval_max_train_samples: int | None = field(default=None, metadata={"help": "Learn from at most so many images."})
-    eval_max_test_samples: int | None = field(default=None, metadata={"help": "Test on at most so many images."})
-    eval_feature: str | None = field(default=None, metadata={"help": "As `feature` of `clmae evaluate`."})
+    recipes: list[str] = HfArg(help="YAML recipes of `clmae pretrain`; file names become row names.")
+    output_dir: str = HfArg(help="Folder for runs, table and figure; the same command goes on there.")
+    seeds: list[int] = HfArg(default_factory=lambda: [0], help="Seeds; each recipe is run with each of them.")
+    budgets: list[str] = HfArg(default_factory=lambda: list(BUDGETS), help="images: equal images seen; compute: FLOPs.")
+    protocols: list[str] = HfArg(default_factory=lambda: ["knn", "linear"], help=f"Some of {', '.join(PROTOCOLS)}.")
+    images_seen: int | None = HfArg(default=None, help="Images that each recipe trains on; else the first recipe's.")
+    num_points: int = HfArg(default=NUM_POINTS, help="Evaluations per run, evenly spaced, the last at its end.")
+    eval_dataset: str | None = HfArg(default=None, help="Labelled images to evaluate on; else the recipes' dataset.")
+    eval_config_name: str | None = HfArg(default=None, help="Configuration of eval_dataset.")
+    eval_train_split: str = HfArg(default="train", help="Its split to learn from.")
+    eval_test_split: str | None = HfArg(default=None, help="Its split to test on; test, or else a random fifth.")
+    eval_image_column: str | None = HfArg(default=None, help="Its column of the images, if several.")
+    eval_label_column: str | None = HfArg(default=None, help="Its column of the classes, if several.")
+    eval_max_train_samples: int | None = HfArg(default=None, help="Learn from at most this many images.")
+    eval_max_test_samples: int | None = HfArg(default=None, help="Test on at most this many images.")
+    eval_feature: str | None = HfArg(default=None, help="As `feature` of `clmae evaluate`.")
 
 
 def run(argv: Sequence[str]) -> int:
     """Compares recipes; table and figure are in `--output_dir` afterwards."""
-    own, overrides = split_options(argv, CompareArguments, TAKEN, "a comparison")
-    (args,) = parse(
+    args, overrides = CommandParser(
+        "clmae compare",
+        "Pretrain by several recipes on the same images, with the same number of images seen and with the\n"
+        "same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. If it is\n"
+        "killed, the same command goes on where it was.",
+        EXAMPLES,
         {"options": CompareArguments},
-        own,
-        prog="clmae compare",
-        description="Pretrain by several recipes on the same images, with the same number of images seen and with the\n"
-        "same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. Killed at any\n"
-        "point, the same command goes on where it was.",
-        examples=EXAMPLES,
-    )
+        takes_recipe=False,
+        refused=REFUSED,
+    ).read(argv)
     recipes = [recipe(path, overrides, args.output_dir) for path in args.recipes]
     options = {name.removeprefix("eval_"): value for name, value in asdict(args).items() if name.startswith("eval_")}
     if options["dataset"] is None and recipes:

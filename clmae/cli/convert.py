@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import inspect
 import math
 import pathlib
 import pickle
@@ -19,13 +19,15 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, BitImageProcessor, ViTMAEConfig
-from transformers.hf_argparser import string_to_bool
-from transformers.image_utils import PILImageResampling, SizeDict
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 
 from clmae import FAMILIES
-from clmae.cli.folders import PathsParser, new_folder
-from clmae.configuration import MAEConfig
+from clmae.cli.folders import new_folder
+from clmae.cli.options import CommandParser, config_options, given
+from clmae.configuration import CLMAEConfig, MAEConfig
+from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
+from clmae.model_cards.record import read_json
 from clmae.modeling import MAEImageProcessor
 from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
 from clmae.training.data import make_image_processor
@@ -35,18 +37,11 @@ EXAMPLES = """\
   clmae convert checkpoint-799.pth out/cl-mae --num_attention_heads 8
   clmae convert ./vit-mae-base out/mae-base"""
 
-# (name, type, how many, help) of the fields that weights do not tell, or not always.
+# Fields of the configuration that weights do not tell, or not always; each is an option.
 FIELDS = (
-    ("num_attention_heads", int, None, "Attention heads of the encoder."),
-    ("decoder_num_attention_heads", int, None, "Attention heads of the decoder."),
-    ("masker_num_attention_heads", int, None, "Attention heads of the masking module."),
-    ("image_size", int, "+", "Image size in pixels, one number or height and width."),
-    ("layer_norm_eps", float, None, "Epsilon of encoder's and decoder's LayerNorms."),
-    ("norm_pix_loss", string_to_bool, None, "Whether it was trained on normalised patches."),
-    ("mask_ratio", float, None, "Share of the patches that is masked."),
-    ("soft_masking", str, None, "How CL-MAE's pass B hides a patch: attention or tokens."),
-    ("gauss_loss_weight", float, None, "CL-MAE: weight of the term that pushes keep probabilities away from 1/2."),
-    ("diversity_loss_weight", float, None, "CL-MAE: weight of the term that keeps masks apart."),
+    *("num_attention_heads", "decoder_num_attention_heads", "masker_num_attention_heads", "image_size"),
+    *("layer_norm_eps", "norm_pix_loss", "mask_ratio"),
+    *("soft_masking", "gauss_loss_weight", "diversity_loss_weight"),
 )
 # Fields of the configuration that weights in a .pth do not tell, and our own export writes beside them.
 NOT_IN_WEIGHTS = (
@@ -54,85 +49,72 @@ NOT_IN_WEIGHTS = (
     *("image_size", "norm_pix_loss", "mask_ratio", "pooling"),
 )
 NOT_IN_MASKING_NET = ("masker_num_attention_heads", "masker_layer_norm_eps", *CL_MAE_AUTHORS)
-# What transformers' ViTMAE configuration tells beyond the weights.
-VIT_MAE_FIELDS = (
-    "num_attention_heads",
-    "decoder_num_attention_heads",
-    "image_size",
-    "hidden_act",
-    "initializer_range",
-    "layer_norm_eps",
-    "norm_pix_loss",
-    "mask_ratio",
-)
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-# facebookresearch/mae shows its models ImageNet's way: resize to 256, crop 224.
-IMAGENET = dict(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225], crop_ratio=0.875)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Converts a checkpoint of another project into a folder of ours, and reports what went where."""
-    parser = PathsParser(
+    """Converts a checkpoint of another project into a folder of ours, and reports what became of each weight."""
+    parser = CommandParser(
         "clmae convert",
         "Convert weights of facebookresearch/mae, CL-MAE's authors, timm or transformers' ViTMAE.",
         EXAMPLES,
+        {"what the weights do not tell": config_options(CLMAEConfig, FIELDS)},
+        takes_recipe=False,
     )
+    parser.usage = "clmae convert SRC DST [--option value ...]"
     parser.add_argument("source", metavar="SRC", help="File (.pth, .safetensors), or folder of transformers or timm.")
     parser.add_argument("destination", metavar="DST", help="Folder to write.")
-    for name, kind, nargs, text in FIELDS:
-        parser.add_argument(f"--{name}", type=kind, nargs=nargs, default=None, metavar="VALUE", help=text)
     parser.add_argument("--ignore_unexpected", action="store_true", help="Drop weights that have no place here.")
-    args = parser.read(argv)
-    fields = {name: getattr(args, name) for name, *_ in FIELDS if getattr(args, name) is not None}
-    if "image_size" in fields and len(fields["image_size"]) == 1:
-        (fields["image_size"],) = fields["image_size"]
+    fields, args = parser.read(argv)
     source = Path(args.source)
-    weights, told = read_source(source)
-    found = read_weights(weights, **(told | fields))
-    print(report(found))
-    if found.unexpected and not args.ignore_unexpected:
+    weights, known = read_source(source)
+    imported = read_weights(weights, **(known | given(fields)))
+    print(report(imported))
+    if imported.unexpected and not args.ignore_unexpected:
         raise InputError(
             "a model with the unexpected weights computes something else than ours would; convert without them by "
             "--ignore_unexpected."
         )
     with new_folder(args.destination) as folder:
-        found.load().save_pretrained(folder)
-        save_image_processor(source, found, folder)
-    print(f"wrote {args.destination}: a {found.model_class.__name__}, for its from_pretrained or an Auto class.")
+        imported.load().save_pretrained(folder)
+        save_image_processor(source, imported, folder)
+    print(f"wrote {args.destination}: a {imported.model_class.__name__}, for its from_pretrained or an Auto class.")
     return 0
 
 
-def report(found: Import) -> str:
+def report(imported: Import) -> str:
     """What was loaded, missing, unexpected and assumed, for the reader."""
 
     def listed(names: list[str]) -> str:
         return f"{len(names)}{': ' if names else ''}{', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
 
     lines = [
-        f"layout: {found.layout.name}; read as a {found.model_class.__name__}",
-        f"loaded: {len(found.loaded)} weights",
-        f"missing: {listed(found.missing)}",
-        f"unexpected: {listed(found.unexpected)}",
+        f"layout: {imported.layout.name}; read as a {imported.model_class.__name__}",
+        f"loaded: {len(imported.loaded)} weights",
+        f"missing: {listed(imported.missing)}",
+        f"unexpected: {listed(imported.unexpected)}",
     ]
-    if found.assumed:
-        assumed = ", ".join(f"{name} = {value}" for name, value in found.assumed.items())
-        lines.append(f"not told by the weights, and assumed: {assumed} (an option of the same name overrides each)")
+    if imported.assumed:
+        assumed = ", ".join(f"{name} = {value}" for name, value in imported.assumed.items())
+        lines.append(f"not in the weights, and assumed: {assumed} (an option of the same name overrides each)")
     return "\n".join(lines)
 
 
-def save_image_processor(source: Path, found: Import, folder: Path) -> None:
+def save_image_processor(source: Path, imported: Import, folder: Path) -> None:
     """The source's image processor if it has one, and ImageNet's for the layouts that come without."""
-    file, theirs = source / "preprocessor_config.json", timm_model(source)
+    file, theirs, config = source / "preprocessor_config.json", timm_model(source), imported.config
     if file.is_file():  # transformers would read a folder of timm by timm
         processor = AutoImageProcessor.from_pretrained(source if theirs is None else file)
     elif theirs is not None:
         processor = timm_processor(theirs)
-    elif found.layout is TIMM and found.config.num_channels == 3:
-        processor = make_image_processor(found.config.image_size, 3, **IMAGENET)
+    elif imported.layout is TIMM and config.num_channels == 3:
+        # As facebookresearch/mae evaluates its models: ImageNet's statistics, resized to 256, cropped to 224.
+        mean, std = list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+        processor = make_image_processor(pair(config.image_size), 3, mean, std, crop_ratio=0.875)
         print("image processor: ImageNet's mean and standard deviation, resized to 8/7 and cropped, as in MAE's code")
     else:
         return
-    if found.config.num_channels == 1 and type(processor) is BitImageProcessor:
+    if config.num_channels == 1 and type(processor) is BitImageProcessor:
         processor = MAEImageProcessor(**{**processor.to_dict(), "do_grayscale": True})
     processor.save_pretrained(folder)
 
@@ -146,42 +128,36 @@ def read_source(source: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise InputError(f"SRC {str(source)!r} does not exist; give a file or folder (`hf download` fetches one).")
     if source.is_dir():
         return read_folder(source)
-    if source.suffix == ".safetensors":
-        return load_file(source), {}
-    return read_pickle(source)
+    return (load_file(source), {}) if source.suffix == ".safetensors" else read_pickle(source)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights of a transformers or timm folder, sharded or not, and what its `config.json` tells."""
-    config = folder / "config.json"
-    config = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    config = read_json(folder / "config.json") or {}
     if config.get("model_type") in FAMILIES:
         raise InputError(f"SRC {str(folder)!r} is a model of this package already.")
-    told = {}
+    known = {}
     if config.get("model_type") == "vit_mae":
         vit_mae = ViTMAEConfig.from_dict(config)  # its defaults stand in for what the file leaves out
-        told = {name: getattr(vit_mae, name) for name in VIT_MAE_FIELDS}
+        known = {name: getattr(vit_mae, name) for name in inspect.get_annotations(MAEConfig) if hasattr(vit_mae, name)}
     elif (theirs := timm_model(folder)) is not None:
-        told = timm_fields(theirs)
+        known = timm_fields(theirs)
     for name in WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            shards = [read_source(folder / Path(name).name)[0] for name in names]
-            return {name: tensor for shard in shards for name, tensor in shard.items()}, told
-        if (folder / name).is_file():
-            return read_source(folder / name)[0], told
+        index = read_json(folder / f"{name}.index.json")
+        files = [name] if index is None else sorted(set(index["weight_map"].values()))
+        if index is not None or (folder / name).is_file():
+            parts = [read_source(folder / Path(file).name)[0] for file in files]
+            return {name: tensor for part in parts for name, tensor in part.items()}, known
     raise InputError(f"SRC {str(folder)!r} holds none of {', '.join(WEIGHT_FILES)}; name the weights' file itself.")
 
 
-def timm_model(folder: Path) -> nn.Module | None:
+def timm_model(folder: Path) -> Any:
     """The model that timm would make of a folder, without weights; `None` for a folder that is not timm's.
 
     Raises:
         InputError: timm is missing, does not know it, or it is no plain vision transformer.
     """
-    file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = (read_json(folder / "config.json") if folder.is_dir() else None) or {}
     if "architecture" not in config:
         return None
     try:
@@ -192,24 +168,24 @@ def timm_model(folder: Path) -> nn.Module | None:
         ) from error
     try:
         with torch.device("meta"):
-            model = timm.create_model(f"local-dir:{folder}", pretrained=False)
+            model: Any = timm.create_model(f"local-dir:{folder}", pretrained=False)
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
         raise InputError(f"SRC {str(folder)!r} is timm's, but timm cannot make a model of it: {error}") from error
-    if type(model) is not timm.models.VisionTransformer:
-        raise InputError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
     model.drop_path_rate = config.get("model_args", {}).get("drop_path_rate", 0.0)
     model.label_names = config.get("label_names")
+    if type(model) is not timm.models.VisionTransformer:
+        raise InputError(f"SRC {str(folder)!r} is a {type(model).__name__} of timm, and no VisionTransformer.")
     return model
 
 
-def timm_fields(model: nn.Module) -> dict[str, Any]:
+def timm_fields(model: Any) -> dict[str, Any]:
     """Fields of the configuration that timm's weights do not tell.
 
     Raises:
         InputError: No field of ours says what the model does.
     """
-    act, norm = model.blocks[0].mlp.act, model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
     height, width = model.patch_embed.img_size
+    act, norm = model.blocks[0].mlp.act, model.norm if isinstance(model.norm, nn.LayerNorm) else model.fc_norm
     acts = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
     pools = {"token": "cls", "avg": "mean", "": MAEConfig.pooling}  # without pooling there is nothing to be equal to
     name = "GELUTanh" if getattr(act, "approximate", "none") == "tanh" else type(act).__name__
@@ -232,7 +208,7 @@ def timm_fields(model: nn.Module) -> dict[str, Any]:
     return fields
 
 
-def timm_processor(model: nn.Module) -> BitImageProcessor:
+def timm_processor(model: Any) -> BitImageProcessor:
     """The image processor that shows images as timm does for this model; where none can, the nearest, with a note."""
     import timm
 
@@ -244,34 +220,32 @@ def timm_processor(model: nn.Module) -> BitImageProcessor:
     processor.size = SizeDict(shortest_edge=height) if shorter else SizeDict(height=height, width=width)
     processor.resample = PILImageResampling[view["interpolation"].upper()]
     if not shorter and view["crop_mode"] != "squash":
-        print(f"image processor: timm's crop mode {view['crop_mode']!r} is not to be had; both sides are resized")
+        print(f"image processor: timm's crop mode {view['crop_mode']!r} does not exist here; both sides are resized")
     return processor
 
 
 def read_pickle(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights of a `.pth`, and what the arguments of the run in it tell; nothing in the file is executed."""
     payload = load_safely(path)
-    for name in ("model", "state_dict", "model_state_dict"):
-        if isinstance(payload, dict) and isinstance(payload.get(name), dict):
-            weights = payload[name]
-            break
-    else:
-        weights = payload
+    weights = payload
+    if isinstance(payload, dict):
+        names = ("model", "state_dict", "model_state_dict")
+        weights = next((payload[name] for name in names if isinstance(payload.get(name), dict)), payload)
     if not isinstance(weights, dict) or not any(isinstance(value, torch.Tensor) for value in weights.values()):
         raise InputError(f"SRC {str(path)!r} holds no weights by name, under `model` or `state_dict` or directly.")
-    told: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     if isinstance(payload.get("args"), argparse.Namespace):
-        kinds = {"norm_pix_loss": bool, "mask_ratio": float}
-        run = {name: getattr(payload["args"], name, None) for name in kinds}
-        run = {name: value.item() if isinstance(value, np.generic) else value for name, value in run.items()}
-        told = {name: value for name, value in run.items() if isinstance(value, kinds[name])}
+        for name, kind in (("norm_pix_loss", bool), ("mask_ratio", float)):
+            value = getattr(payload["args"], name, None)
+            value = value.item() if isinstance(value, np.generic) else value
+            known |= {name: value} if isinstance(value, kind) else {}
     if isinstance(payload.get("config"), dict):
-        told |= {name: payload["config"][name] for name in not_in_weights(weights) if name in payload["config"]}
-    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, told
+        known |= {name: payload["config"][name] for name in not_in_weights(weights) if name in payload["config"]}
+    return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}, known
 
 
-# What the arguments of a run are made of, beside plain values, by the names that Python and numpy give or gave them.
-# Paths become those that touch no file, and are of any system; numpy's scalars are those that hold no objects.
+# What the arguments of a run may hold beside plain values, under the names of any version of Python and numpy. Paths
+# are read as pure ones, which touch no file; numpy's scalars are those that hold no objects.
 _ARGUMENTS: list[Any] = [
     argparse.Namespace,
     *(
@@ -307,6 +281,3 @@ def load_safely(path: Path) -> Any:
             ) from error
         except (RuntimeError, EOFError, OSError, TypeError, ValueError) as error:
             raise InputError(f"SRC {str(path)!r} cannot be read as a file of `torch.save`: {error}") from error
-
-
-__all__ = ["load_safely", "read_source", "report", "run"]

@@ -15,26 +15,17 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from safetensors.torch import save_file
-from torch import nn
 from transformers import AutoImageProcessor, BaseImageProcessor, BitImageProcessor
 from transformers.image_utils import PILImageResampling
 
 from clmae import FAMILIES
 from clmae.cli.convert import not_in_weights, read_source
-from clmae.cli.folders import PathsParser, new_folder
+from clmae.cli.folders import load_whole, new_folder
+from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
-from clmae.modeling.conversion import (
-    Export,
-    read_weights,
-    to_beit,
-    to_dinov2,
-    to_mae,
-    to_timm,
-    to_vit,
-    to_vit_mae,
-)
+from clmae.modeling.conversion import Export, read_weights, to_beit, to_dinov2, to_mae, to_timm, to_vit, to_vit_mae
 from clmae.modeling.modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel, MAEPreTrainedModel
 
 EXAMPLES = """\
@@ -59,7 +50,7 @@ class Source(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Writes a model for another library, and checks it against the source before it is left there."""
-    parser = PathsParser(
+    parser = CommandParser(
         "clmae export",
         "Write a model for other libraries: transformers' own classes (loaded without clmae and without remote\n"
         "code), timm, ONNX, or facebookresearch/mae. The result is run and compared before it is left there.",
@@ -68,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("source", metavar="SRC", help="Folder or Hub id of a model of ours.")
     parser.add_argument("destination", metavar="DST", help="Folder to write.")
     parser.add_argument("--to", required=True, choices=EXPORTERS, help="What to write.")
-    args = parser.read(argv)
+    (args,) = parser.read(argv)
     for package in NEEDED.get(args.to, ()):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"--to {args.to} needs the package {package}: pip install 'clmae[export]'.")
@@ -90,28 +81,23 @@ def load_source(name: str) -> Source:
     if config.model_type not in FAMILIES:
         raise InputError(
             f"SRC {name!r} cannot be exported: it is a {config.model_type!r}, and no model of ours; `clmae convert` "
-            "makes one of a MAE."
+            "makes one of a MAE checkpoint."
         )
     _, *classes, _ = FAMILIES[config.model_type]
     saved_as = (config.architectures or [""])[0]
     model_class = next((known for known in classes if known.__name__ == saved_as), classes[0])
-    try:
-        model, report = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"SRC {name!r} cannot be exported: {error}") from error
-    if report["missing_keys"]:  # transformers would draw them at random
-        raise InputError(f"SRC {name!r} is no whole model: its weights lack {min(report['missing_keys'])}.")
+    model = load_whole(model_class, name, "SRC", dtype=torch.float32)
     try:
         processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError):
         processor = None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, config.num_channels, *pair(config.image_size), generator=generator)
-    return Source(model.eval(), processor, images, torch.rand(2, config.num_patches, generator=generator))
+    return Source(model, processor, images, torch.rand(2, config.num_patches, generator=generator))
 
 
 def stock_processor(processor: BaseImageProcessor) -> BaseImageProcessor:
-    """Itself, or in place of ours, which makes images grey, one of transformers' that takes grey images."""
+    """Itself, or in place of ours, which converts images to grey, one of transformers' that takes grey images."""
     if not getattr(processor, "do_grayscale", False):
         return processor
     fields = BitImageProcessor.valid_kwargs.__annotations__
@@ -163,22 +149,15 @@ def transformers_exporter(convert: Callable[[MAEPreTrainedModel], Export]) -> Ca
         config.save_pretrained(folder)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (name,) = config.architectures
-        options = {"add_pooling_layer": False} if name == "ViTModel" else {}
-        exported, report = getattr(transformers, name).from_pretrained(folder, output_loading_info=True, **options)
-        if report["missing_keys"] or report["unexpected_keys"]:
-            raise InputError(f"transformers' {name} does not take the weights as they are: {report}.")
-        options = "".join(f", {key}={value}" for key, value in options.items())
-        loading = f"load it with transformers.{name}.from_pretrained({{!r}}{options}), or the Auto class"
-        if name == "ViTMAEForPreTraining":
-            result = exported.eval()(source.images, noise=source.noise)
-            return {"logits": result.logits, "loss": result.loss}, loading
-        result = exported.eval()(source.images)
-        if name.endswith("ForImageClassification"):
-            return {"logits": result.logits}, loading
-        # Its `pooler_output` is another than ours.
-        if source.model.config.pooling == "mean":
+        no_pooler = {"add_pooling_layer": False} if name == "ViTModel" else {}
+        exported = load_whole(getattr(transformers, name), str(folder), "the export", **no_pooler)
+        more = ", add_pooling_layer=False" if no_pooler else ""
+        loading = f"load it with transformers.{name}.from_pretrained({{!r}}{more}), or the Auto class"
+        result = exported(source.images, **({"noise": source.noise} if name == "ViTMAEForPreTraining" else {}))
+        if name.endswith("Model") and source.model.config.pooling == "mean":
             loading += "; its features are last_hidden_state[:, 1:].mean(1)"
-        return {"last_hidden_state": result.last_hidden_state}, loading
+        compared = ("logits", "loss", "last_hidden_state")  # not `pooler_output`, which is another than ours
+        return {key: result[key] for key in compared if result.get(key) is not None}, loading
 
     return write
 
@@ -192,7 +171,7 @@ def export_timm(source: Source, folder: Path) -> Exported:
         details["pretrained_cfg"] |= timm_view(source.processor, pair(source.model.config.image_size))
     (folder / "config.json").write_text(json.dumps(details, indent=2) + "\n", encoding="utf-8")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    exported = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    exported: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     loading = "load it with timm.create_model('local-dir:{}', pretrained=True)"
     if isinstance(source.model, MAEForImageClassification):
         return {"logits": exported(source.images)}, loading
@@ -225,18 +204,6 @@ def timm_view(processor: BaseImageProcessor, image_size: tuple[int, int]) -> dic
     return view | {"crop_pct": crop_pct}
 
 
-class _Tensors(nn.Module):
-    """A model with its outputs as a tuple, in the order of `names`."""
-
-    def __init__(self, model: MAEPreTrainedModel, names: Sequence[str]):
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.model(pixel_values)
-        return tuple(outputs[name] for name in self.names)
-
-
 def export_onnx(source: Source, folder: Path) -> Exported:
     """The encoder or classifier as an ONNX graph of any batch size."""
     import onnxruntime
@@ -246,7 +213,7 @@ def export_onnx(source: Source, folder: Path) -> Exported:
     path = folder / "model.onnx"
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports every step
         torch.onnx.export(
-            _Tensors(source.model if classifier else _encoder(source.model), names).eval(),
+            source.model if classifier else _encoder(source.model),
             (source.images.repeat(2, 1, 1, 1),),
             str(path),
             input_names=["pixel_values"],
@@ -266,12 +233,10 @@ def export_mae(source: Source, folder: Path) -> Exported:
     weights = to_mae(source.model)
     fields = {name: getattr(source.model.config, name) for name in not_in_weights(weights)}
     torch.save({"model": weights, "config": fields}, path)
-    weights, told = read_source(path)
-    read_back = read_weights(weights, **told).load()
-    loading = (
-        f"load {{}}/mae.pth with torch.load: its `model` is a state_dict (num_heads {fields['num_attention_heads']})"
-    )
-    return run_source(source._replace(model=read_back)), loading
+    weights, known = read_source(path)
+    heads = fields["num_attention_heads"]
+    loading = f"load {{}}/mae.pth with torch.load: its `model` is a state_dict (num_heads {heads})"
+    return run_source(source._replace(model=read_weights(weights, **known).load())), loading
 
 
 EXPORTERS: dict[str, Callable[..., Exported]] = {

@@ -1,47 +1,43 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""What `clmae convert` and `clmae export` share: the arguments SRC and DST, and a folder that is whole or not there."""
+"""Folders of models: reading whole ones, and writing new ones."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
-from clmae.cli.options import nearest
+from transformers import PreTrainedModel
+
 from clmae.configuration.errors import InputError
 
 
-class PathsParser(argparse.ArgumentParser):
-    """A parser of `SRC DST` and options, that raises [`InputError`] instead of exiting."""
+def load_whole(model_class: Any, name: str, argument: str, **options: Any) -> PreTrainedModel:
+    """The model of a folder or Hub id, for inference; transformers would draw missing weights at random.
 
-    def __init__(self, prog: str, description: str, examples: str):
-        super().__init__(
-            prog,
-            description=f"{description}\n\nexamples:\n{examples}",
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-            allow_abbrev=False,
-        )
+    Args:
+        model_class, options: Whose `from_pretrained` loads it, and what else that takes.
+        argument: What messages call `name`.
 
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.replace("the following arguments are required", "missing"))
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """The arguments; a misspelt option is named before what is missing."""
-        known = [option for option in self._option_string_actions if option.startswith("--")]
-        for argument in argv:
-            option = argument.partition("=")[0]
-            if option.startswith("--") and option not in known:
-                raise InputError(f"unknown option {option!r}{nearest(option, known)}")
-        return self.parse_args(list(argv))
+    Raises:
+        InputError: It cannot be loaded, or its weights are not complete.
+    """
+    try:
+        model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{argument} {name!r} cannot be loaded: {error}") from error
+    if report["missing_keys"]:
+        what = f"no whole {type(model).__name__}: its weights lack {min(report['missing_keys'])}"
+        raise InputError(f"{argument} {name!r} is {what}; give a folder that holds all of the model.")
+    return model.eval()
 
 
 @contextlib.contextmanager
 def new_folder(destination: str) -> Iterator[Path]:
-    """A folder to write into, beside `destination`, which it becomes at the end; after an error nothing is left.
+    """A folder to write into, which is renamed to `destination` at the end; after an error nothing is left.
 
     Raises:
         InputError: `destination` is a file, or a folder that holds something.
@@ -49,7 +45,7 @@ def new_folder(destination: str) -> Iterator[Path]:
     target = Path(destination)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"DST {destination!r} exists and is not empty; name a new folder.")
-    made = [parent for parent in target.parents if not parent.exists()]
+    new_parents = [parent for parent in target.parents if not parent.exists()]
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     folder.mkdir(parents=True)
     try:
@@ -59,6 +55,6 @@ def new_folder(destination: str) -> Iterator[Path]:
         folder.rename(target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
+        for parent in new_parents:
             parent.rmdir()
         raise

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""From a command line, and a YAML recipe under it, to dataclasses."""
+"""From a command line, and the YAML recipe that it may name, to dataclasses."""
 
 from __future__ import annotations
 
@@ -10,19 +10,31 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import GenericAlias
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from clmae.configuration.errors import InputError
+
+# Of transformers' TrainingArguments, those that every `--help` explains; `--help_all` explains all.
+MOST_USED = {
+    *("max_steps", "gradient_accumulation_steps", "bf16", "torch_compile", "gradient_checkpointing", "use_cpu", "seed"),
+    *("dataloader_num_workers", "eval_strategy", "save_steps", "report_to", "resume_from_checkpoint"),
+}
+NEVER_SHOWN = {"label_names", "remove_unused_columns", "logging_nan_inf_filter"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name nearest to `name`, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -38,118 +50,132 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
-def recipe_to_argv(recipe: dict[str, Any]) -> list[str]:
-    """A recipe as the options that would say the same; an empty value is one that has no default."""
+def recipe_to_argv(recipe: Mapping[str, Any]) -> list[str]:
+    """A recipe as command-line options; an empty value is left out."""
     argv: list[str] = []
     for name, value in recipe.items():
-        if value is None:
-            continue
         if isinstance(value, list):
             argv += [f"--{name}", *map(str, value)]
-        elif isinstance(value, (bool, dict)):
-            argv.append(f"--{name}={json.dumps(value)}")
-        else:
-            argv.append(f"--{name}={value}")  # in one word: -1.0e-5 would else be taken for an option
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, (bool, dict)) else value
+            argv.append(f"--{name}={text}")  # one word: -1.0e-5 alone would be taken for an option
     return argv
 
 
-def split_recipe(argv: Sequence[str]) -> tuple[dict[str, Any], str | None, list[str]]:
-    """`(recipe, its path, the other arguments)` of a command line that may hold `--config FILE`."""
+def peek(argv: Sequence[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """The values of the options `names`, `None` where they are not given, and all the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config")
+    for name in names:
+        parser.add_argument(f"--{name}")
     try:
-        found, rest = parser.parse_known_args(list(argv))
+        return parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
-        raise InputError("--config: give the path of a recipe.") from error
-    return (read_recipe(found.config) if found.config else {}), found.config, rest
-
-
-def split_options(argv: Sequence[str], own: type, taken: Mapping[str, str], what: str) -> tuple[list[str], list[str]]:
-    """`(a command's own arguments, those that it passes on to `clmae pretrain`)`.
-
-    Args:
-        own: Dataclass of the command's options.
-        taken: Options of `clmae pretrain` that the command sets by itself, and what to do instead.
-        what: The command in words: `"a comparison"`.
-
-    Raises:
-        InputError: One of `taken` is given.
-    """
-    names = {f.name for f in dataclasses.fields(own)} | {"help", "help_all"}
-    parts: tuple[list[str], list[str]] = ([], [])
-    part = parts[0]
-    for argument in argv:
-        if argument.startswith("--") or argument == "-h":
-            name = argument.partition("=")[0].lstrip("-").replace("-", "_")
-            if name in taken:
-                raise InputError(f"--{name} is not for {what}: {taken[name]}.")
-            part = parts[0] if name in names or argument == "-h" else parts[1]
-        part.append(argument)
-    return parts
-
-
-def parse(
-    groups: dict[str, type],
-    argv: Sequence[str],
-    *,
-    prog: str,
-    description: str,
-    examples: str,
-    shown: dict[str, set[str]] | None = None,
-) -> tuple[Any, ...]:
-    """One object of each dataclass in `groups`, from the command line and the recipe that it may name.
-
-    Args:
-        groups: Dataclasses by their titles in the help.
-        argv: The arguments, possibly with `--config FILE`; what they say goes before what the recipe says.
-        prog, description, examples: For the help.
-        shown: For a group with very many options, those that `--help` explains; `--help_all` explains all.
-
-    Raises:
-        InputError: An option is unknown, missing or has a value of the wrong type.
-        SystemExit: The help was asked for, and printed.
-    """
-    recipe, recipe_path, rest = split_recipe(argv)
-    for title, dataclass in groups.items():
-        dataclass._argument_group_name = title  # what HfArgumentParser makes an argument group of
-    parser = HfArgumentParser(
-        list(groups.values()),
-        prog=prog,
-        usage=f"{prog} [--config RECIPE.yaml] [--option value ...]",
-        description=f"{description}\n\nexamples:\n{examples}",
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    defaults = {f.name: f.default for dataclass in groups.values() for f in dataclasses.fields(dataclass) if f.init}
-    names = list(defaults)
-    help_all = "--help_all" in rest or "--help-all" in rest
-    if help_all or "-h" in rest or "--help" in rest:
-        _print_help(parser, {} if help_all else shown or {})
-        raise SystemExit(0)
-    for name in recipe:
-        if name not in names:
-            raise InputError(f"recipe {recipe_path}: unknown entry {name!r}{nearest(name, names)}")
-        if recipe[name] is None and defaults[name] is not None:  # a forgotten value, which no default may replace
-            raise InputError(f"recipe {recipe_path}: `{name}` is empty; give a value, or leave it out.")
-    for argument in rest:  # before argparse complains of what is missing because it was misspelt
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and name.removeprefix("no_") not in names and name not in names:
-            raise InputError(f"unknown option {argument.partition('=')[0]!r}{nearest(name, names)}")
-    parser.error = _raise_usage_error  # argparse would print the whole usage and exit
-    try:
-        *objects, unknown = parser.parse_args_into_dataclasses(
-            [*recipe_to_argv(recipe), *rest], return_remaining_strings=True, look_for_args_file=False
-        )
-    except ValueError as error:  # transformers' own, of TrainingArguments that do not go together
         raise InputError(str(error)) from error
-    if unknown:
-        raise InputError(f"unknown argument {unknown[0]!r}; options begin with --")
-    return tuple(objects)
 
 
-def _raise_usage_error(message: str) -> None:
-    raise InputError(message.replace("the following arguments are required", "missing"))
+# -- parsers ----------------------------------------------------------------------------------------------------------
+
+
+class CommandParser(HfArgumentParser):
+    """The parser of one command.
+
+    Args:
+        prog, description, examples: For the help.
+        groups: Dataclasses of options, by their titles in the help; others are added by `add_argument`.
+        takes_recipe: Whether the command takes `--config RECIPE.yaml`.
+        hidden: Options that `--help` leaves out and `--help_all` explains.
+        refused: For a command that passes options on to `clmae pretrain`: those that it sets by itself, and what to do
+            instead. All other unknown options are passed on, `--config` among them.
+    """
+
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        examples: str,
+        groups: Mapping[str, Any] | None = None,
+        *,
+        takes_recipe: bool = True,
+        hidden: Iterable[str] = (),
+        refused: Mapping[str, str] | None = None,
+    ):
+        for title, group in (groups or {}).items():
+            if title != "options":  # argparse's own name of the first group
+                group._argument_group_name = title  # what HfArgumentParser makes an argument group of
+        recipe = "[--config RECIPE.yaml] " if takes_recipe else ""
+        super().__init__(
+            list((groups or {}).values()),
+            prog=prog,
+            usage=f"{prog} {recipe}[--option value ...]" if groups else None,
+            description=f"{description}\n\nexamples:\n{examples}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.takes_recipe = bool(groups) and takes_recipe and refused is None  # those that are passed on go on with it
+        self.hidden, self.refused = set(hidden), refused
+
+    def error(self, message: str) -> NoReturn:
+        """Where argparse would print the usage and exit."""
+        raise InputError(message.replace("the following arguments are required", "missing"))
+
+    def read(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """One object of each dataclass, then a namespace of what `add_argument` added, if anything was.
+
+        What the command line says goes before what the recipe says. A command that passes options on gets them last.
+
+        Raises:
+            InputError: An option is unknown, missing, refused or has a value of the wrong type.
+            SystemExit: The help was asked for, and printed.
+        """
+        argv, recipe = list(argv), {}
+        if {"-h", "--help", "--help_all", "--help-all"} & {*argv}:
+            self._explain(everything="--help_all" in argv or "--help-all" in argv)
+        if self.takes_recipe:
+            known, argv = peek(argv, "config")
+            if known.config is not None:
+                recipe = read_recipe(known.config)
+                self._check_recipe(recipe, known.config)
+        self._check_names(argv)
+        try:
+            *values, others = self.parse_args_into_dataclasses(
+                [*recipe_to_argv(recipe), *argv], return_remaining_strings=True, look_for_args_file=False
+            )
+        except ValueError as error:  # transformers' own, of TrainingArguments that do not go together
+            raise InputError(str(error)) from error
+        if self.refused is not None:
+            return (*values, others)
+        if others:
+            raise InputError(f"unknown argument {others[0]!r}; options begin with --")
+        return tuple(values)
+
+    def _explain(self, everything: bool) -> NoReturn:
+        for action in self._actions:
+            # HfArgumentParser adds `--no_x` beside every `--x` that defaults to true.
+            complement = any(option.startswith("--no_") for option in action.option_strings)
+            if complement or (action.dest in self.hidden and not everything):
+                action.help = argparse.SUPPRESS
+        if self.hidden and not everything:
+            self.epilog = "--help_all explains every option, all of transformers' TrainingArguments among them."
+        self.print_help()
+        raise SystemExit(0)
+
+    def _check_recipe(self, recipe: Mapping[str, Any], path: str) -> None:
+        actions = {action.dest: action for action in reversed(self._actions)}  # `--no_x` has the dest of `--x`
+        for name, value in recipe.items():
+            if name not in actions:
+                raise InputError(f"recipe {path}: unknown entry {name!r}{nearest(name, actions)}")
+            if value is None and (actions[name].required or actions[name].default is not None):
+                raise InputError(f"recipe {path}: `{name}` is empty; give a value, or leave it out.")
+
+    def _check_names(self, argv: Sequence[str]) -> None:
+        """Names a misspelt option, before argparse says that the right one is missing."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for option in (argument.partition("=")[0] for argument in argv if argument.startswith("--")):
+            name = option.removeprefix("--").replace("-", "_")
+            if self.refused is None and option not in known and f"--{name}" not in known:
+                raise InputError(f"unknown option {option!r}{nearest(f'--{name}', known)}")
+            if self.refused is not None and name in self.refused:
+                raise InputError(f"--{name} is not for `{self.prog}`: {self.refused[name]}.")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -159,69 +185,58 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        name = next(s for s in action.option_strings if "-" not in s.lstrip("-"))
-        choices = (
-            "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.dest.rsplit("_")[-1].upper()
-        )
-        return name if action.nargs == 0 else f"{name} {choices}"
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        name = next(s for s in reversed(action.option_strings) if "-" not in s.lstrip("-"))
+        value = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else action.metavar
+        return name if action.nargs == 0 else f"{name} {value or action.dest.rsplit('_')[-1].upper()}"
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = (action.help or "").strip()
-        hidden = action.default in (None, argparse.SUPPRESS, "") or action.required
+        hidden = action.default in (None, argparse.SUPPRESS, "") or action.required or action.nargs == 0
         return text if hidden else f"{text} [{action.default}]"
 
 
-def _print_help(parser: argparse.ArgumentParser, shown: dict[str, set[str]]) -> None:
-    for group in parser._action_groups:
-        for action in group._group_actions:
-            if group.title in shown and action.dest not in shown[group.title]:
-                action.help = argparse.SUPPRESS
-            # HfArgumentParser adds `--no_x` beside every `--x` that defaults to true.
-            if any(option.startswith("--no_") for option in action.option_strings):
-                action.help = argparse.SUPPRESS
-    if shown:
-        parser.epilog = "--help_all explains every option, all of transformers' TrainingArguments among them."
-    parser.print_help()
-
-
-# -- a model's configuration as options --------------------------------------------------------------------------------
+# -- dataclasses of options -------------------------------------------------------------------------------------------
 
 _NOT_OPTIONS = {"apply_layernorm", "reshape_hidden_states"}  # of backbones only
 
 
-def config_options(config_class: type) -> type:
-    """A dataclass with every field of a configuration class by its own name, all optional.
+def rarely_used(arguments: type, *shown: str) -> set[str]:
+    """The fields of a class of `TrainingArguments` that `--help` leaves out: not ours, `MOST_USED` or `shown`."""
+    owners = [owner for owner in arguments.__mro__ if owner.__module__.startswith("clmae.")]
+    ours = {name for owner in owners for name in inspect.get_annotations(owner)}
+    return {field.name for field in dataclasses.fields(TrainingArguments)} - ours - MOST_USED - {*shown} | NEVER_SHOWN
+
+
+def config_options(config_class: type, names: Iterable[str] | None = None) -> type:
+    """A dataclass with every field of a configuration class (or those in `names`) by its own name, all optional.
 
     Fields left out keep the size's preset; `image_size` and `patch_size` take one number or two.
     """
-    helps = _field_helps(config_class)
+    owners = [owner for owner in config_class.__mro__ if owner.__module__.startswith("clmae.")]
+    helps = _field_helps(owners)
     options = {}  # a family may repeat a field of its parent, with another default
-    for owner in reversed(config_class.__mro__):
-        if not owner.__module__.startswith("clmae."):
-            continue
+    for owner in reversed(owners):
         for name, kind in inspect.get_annotations(owner, eval_str=True).items():
-            if not name.startswith("_") and name not in _NOT_OPTIONS:
+            if not name.startswith("_") and name not in _NOT_OPTIONS if names is None else name in names:
                 option = dataclasses.field(default=None, metadata={"help": helps.get(name, "")})
                 options[name] = (name, _option_type(kind), option)
     return dataclasses.make_dataclass("ModelOptions", options.values())
 
 
-def _option_type(kind: Any) -> Any:
-    """What the command line takes for a field of this type: `None` is what "not given" looks like."""
-    members = getattr(kind, "__args__", (kind,))
-    if any(getattr(member, "__origin__", None) in (list, tuple) for member in members):
-        return list[int] | None
-    return next(member for member in members if member is not type(None)) | None
-
-
-def _field_helps(config_class: type) -> dict[str, str]:
-    """What the configuration's docstring says of each field; the docstring is the one place that explains it."""
-    helps = {}
-    for owner in config_class.__mro__:
-        text = owner.__doc__ or ""
-        for match in re.finditer(r"^        (\w+) \(`[^)]*\): ((?:.+\n(?:            .+\n)*))", text, re.MULTILINE):
-            helps.setdefault(match[1], " ".join(match[2].split()).replace("`", ""))
-    return helps
+def protocol_options(protocol: type) -> type:
+    """A dataclass with the fields of an evaluation protocol; `seed` is one for all, and tuples are lists."""
+    kinds = get_type_hints(protocol)
+    options = []
+    for field in dataclasses.fields(protocol):
+        kind: Any = kinds[field.name]
+        default: dict[str, Any] = {"default": field.default}
+        if get_origin(kind) is tuple:
+            kind, default = GenericAlias(list, get_args(kind)[:1]), {"default_factory": partial(list, field.default)}
+        if field.name != "seed":
+            options.append((field.name, kind, dataclasses.field(**default, metadata=field.metadata)))
+    return dataclasses.make_dataclass(f"{protocol.__name__}Options", options)
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -232,3 +247,21 @@ def given(options: Any) -> dict[str, Any]:
         for name, value in values.items()
         if value is not None
     }
+
+
+def _option_type(kind: Any) -> Any:
+    """What the command line takes for a field of this type: `None` is what "not given" looks like."""
+    members = get_args(kind) or (kind,)
+    if any(get_origin(member) in (list, tuple) for member in members):
+        return list[int] | None
+    return next(member for member in members if member is not type(None)) | None
+
+
+def _field_helps(owners: Iterable[type]) -> dict[str, str]:
+    """What the docstrings of configurations, the one place that explains their fields, say of each."""
+    helps: dict[str, str] = {}
+    for owner in owners:
+        text = owner.__doc__ or ""
+        for entry in re.finditer(r"^        (\w+) \(`[^)]*\): ((?:.+\n(?:            .+\n)*))", text, re.MULTILINE):
+            helps.setdefault(entry[1], " ".join(entry[2].split()).replace("`", ""))
+    return helps

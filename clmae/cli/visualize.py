@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForPreTraining
+from transformers.hf_argparser import HfArg
 
-from clmae.cli.options import parse
+from clmae.cli.folders import load_whole
+from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
@@ -25,24 +27,24 @@ EXAMPLES = "  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg 
 class VisualizeArguments:
     """What to draw."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a pretrained masked autoencoder."})
-    images: list[str] = field(metadata={"help": "Image files."})
-    output: str = field(default="masks.png", metadata={"help": "PNG file to write."})
-    seed: int = field(default=0, metadata={"help": "Of the random masks, for a model that does not learn its masks."})
+    model: str = HfArg(help="Folder or Hub id of a pretrained masked autoencoder.")
+    images: list[str] = HfArg(help="Image files.")
+    output: str = HfArg(default="masks.png", help="PNG file to write.")
+    seed: int = HfArg(default=0, help="Seed of the random masks, for a model that learns none.")
 
 
 def run(argv: Sequence[str]) -> int:
     """Draws images, masks, reconstructions and keep probabilities into one PNG file."""
-    (args,) = parse(
-        {"options": VisualizeArguments},
-        argv,
-        prog="clmae visualize",
-        description="Draw masks and reconstructions of images.",
-        examples=EXAMPLES,
-    )
+    description = "Draw masks and reconstructions of images."
+    (args,) = CommandParser("clmae visualize", description, EXAMPLES, {"options": VisualizeArguments}).read(argv)
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"`output` is {args.output!r}; give the name of a .png file.")
-    model, processor = load_autoencoder(args.model)
+    read_model_config(args.model)
+    model = load_whole(AutoModelForPreTraining, args.model, "`model`")
+    try:
+        processor = AutoImageProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        raise InputError(f"`model` {args.model!r} has no image processor: {error}") from error
     size, mean, std = pair(model.config.image_size), processor.image_mean, processor.image_std
     views = []
     for path in args.images:
@@ -50,24 +52,8 @@ def run(argv: Sequence[str]) -> int:
             views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
         except InputError as error:
             raise InputError(f"`images`: {path}: {error}") from error
-    num_patches = math.prod(n // p for n, p in zip(size, pair(model.config.patch_size), strict=True))
+    num_patches = math.prod(size) // math.prod(pair(model.config.patch_size))  # of any ViTMAE, ours or transformers'
     noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))
     figure = reconstruction_figure(model, torch.stack(views), noise, mean, std)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0
-
-
-def load_autoencoder(name: str) -> tuple[torch.nn.Module, object]:
-    """A pretrained autoencoder and its image processor, from a folder or the Hub."""
-    read_model_config(name)
-    try:
-        model, report = AutoModelForPreTraining.from_pretrained(name, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"`model` {name!r} cannot be loaded: {error}") from error
-    if report["missing_keys"]:  # transformers would draw them at random
-        raise InputError(
-            f"`model` {name!r} is no whole masked autoencoder: its weights lack {min(report['missing_keys'])}; give "
-            "what pretraining left, not an encoder or a classifier."
-        )
-    return model.eval(), processor

@@ -30,29 +30,14 @@ from clmae.evaluation import plan
 from clmae.training.trainer import CurriculumTrainer
 
 PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
+pytestmark = pytest.mark.slow
 INTERVAL = 4  # steps between checkpoints
-TINY = f"""\
-model_size: tiny
-hidden_size: 32
-num_hidden_layers: 1
-num_attention_heads: 4
-decoder_hidden_size: 16
-decoder_num_hidden_layers: 1
-decoder_num_attention_heads: 2
-image_size: 16
-patch_size: 4
-learning_rate: 1.0e-3
-num_train_epochs: 3
-num_held_out: 0
-save_steps: {INTERVAL}
-use_cpu: true
-disable_tqdm: true
-"""
+SHORT = f"num_train_epochs: 3\nnum_held_out: 0\nsave_steps: {INTERVAL}\n"
 EVERYTHING = "learned_masks: true\nmasker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\ncontrastive_crop: true\n"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, recipe_text):
     """A folder with labelled photos, and a recipe of plain MAE and one of all the rest."""
     folder = tmp_path_factory.mktemp("compare")
     rng = np.random.default_rng(0)
@@ -63,16 +48,14 @@ def home(tmp_path_factory):
                 pixels = rng.uniform(0, 200, (4, 4, 3)) + 12 * label
                 photo = Image.fromarray(pixels.astype(np.uint8)).resize((16, 16))
                 photo.save(folder / "photos" / split / f"{label}" / f"{i}.png")
-    (folder / "mae.yaml").write_text(f"family: mae\n{TINY}per_device_train_batch_size: 16\n")
-    (folder / "all.yaml").write_text(f"family: cmae\n{TINY}{EVERYTHING}per_device_train_batch_size: 8\n")
+    (folder / "mae.yaml").write_text(recipe_text("mae", 16) + SHORT)
+    (folder / "all.yaml").write_text(recipe_text("cmae", 8) + SHORT + EVERYTHING)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def isolated(home, monkeypatch):
-    """A cache of its own."""
+def _in_its_folder(home, monkeypatch):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
 
 
 def command(output_dir, *more):
@@ -85,7 +68,6 @@ def finished(home):
     """An uninterrupted comparison's folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "cache")
         torch.set_num_threads(1)
         assert main(command("whole")) == 0
     return home / "whole"
@@ -151,9 +133,8 @@ def test_a_finished_comparison_is_not_done_again(finished, monkeypatch, capsys):
     assert table_without_seconds(finished) == before
 
 
-def test_another_configuration_is_refused(finished, capsys):
-    assert main(command(finished, "--mask_ratio", "0.5")) == 2
-    message = capsys.readouterr().err
+def test_another_configuration_is_refused(finished, error):
+    message = error(*command(finished, "--mask_ratio", "0.5"))
     assert "holds another comparison" in message
     assert "recipes.mae.options.mask_ratio: None there, 0.5 now" in message
 
@@ -193,40 +174,25 @@ def test_interrupted_it_goes_on_and_takes_more_seeds(home, monkeypatch, capsys):
         (["--eval_dataset", "photos/test/0"], "label"),
         (["--eval_dataset", "./nowhere"], "no such file or folder"),
         (["--mask_ratio", "2"], "recipe mae.yaml: `mask_ratio` is 2.0"),
-        (["--mask_ratoi", "0.5"], "recipe mae.yaml: unknown option '--mask_ratoi'; did you mean 'mask_ratio'?"),
-        (["--seed", "1"], "--seed is not for a comparison: give --seeds"),
-        (["--config=mae.yaml"], "--config is not for a comparison: give the recipes by --recipes"),
+        (["--mask_ratoi", "0.5"], "recipe mae.yaml: unknown option '--mask_ratoi'; did you mean '--mask_ratio'?"),
+        (["--seed", "1"], "--seed is not for `clmae compare`: give --seeds"),
+        (["--config=mae.yaml"], "--config is not for `clmae compare`: give the recipes by --recipes"),
         (["--resume-from-checkpoint", "last"], "an unfinished comparison goes on by itself"),
     ],
 )
-def test_wrong_use_is_refused_before_anything_is_written(home, capsys, more, message):
-    assert main(command("refused", *more)) == 2
-    assert message in capsys.readouterr().err
+def test_wrong_use_is_refused_before_anything_is_written(home, error, more, message):
+    assert message in error(*command("refused", *more))
     assert not (home / "refused").exists()
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", "--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert text.index("clmae compare --recipes") < text.index("--images_seen")
 
 
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 
 def test_killed_at_any_point_it_ends_with_the_same_table(finished, home):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(PACKAGE),
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(home / "cache"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    process = subprocess.run(
-        [sys.executable, __file__, *command("killed")], env=environment, capture_output=True, text=True, timeout=300
-    )
+    own = {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    own["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    argv = [sys.executable, __file__, *command("killed")]
+    process = subprocess.run(argv, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-4000:]
     assert json.loads(process.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(PLACES) + [0], process.stderr[-4000:]
     assert table_without_seconds(home / "killed") == table_without_seconds(finished)

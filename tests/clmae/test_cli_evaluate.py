@@ -5,97 +5,76 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import BitImageProcessor, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-import clmae
 from clmae.cli import main
 from clmae.training.data import make_image_processor
 
-COLOURS = {"blue": (20, 60, 200), "green": (40, 200, 40), "red": (220, 20, 60)}
 SIZE = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
-
-
-@pytest.fixture(autouse=True)
-def isolated(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+QUICK = ["--use_cpu", "true", "--max_steps", "2", "--per_device_train_batch_size", "8", "--save_strategy", "no"]
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> str:
-    folder, generator = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
-    for split, count in (("train", 8), ("test", 4)):
-        for name, colour in COLOURS.items():
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.array(colour) + generator.integers(-9, 10, (8, 8, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(folder / split / name / f"{i}.png")
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_config) -> str:
+def inputs(tmp_path_factory, make_model, labelled):
+    """`--model` and `--dataset`."""
     folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    clmae.MAEModel(tiny_config("mae", image_size=8)).save_pretrained(folder)
-    make_image_processor(8, 3, [0.5] * 3, [0.5] * 3).save_pretrained(folder)
-    return str(folder)
+    make_model("cl_mae").save_pretrained(folder)
+    make_image_processor(16, 3, [0.5] * 3, [0.5] * 3).save_pretrained(folder)
+    return ["--model", str(folder), "--dataset", labelled]
 
 
-def error(capsys, *argv: str) -> str:
-    assert main(["evaluate", *argv]) == 2
-    return capsys.readouterr().err
+def evaluate(*argv):
+    assert main(["evaluate", *argv]) == 0
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "fewshot"])
-def test_table_and_files(capsys, model, photos, protocol):
-    argv = ["evaluate", protocol, "--model", model, "--dataset", photos, "--output", "new/out.json", "--seed", "3"]
-    extra = {
-        "knn": ["--ks", "1", "3"],
-        "linear": ["--l2_grid", "1.0", "0.1"],
-        "fewshot": ["--shots", "1", "--num_draws=2"],
-    }
-    assert main([*argv, *extra[protocol]]) == 0
-    said = capsys.readouterr().out
-    content = json.loads(Path("new/out.json").read_text())
-    table = Path("new/out.md").read_text()
-    assert table in said
-    first = next(iter(content["rows"][2]["accuracies"]))
-    assert f"| encoder | {first} |" in table
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+# -- frozen features --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "options", "parameters", "column"),
+    [
+        ("knn", ["--ks", "1", "3"], {"ks": [1, 3]}, "k = 3"),
+        ("linear", ["--l2_grid", "1.0", "0.1"], {"l2_grid": [1.0, 0.1], "seed": 3}, "top-1"),
+        ("fewshot", ["--shots", "1", "--num_draws=2"], {"shots": [1], "num_draws": 2, "seed": 3}, None),
+    ],
+)
+def test_table_and_files(capsys, inputs, protocol, options, parameters, column):
+    evaluate(protocol, *inputs, "--output", "new/out.json", "--seed", "3", *options)
+    content, table = read("new/out.json"), Path("new/out.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"| encoder | {next(iter(content['rows'][0]['accuracies']))} |" in table
     assert "| raw pixels | 100.0" in table
     assert "[100.0, 100.0]" in table
     settings = content["settings"]
-    assert (settings["model"], settings["dataset"], settings["test_split"]) == (model, photos, "test")
+    assert [settings[name] for name in ("model", "dataset", "test_split")] == [*inputs[1::2], "test"]
     assert (settings["num_train"], settings["num_test"], settings["random_encoder_seed"]) == (24, 12, 3)
-    parameters = {"knn": ("ks", [1, 3]), "linear": ("l2_grid", [1.0, 0.1]), "fewshot": ("shots", [1])}
-    name, value = parameters[protocol]
-    assert settings["parameters"][name] == value
-    if protocol != "knn":
-        assert settings["parameters"]["seed"] == 3
+    assert parameters.items() <= settings["parameters"].items()
     assert (settings["selected_on"] is None) == (protocol == "knn")
     assert content["rows"][0]["intervals"].keys() == content["rows"][0]["accuracies"].keys()
-    names = {path.name for path in Path("new").iterdir()}
-    if protocol == "fewshot":
-        assert names == {"out.json", "out.md"}
+    tables = {"out-classes.csv", "out-confusion.csv", "out-confusion.png"} if column else set()
+    assert {path.name for path in Path("new").iterdir()} == {"out.json", "out.md"} | tables
+    if column is None:
         assert " ± 0.0 [" in table
         return
-    assert names == {"out.json", "out.md", "out-classes.csv", "out-confusion.csv", "out-confusion.png"}
     with open("new/out-classes.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["class"], row["support"]) for row in rows] == [(name, "4") for name in COLOURS]
+    assert [(row["class"], row["support"]) for row in rows] == [(name, "4") for name in ("blue", "green", "red")]
     share = sum(float(row["accuracy"]) * int(row["support"]) for row in rows) / 12  # it is the encoder's
-    of_all = "k = 3" if protocol == "knn" else "top-1"
-    assert share == pytest.approx(content["rows"][0]["accuracies"][of_all], abs=0.01)
+    assert share == pytest.approx(content["rows"][0]["accuracies"][column], abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -104,56 +83,89 @@ def test_table_and_files(capsys, model, photos, protocol):
     ],
     ids=["vit", "dinov2"],
 )
-def test_other_encoders(photos, make):
+def test_other_encoders(labelled, make):
     torch.manual_seed(7)  # not the random encoder's
     make().save_pretrained("encoder")
     BitImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}).save_pretrained("encoder")
-    argv = ["--model", "./encoder", "--dataset", photos, "--feature", "cls+mean", "--layer", "-1", "--output", "o.json"]
-    assert main(["evaluate", "knn", *argv, "--feature_cache", "kept"]) == 0
-    content = json.loads(Path("o.json").read_text())
+    argv = ["--model", "./encoder", "--dataset", labelled, "--feature", "cls+mean", "--layer", "-1"]
+    argv += ["--output", "o.json", "--feature_cache", "kept"]
+    evaluate("knn", *argv)
+    content = read("o.json")
     assert [row["dimension"] for row in content["rows"]] == [32, 32, 192]
     assert (content["settings"]["feature"], content["settings"]["layer"]) == ("cls+mean", -1)
     assert len(list(Path("kept").iterdir())) == 6
-    assert main(["evaluate", "knn", *argv, "--feature_cache", "kept"]) == 0
-    assert json.loads(Path("o.json").read_text())["rows"] == content["rows"]
+    evaluate("knn", *argv)
+    assert read("o.json")["rows"] == content["rows"]
 
 
-def test_under_torchrun_one_process_talks_and_writes(capsys, model, photos, monkeypatch):
+def test_under_torchrun_one_process_prints_and_writes(capsys, inputs, monkeypatch):
     """What the processes compute together is `tests/evaluation/test_features.py`'s."""
     started = []
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr("clmae.cli.evaluate.PartialState", lambda: started.append(1) or SimpleNamespace(device="cpu"))
     monkeypatch.setattr("clmae.cli.evaluate.is_first_process", lambda: False)
-    argv = ["evaluate", "knn", "--model", model, "--dataset", photos, "--output", "out.json"]
-    assert main(argv) == 0
+    evaluate("knn", *inputs, "--output", "out.json")
     assert started == [1]
     assert capsys.readouterr().out == ""
     assert not Path("out.json").exists()
 
 
-def test_protocols_that_train_are_another_commands(monkeypatch):
-    seen = []
-    monkeypatch.setattr("clmae.cli.evaluate_trained.run", lambda protocol, rest: seen.append((protocol, rest)) or 0)
-    assert main(["evaluate", "finetune", "--model", "m"]) == 0
-    assert seen == [("finetune", ["--model", "m"])]
+# -- protocols that train ---------------------------------------------------------------------------------------------
 
 
-def test_mistakes(capsys, model, photos):
-    assert "unknown protocol 'fewshots'; did you mean 'fewshot'?" in error(capsys, "fewshots")
-    arguments = ["knn", "--model", model, "--dataset", photos]
-    assert "`output` is 'out.txt'; give the name of a .json file" in error(capsys, *arguments, "--output", "out.txt")
-    assert "did you mean 'layer'?" in error(capsys, *arguments, "--layers", "1")
-    assert "unknown option '--shots'" in error(capsys, *arguments, "--shots", "1")
-    assert "`model` './nowhere' cannot be loaded" in error(capsys, "knn", "--model", "./nowhere", "--dataset", photos)
-    assert "`layer` is 9, but a MAEModel gives 0 to 2" in error(capsys, *arguments, "--layer", "9")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("protocol", "options", "parameters", "names"),
+    [
+        (
+            "finetune",
+            ["--labels_per_class", "4", "--layer_decay", "0.65", "--mixup_alpha", "0.3", "--seed", "7"],
+            {"layer_decay": 0.65, "mixup_alpha": 0.3, "seed": 7, "max_steps": 2},
+            ["pretrained", "from scratch"],
+        ),
+        ("partial", ["--trained_blocks", "1", "--no_baselines"], {"trained_blocks": 1}, ["pretrained"]),
+        ("linear-lars", ["--feature", "mean"], {"feature": "mean"}, ["pretrained", "random encoder"]),
+    ],
+)
+def test_trained_result_is_printed_and_written(inputs, capsys, protocol, options, parameters, names):
+    evaluate(protocol, *inputs, *QUICK, *options, "--output", "results/out.json")
+    result, table = read("results/out.json"), Path("results/out.md").read_text()
+    assert result["protocol"] == protocol
+    assert [row["name"] for row in result["rows"]] == names
+    assert (result["settings"]["num_train"], result["settings"]["num_test"]) == (12 if len(options) > 4 else 24, 12)
+    assert parameters.items() <= result["settings"]["parameters"].items()
+    assert "| pretrained |" in table
+    assert table in capsys.readouterr().out
+    assert Path("results/out-classes.csv").read_text().count("\n") == 4
+    assert Path("results/out/pretrained/model.safetensors").is_file()  # in a folder called like the result
 
 
-def test_help(capsys):
-    assert main(["evaluate"]) == 2
-    text = capsys.readouterr().out
-    assert all(name in text for name in ("knn", "linear", "fewshot", "finetune", "partial", "linear-lars"))
-    with pytest.raises(SystemExit):
-        main(["evaluate", "fewshot", "--help"])
-    text = capsys.readouterr().out
-    assert "--shots" in text
-    assert text.count("--seed") == 1
+@pytest.mark.slow
+def test_a_second_run_goes_on_only_if_asked_to(inputs, error):
+    command = ["finetune", *inputs, *QUICK, "--no_baselines", "--output_dir", "work"]
+    evaluate(*command)
+    assert re.search(r"`output_dir` .* holds an earlier run", error("evaluate", *command))
+    evaluate(*command, "--resume_from_checkpoint", "last", "--output", "out.json")
+    assert read("out.json")["rows"] == [read("work/pretrained/run.json")["row"]]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("protocol", "options", "message"),
+    [
+        ("knn", ["--output", "out.txt"], "`output` is 'out.txt'; give the name of a .json file"),
+        ("knn", ["--layers", "1"], "did you mean '--layer'?"),
+        ("knn", ["--shots", "1"], "unknown option '--shots'"),
+        ("knn", ["--layer", "9"], "`layer` is 9, but a CLMAEModel gives 0 to 2"),
+        ("finetune", ["--output", "out.txt"], "`output` is 'out.txt'"),
+        ("finetune", ["--trained_blocks", "1"], "clmae evaluate partial"),
+        ("partial", [], "`trained_blocks` is what partial fine-tuning needs"),
+        ("finetune", ["--layer_deca", "0.5"], "did you mean '--layer_decay'"),
+        ("linear-lars", ["--layer_decay", "0.5"], "unknown option '--layer_decay'"),
+        ("finetune", ["--resume_from_checkpoint", "out/checkpoint-3"], "give `last`"),
+    ],
+)
+def test_wrong_use_is_refused_at_once(inputs, error, protocol, options, message):
+    assert message in error("evaluate", protocol, *inputs, *options)

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae push`, by huggingface_hub's own client to a Hub on this machine."""
+"""`clmae card`; and `clmae push`, by huggingface_hub's own client to a Hub on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor
 
 from clmae import MAEForPreTraining
+from clmae.cli import main
 
 from ..local_hub import Fault
 
 OWNER = "hf_owner_token"
 NUMBERS = itertools.count()
+slow = pytest.mark.slow  # they start a client in a process of its own
 
 
 @pytest.fixture
@@ -60,6 +62,39 @@ def snapshot(folder):
     return {str(p): hashlib.sha256(p.read_bytes()).digest() for p in folder.rglob("*") if p.is_file()}
 
 
+# -- clmae card -------------------------------------------------------------------------------------------------------
+
+
+def test_card(folder, capsys, error):
+    assert main(["card", str(folder), "--repo_id", "org/tiny", "--license", "mit"]) == 0
+    assert capsys.readouterr().out == f"wrote {folder / 'README.md'}\n"
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(part in text for part in ("# tiny\n", "license: mit", "(pictures/curves.png)"))
+    assert (folder / "pictures" / "curves.png").stat().st_size > 1000
+    (folder / "README.md").write_text("# Mine\n")
+    assert "edited by hand" in error("card", folder)
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    assert main(["card", str(folder), "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "no folder"),
+        ([], "OUTPUT_DIR"),
+        (["out", "--licence", "mit"], "did you mean '--license'"),
+        (["."], "no config.json"),
+    ],
+)
+def test_wrong_use_of_card(tmp_path, error, arguments, message):
+    assert message in error("card", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- clmae push -------------------------------------------------------------------------------------------------------
+
+
+@slow
 def test_push(hub, push, folder, repo_id):
     code, output = push(folder, repo_id)
     assert code == 0, output
@@ -76,6 +111,7 @@ def test_push(hub, push, folder, repo_id):
     assert not hub.repos[repo_id].private
 
 
+@slow
 def test_a_second_push_changes_nothing_and_a_changed_model_is_one_commit(hub, push, folder, repo_id):
     push(folder, repo_id)
     head = hub.repos[repo_id].head
@@ -93,6 +129,7 @@ def test_a_second_push_changes_nothing_and_a_changed_model_is_one_commit(hub, pu
     assert "pictures/curves.png" not in hub.repos[repo_id].files  # the card no longer shows it
 
 
+@slow
 def test_private(hub, push, folder, repo_id):
     assert push(folder, repo_id, "--private")[0] == 0
     assert hub.repos[repo_id].private
@@ -107,6 +144,7 @@ def test_private(hub, push, folder, repo_id):
     assert "public" in output
 
 
+@slow
 def test_somebody_elses_name(hub, push, folder, repo_id):
     code, output = push(folder, repo_id, token="hf_other_token")
     assert code == 2
@@ -115,6 +153,7 @@ def test_somebody_elses_name(hub, push, folder, repo_id):
     assert repo_id not in hub.repos
 
 
+@slow
 def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     before, requests = snapshot(folder), len(hub.requests)
     code, output = push(folder, repo_id, token=None)
@@ -124,18 +163,19 @@ def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     assert len(hub.requests) == requests
 
 
-def test_without_a_network(hub, push, folder, repo_id):
-    hub.faults = [Fault("/api/repos/create", times=99)]
-    code, output = push(folder, repo_id)
-    hub.faults = []
-    assert code == 2
-    assert "no file was changed there" in output
-    assert (folder / "README.md").read_text(encoding="utf-8").rstrip().endswith("-->")  # written whole
-    assert not list(folder.rglob("*.unfinished"))
-
-
-def test_a_connection_that_breaks_once_is_taken_up_again(hub, push, folder, repo_id):
-    hub.faults = [Fault("PUT /objects/")]
+@slow
+def test_a_connection_that_breaks(hub, push, folder, repo_id):
+    for request, files in (("/api/repos/create", None), (f"/api/models/{repo_id}/commit/", [".gitattributes"])):
+        hub.faults = [Fault(request, times=99)]
+        code, output = push(folder, repo_id)
+        hub.faults = []
+        assert code == 2
+        assert "no file was changed there" in output
+        assert (list(hub.repos[repo_id].files) if repo_id in hub.repos else None) == files
+        assert (folder / "README.md").read_text(encoding="utf-8").rstrip().endswith("-->")  # written whole
+        assert not list(folder.rglob("*.unfinished"))
+    hub.faults = [Fault("PUT /objects/")]  # once, where the client tries again
+    save_file({"new": torch.rand(9)}, folder / "model.safetensors", {"format": "pt"})  # not there yet
     code, output = push(folder, repo_id)
     assert hub.faults == []  # it did break
     assert code == 0, output
@@ -143,17 +183,7 @@ def test_a_connection_that_breaks_once_is_taken_up_again(hub, push, folder, repo
     assert len(hub.repos[repo_id].commits) == 2
 
 
-def test_a_connection_that_breaks_at_the_commit_leaves_no_half(hub, push, folder, repo_id):
-    hub.faults = [Fault(f"POST /api/models/{repo_id}/commit/", times=99)]
-    code, output = push(folder, repo_id)
-    hub.faults = []
-    assert code == 2
-    assert "no file was changed there" in output
-    assert list(hub.repos[repo_id].files) == [".gitattributes"]
-    assert push(folder, repo_id)[0] == 0
-    assert "model.safetensors" in hub.repos[repo_id].files
-
-
+@slow
 def test_words_written_on_the_hub_are_not_lost(hub, push, folder, repo_id):
     push(folder, repo_id)
     repo = hub.repos[repo_id]
@@ -173,16 +203,18 @@ def test_words_written_on_the_hub_are_not_lost(hub, push, folder, repo_id):
     assert b"More." not in repo.files["README.md"]
 
 
+@slow
 def test_a_card_edited_here_goes_as_it_is(hub, push, folder, repo_id):
     push(folder, repo_id)
     edited = (folder / "README.md").read_text(encoding="utf-8") + "\nMine.\n"
     (folder / "README.md").write_text(edited, encoding="utf-8")
     code, output = push(folder, repo_id)
     assert code == 0, output
-    assert "goes as it is" in output
+    assert "is uploaded as it is" in output
     assert hub.repos[repo_id].files["README.md"].decode() == edited
 
 
+@slow
 def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
     path, requests = folder / "model.safetensors", len(hub.requests)
     weights = load_file(path)

@@ -86,6 +86,15 @@ def python_files(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.py")}
 
 
+def run(root, program, *arguments):
+    """What the program prints, in a process of its own, offline and with an empty cache."""
+    environment = os.environ | {"HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory, tiny_config, make_images):
     """Every class of every family, saved here; outputs and saved folders of a process without `clmae`."""
@@ -98,40 +107,23 @@ def shared(tmp_path_factory, tiny_config, make_images):
             folder = root / family / model_class.__name__.removeprefix(config.__class__.__name__.removesuffix("Config"))
             model_class(config).save_pretrained(folder)
             BitImageProcessor(size={"shortest_edge": 16}).save_pretrained(folder)
-    environment = os.environ | {"HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, str(root), ",".join(FAMILIES)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-    )
-    assert done.returncode == 0, done.stderr
+    run(root, STRANGER, str(root), ",".join(FAMILIES))
     return root, images, torch.load(root / "outputs.pt"), json.loads((root / "classes.json").read_text())
 
 
-def load_quietly(auto_class, folder, caplog):
-    """The model without the flag, with nothing to warn of."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        model = auto_class.from_pretrained(folder).eval()
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
-    return model
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_process_without_clmae_computes_the_same(family, shared, caplog):
+def test_a_process_without_clmae_computes_the_same(family, shared, caplog, monkeypatch):
     root, images, outputs, classes = shared
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     prefix = FAMILIES[family][0].__name__.removesuffix("Config")
     for kind, auto_class in (
         ("ForPreTraining", AutoModelForPreTraining),
         ("ForImageClassification", AutoModelForImageClassification),
         ("Model", AutoModel),
     ):
-        model = load_quietly(auto_class, root / family / kind, caplog)
+        with caplog.at_level(logging.WARNING):
+            model = auto_class.from_pretrained(root / family / kind).eval()
         assert type(model).__module__.startswith("clmae.")  # the local class wins
         assert classes[f"{family}/{kind}"] == f"{prefix}{kind}" == type(model).__name__
         arguments = {"noise": torch.linspace(0, 1, 16).expand(2, 16)} if kind == "ForPreTraining" else {}
@@ -139,6 +131,7 @@ def test_a_process_without_clmae_computes_the_same(family, shared, caplog):
             result = model(images, **arguments)
         expected = result.pooler_output if kind == "Model" else result.logits
         assert torch.equal(outputs[f"{family}/{kind}"], expected)
+    assert caplog.records == []
     encoder = AutoModel.from_pretrained(root / family / "ForPreTraining").eval()
     with torch.no_grad():
         tokens = encoder(images).last_hidden_state
@@ -147,6 +140,7 @@ def test_a_process_without_clmae_computes_the_same(family, shared, caplog):
     assert classes[f"{family}/processor"].startswith("BitImageProcessor")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["ForPreTraining", "ForImageClassification", "Model"])
 def test_saving_again_without_clmae_writes_the_same_folder(family, kind, shared):
@@ -174,28 +168,21 @@ def test_the_code_is_whole_flat_and_licensed(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_map_names_the_registered_classes(family, tiny_config, tmp_path):
-    config = tiny_config(family)
-    config.save_pretrained(tmp_path)
+    tiny_config(family).save_pretrained(tmp_path)
     assert set(python_files(tmp_path)) == FILES[family]
+    names = [f"modeling_{family}.{registered.__name__}" for registered in FAMILIES[family]]
     written = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert written == {
-        auto_class: f"modeling_{family}.{registered.__name__}"
-        for auto_class, registered in zip(AUTO_CLASSES, FAMILIES[family], strict=True)
-    }
-    assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).__class__ is FAMILIES[family][0]
+    assert written == dict(zip(AUTO_CLASSES, names, strict=True))
+    assert type(AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)) is FAMILIES[family][0]
 
 
+@pytest.mark.slow
 def test_a_trainers_checkpoint_holds_the_code(tmp_path, tiny_config, make_images):
     config = tiny_config("cl_mae")
     images = [{"pixel_values": image} for image in make_images(config, 4)]
+    options = dict(dataloader_pin_memory=False, use_cpu=True, report_to="none")
     args = PretrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=1,
-        save_steps=1,
-        per_device_train_batch_size=4,
-        dataloader_pin_memory=False,
-        use_cpu=True,
-        report_to="none",
+        output_dir=str(tmp_path), max_steps=1, save_steps=1, per_device_train_batch_size=4, **options
     )
     trainer = CurriculumTrainer(model=FAMILIES["cl_mae"][2](config), args=args, train_dataset=images)
     trainer.train()
@@ -270,6 +257,7 @@ def users_folders(tmp_path_factory, tiny_config):
     return root, folders
 
 
+@pytest.mark.slow
 def test_a_users_subclass_is_loaded_as_itself(users_folders):
     root, folders = users_folders
     for (family, own), folder in folders.items():
@@ -279,13 +267,8 @@ def test_a_users_subclass_is_loaded_as_itself(users_folders):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == expected
     # With the family's `model_type`, transformers takes the family's class once `clmae` is imported; so that one first.
     order = [folders["mae", False], *(folder for (_, own), folder in folders.items() if own)]
-    environment = os.environ | {"HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     for _ in range(2):  # and again, as what was loaded so saved it
-        done = subprocess.run(
-            [sys.executable, "-c", READER, *map(str, order)], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.split() == ["UsersModel", "UsersConfig"] * len(order)
+        assert run(root, READER, *map(str, order)).split() == ["UsersModel", "UsersConfig"] * len(order)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,6 +56,7 @@ def recipe(tiny_config, labelled):
 # -- compute ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mae", "cmae"])
 def test_step_flops_are_torchs_own_count(tiny_config, make_images, family):
     config = tiny_config(family)
@@ -74,18 +75,14 @@ def test_encoder_flops_by_hand(tiny_config):
     assert count_encoder_flops(config) == 2 * patches * width * 3 * 4 * 4 + config.num_hidden_layers * layer
 
 
+@pytest.mark.slow
 def test_step_flops_follow_accumulation_and_masker_interval(tiny_config):
-    config = tiny_config("cl_mae")
+    config, state = tiny_config("cl_mae"), torch.get_rng_state()
     every, never = (count_step_flops(config, arguments(masker_update_interval=k)) for k in (1, 10**9))
     assert never < every
     assert count_step_flops(config, arguments(masker_update_interval=4)) == pytest.approx((every + 3 * never) / 4)
     assert count_step_flops(config, arguments(gradient_accumulation_steps=3)) == 3 * every
-
-
-def test_step_flops_leave_the_random_state_alone(tiny_config):
-    before = torch.get_rng_state()
-    count_step_flops(tiny_config("cl_mae"), arguments())
-    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_cost_of_looking_for_objects(recipe):
@@ -192,20 +189,14 @@ def test_bad_plans_are_refused(recipe, make_plan, labelled, tmp_path, change, me
         make_plan(recipes, evaluation=change, **own)
 
 
-def test_images_without_classes_are_refused(recipe, make_plan, labelled, tmp_path):
+def test_recipes_that_cannot_be_compared_are_refused(recipe, make_plan, labelled, tmp_path):
+    with pytest.raises(ValueError, match=r"`max_train_samples` is None in mae and 20 in cl_mae.*--max_train_samples"):
+        make_plan([recipe(), recipe("cl_mae", data={"max_train_samples": 20})])
+    with pytest.raises(ValueError, match=r"recipe mae: .* batches of 64 images, but the training set has 40"):
+        make_plan([recipe(args={"per_device_train_batch_size": 64})])
     datasets.load_from_disk(labelled).remove_columns("label").save_to_disk(tmp_path / "bare")
     with pytest.raises(ValueError, match="label"):
         make_plan([recipe()], evaluation={"dataset": str(tmp_path / "bare")})
-
-
-def test_recipes_on_different_images_are_refused(recipe, make_plan):
-    with pytest.raises(ValueError, match=r"`max_train_samples` is None in mae and 20 in cl_mae.*--max_train_samples"):
-        make_plan([recipe(), recipe("cl_mae", data={"max_train_samples": 20})])
-
-
-def test_a_batch_larger_than_the_training_set_is_refused(recipe, make_plan):
-    with pytest.raises(ValueError, match=r"recipe mae: .* batches of 64 images, but the training set has 40"):
-        make_plan([recipe(args={"per_device_train_batch_size": 64})])
 
 
 def test_only_the_same_plan_goes_on(recipe, make_plan, tmp_path):
@@ -287,7 +278,7 @@ def test_statistics_by_hand(results):
     assert tables.summarize(three)["half_width"].item() == pytest.approx(4.30265 / 3**0.5)
 
 
-def test_markdown_has_a_table_for_each_budget(results):
+def test_markdown_has_a_table_for_each_budget_and_dataset(results):
     text = tables.results_to_markdown(results, compared_with="mae")
     assert text.startswith("Accuracy in percent; seeds 0, 1: mean ± half of the 95 % interval")
     _, images, compute = text.split("## ")
@@ -304,9 +295,6 @@ def test_markdown_has_a_table_for_each_budget(results):
         "| raw pixels | 10.00 (1) |",
     ]
     assert compute.startswith("Equal compute\n")
-
-
-def test_markdown_has_a_table_for_each_dataset(results):
     both = pd.concat([results, results[results["dataset"] == "data"].assign(dataset="other")])
     text = tables.results_to_markdown(both, compared_with="mae")
     titles = [line for line in text.splitlines() if line.startswith("## ")]

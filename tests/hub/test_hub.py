@@ -22,6 +22,7 @@ from ..local_hub import Fault, Repo
 OWNER, OTHER = "hf_owner_token", "hf_other_token"
 RUNS = Path(__file__).parents[1] / "training" / "runs.py"
 NUMBERS = itertools.count()
+pytestmark = pytest.mark.slow  # they start clients in processes of their own
 
 TRAIN = """
 import importlib.util
@@ -56,16 +57,19 @@ def publish(hub, tmp_path, tiny_config):
     def put(private=False):
         repo_id = f"org/cl-mae-{next(NUMBERS)}"
         torch.manual_seed(len(hub.repos))
-        model = CLMAEForPreTraining(tiny_config("cl_mae")).eval()
+        model = CLMAEForPreTraining(tiny_config("cl_mae"))
         model.save_pretrained(tmp_path)
         BitImageProcessor(size={"shortest_edge": 16}).save_pretrained(tmp_path)
         repo = hub.repos[repo_id] = Repo(private)
         repo.commit({path.name: path.read_bytes() for path in tmp_path.iterdir()})
-        with torch.no_grad():
-            expected = model.vit(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).last_hidden_state
-        return repo_id, expected
+        return repo_id, features_of(model)
 
     return put
+
+
+def features_of(model):
+    with torch.no_grad():
+        return model.eval().vit(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).last_hidden_state
 
 
 def features(client, repo_id, first="", options="", token=None):
@@ -74,8 +78,8 @@ def features(client, repo_id, first="", options="", token=None):
 
 def assert_features(answer, expected, module):
     assert not answer["error"], answer["output"]
-    found, processor, values = answer["result"]
-    assert module in found
+    model_module, processor, values = answer["result"]
+    assert module in model_module
     assert processor.startswith("BitImageProcessor")
     torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-6, atol=1e-6)
 
@@ -117,14 +121,14 @@ def test_a_model_of_one_channel_brings_its_image_processor(hub, client, bare_cli
     first, used = ("import clmae", client) if with_clmae else ("", bare_client)
     answer = used.attempt(PIPELINE.format(repo_id=repo_id, first=first, trust=None if with_clmae else True))
     assert not answer["error"], answer["output"]
-    found, *names = answer["result"]
+    values, *names = answer["result"]
     place = "clmae.modeling.image_processing_mae." if with_clmae else "transformers_modules."
     assert all(name.startswith(place) for name in names)
     assert [name.rpartition(".")[2] for name in names] == ["MAEImageProcessor", "MAEImageProcessorPil"]
     picture = Image.fromarray(np.arange(768, dtype="uint8").reshape(16, 16, 3))
     with torch.no_grad():
         expected = model.vit(**processor(picture, return_tensors="pt")).last_hidden_state
-    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_with_clmae_no_code_of_the_hub_runs(client, publish):
@@ -142,9 +146,9 @@ def test_a_private_model(client, bare_client, publish):
 
 
 def test_a_missing_model(client):
-    answer = features(client, "org/nothing-here", first="import clmae")
-    assert answer["error"].startswith("OSError")
-    assert "org/nothing-here" in answer["error"]
+    error = features(client, "org/nothing-here", first="import clmae")["error"]
+    assert error.startswith("OSError")
+    assert "org/nothing-here" in error
 
 
 def test_an_interrupted_download_is_taken_up_where_it_broke(hub, client, publish):
@@ -182,8 +186,6 @@ def test_a_run_goes_to_the_hub_as_it_trains(hub, client, bare_client, tmp_path, 
     assert not [name for name in names if name.endswith("training_args.bin") or "tfevents" in name]
     checkpoints = {name.split("/")[0] for name in names if name.startswith("checkpoint-")}
     assert checkpoints == ({"checkpoint-2", "checkpoint-4"} if strategy == "all_checkpoints" else set())
-    with torch.no_grad():
-        model = CLMAEForPreTraining.from_pretrained(folder).eval()
-        expected = model.vit(torch.linspace(-1, 1, 768).reshape(1, 3, 16, 16)).last_hidden_state
+    expected = features_of(CLMAEForPreTraining.from_pretrained(folder))
     answer = features(bare_client, repo_id, options="trust_remote_code=True", token=OWNER)
     assert_features(answer, expected, "transformers_modules")

@@ -42,6 +42,7 @@ def test_it_loads_and_reconstructs():
     assert trained < 0.8 * untrained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 def test_transformers_pipeline_takes_any_picture(backend, tmp_path):
     digit = Image.fromarray((load_digits().images[3] * (255 / 16)).astype("uint8")).resize((32, 32), Image.BICUBIC)

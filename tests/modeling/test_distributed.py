@@ -24,6 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clmae import CLMAEForPreTraining, MAEForPreTraining
 
+pytestmark = pytest.mark.slow
+
 TERMS = ("reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
 # (curriculum factor, gradient checkpointing, weights switched off, micro-batches) of each case.
 MASKER_WEIGHTS = ("gauss_loss_weight", "kl_loss_weight", "diversity_loss_weight")

@@ -73,6 +73,7 @@ def test_what_is_saved_says_what_is_shown_and_others_stay_stock(folder, tmp_path
     assert torch.equal(*(p(photo("P"), return_tensors="pt").pixel_values for p in (plain, stock)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_channels", [1, 3])
 @pytest.mark.parametrize("family", [*FAMILIES, "cmae, learned masks"])
 @pytest.mark.parametrize("task", ["image-feature-extraction", "image-classification"])
@@ -91,6 +92,7 @@ def test_transformers_pipelines(task, family, num_channels, tiny_config, tmp_pat
         found = run(image)
         if task == "image-feature-extraction":
             torch.testing.assert_close(torch.tensor(found), expected.last_hidden_state)
+            torch.testing.assert_close(torch.tensor(run(image, pool=True)), expected.pooler_output)
         else:
             scores = {entry["label"]: entry["score"] for entry in found}
             torch.testing.assert_close(

@@ -8,28 +8,26 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForPreTraining
 
-from clmae import CLMAEForPreTraining, CMAEForPreTraining, CMAEModel, MAEForPreTraining
+from clmae import CLMAEForPreTraining, CMAEForPreTraining, MAEForPreTraining
 from clmae.modeling.losses import contrastive_loss
+from clmae.modeling.masking import keep_lowest
 
 from . import reference
+from .models import assert_same, gradients, perturb
 
 OFF = dict(contrastive_loss_weight=0.0, position_loss_weight=0.0)
-MASKER_FIELDS = dict(masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48)
+LEARNED = dict(
+    learned_masks=True, masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48
+)
 
 
 @pytest.fixture
 def build(tiny_config):
     """`build(**fields)`: a tiny CMAE in training mode whose weights are random without zeros."""
 
-    def make(model_class=CMAEForPreTraining, family="cmae", **fields):
-        model = model_class(tiny_config(family, **fields)).train()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-        return model
+    def make(**fields):
+        return perturb(CMAEForPreTraining(tiny_config("cmae", **fields)).train())
 
     return make
 
@@ -38,18 +36,12 @@ def build(tiny_config):
 def views(make_images):
     """`views(config, batch_size)`: normally distributed pixels `(B, 2, C, H, W)` and noise `(B, 2, N)`."""
 
-    def make(config, batch_size=3, dtype=torch.float64):
+    def make(config, batch_size=3, dtype=torch.float32):
         pixel_values = make_images(config, 2 * batch_size, dtype).unflatten(0, (batch_size, 2))
         noise = torch.rand(batch_size, 2, config.num_patches, generator=torch.Generator().manual_seed(7))
         return pixel_values, noise
 
     return make
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 # -- golden -----------------------------------------------------------------------------------------------------------
@@ -68,7 +60,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_equals_the_reference(build, views, batch_size, fields):
     model = build(**fields).double()
-    pixel_values, noise = views(model.config, batch_size)
+    pixel_values, noise = views(model.config, batch_size, torch.float64)
     outputs = model(pixel_values, noise)
     expected = reference.cmae_gradients(model.state_dict(), model.config, pixel_values, noise)
     for name in ("loss", "reconstruction_loss", "contrastive_loss", "position_loss", "projections"):
@@ -76,9 +68,8 @@ def test_equals_the_reference(build, views, batch_size, fields):
     assert outputs.position_accuracy.item() == pytest.approx(expected["position_accuracy"])
     assert torch.equal(outputs.mask.double(), expected["mask"])
     actual = gradients(model, outputs.loss)
-    assert actual.keys() == expected["grads"].keys()
-    for name, gradient in actual.items():
-        torch.testing.assert_close(gradient, expected["grads"][name], atol=1e-11, rtol=0, msg=lambda m, n=name: n + m)
+    assert_same({name: actual[name] for name in expected["grads"]}, expected["grads"], atol=1e-11, rtol=0)
+    assert len(actual) == len(expected["grads"])
 
 
 def test_contrastive_loss_by_hand():
@@ -105,25 +96,19 @@ def test_contrast_is_computed_in_float32(dtype):
         assert torch.equal(contrastive_loss(*vectors, 0.1), expected)
 
 
-def test_positions_are_scored_in_float32(build, views):
-    model = build().bfloat16()
-    pixel_values, noise = views(model.config, 4, torch.float32)
-    outputs = model(pixel_values, noise)
-    assert {outputs[name].dtype for name in ("position_loss", "contrastive_loss")} == {torch.float32}
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_views_are_compared_in_float32(build, views, dtype):
     model = build()
-    pixel_values, noise = views(model.config, 4, torch.float32)
+    pixel_values, noise = views(model.config, 4)
     exact = model(pixel_values, noise)
     with torch.autocast("cpu", dtype):
         outputs = model(pixel_values, noise)
     assert outputs.projections.dtype == dtype
-    assert outputs.contrastive_loss.dtype == torch.float32
     for name in ("contrastive_loss", "position_loss", "reconstruction_loss"):
+        assert outputs[name].dtype == torch.float32
         assert outputs[name].item() == pytest.approx(exact[name].item(), rel=0.03)
     assert all(torch.isfinite(g).all() for g in gradients(model, outputs.loss).values())
+    assert model.to(dtype)(pixel_values, noise).position_loss.dtype == torch.float32
 
 
 # -- composition ------------------------------------------------------------------------------------------------------
@@ -140,20 +125,18 @@ def test_without_tasks_it_is_mae(build, tiny_config, make_images):
     for name in ("loss", "logits", "mask", "ids_restore"):
         assert torch.equal(ours[name], theirs[name]), name
     assert {k: v for k, v in ours.items() if k not in theirs} == {}
-    expected = gradients(plain, theirs.loss)
-    for name, gradient in gradients(model, ours.loss).items():
-        assert torch.equal(gradient, expected[name]), name
+    assert_same(gradients(model, ours.loss), gradients(plain, theirs.loss))
 
 
 def test_two_views_without_tasks_are_a_batch_of_two(build, views):
-    model = build(**OFF).double()
+    model = build(**OFF)
     pixel_values, noise = views(model.config)
     both = model(pixel_values, noise)
     apart = [model(pixel_values[:, i], noise[:, i]) for i in (0, 1)]
     mean = (apart[0].reconstruction_loss + apart[1].reconstruction_loss) / 2
-    torch.testing.assert_close(both.reconstruction_loss, mean, atol=1e-12, rtol=0)
+    torch.testing.assert_close(both.reconstruction_loss, mean, atol=1e-6, rtol=0)
     for i in (0, 1):
-        torch.testing.assert_close(both.logits[:, i], apart[i].logits, atol=1e-12, rtol=0)
+        torch.testing.assert_close(both.logits[:, i], apart[i].logits, atol=1e-5, rtol=0)
         assert torch.equal(both.mask[:, i], apart[i].mask)
         assert torch.equal(both.ids_restore[:, i], apart[i].ids_restore)
 
@@ -161,7 +144,7 @@ def test_two_views_without_tasks_are_a_batch_of_two(build, views):
 @pytest.mark.parametrize(("off", "left"), [("contrastive", "position"), ("position", "contrastive")])
 def test_a_task_of_weight_0_is_not_there(build, views, off, left):
     model = build(**{f"{off}_loss_weight": 0.0})
-    pixel_values, noise = views(model.config, dtype=torch.float32)
+    pixel_values, noise = views(model.config)
     outputs = model(pixel_values, noise)
     assert f"{off}_loss" not in outputs
     assert outputs.loss.item() == pytest.approx((outputs.reconstruction_loss + 0.1 * outputs[f"{left}_loss"]).item())
@@ -182,79 +165,69 @@ def test_evaluation_gives_all_positions_and_needs_one_view(build, make_images, t
 
 def test_learned_masks_are_cl_maes(build, views, tiny_config):
     fields = dict(soft_masking="attention", diversity_loss_weight=0.3)
-    model = build(learned_masks=True, **MASKER_FIELDS, **OFF, **fields).double()
-    theirs = CLMAEForPreTraining(tiny_config("cl_mae", **fields)).double().train()
+    model = build(**LEARNED, **OFF, **fields)
+    theirs = CLMAEForPreTraining(tiny_config("cl_mae", **fields)).train()
     theirs.load_state_dict(model.state_dict())
     pixel_values, noise = views(model.config)
     ours = model(pixel_values, noise, curriculum_factor=-0.5)
     expected = theirs(pixel_values.flatten(0, 1), curriculum_factor=-0.5)
     assert torch.equal(ours.loss, expected.loss)
     assert torch.equal(ours.keep_probabilities, expected.keep_probabilities.unflatten(0, (3, 2)))
-    wanted = gradients(theirs, expected.loss)
-    for name, gradient in gradients(model, ours.loss).items():
-        assert torch.equal(gradient, wanted[name]), name
+    assert_same(gradients(model, ours.loss), gradients(theirs, expected.loss))
 
 
 def test_learned_masks_and_tasks_together(build, views):
-    model = build(learned_masks=True, **MASKER_FIELDS).double()
+    model = build(**LEARNED)
     pixel_values, noise = views(model.config)
     outputs = model(pixel_values, noise, curriculum_factor=-1.0)
-    backbone = outputs.reconstruction_loss + 0.1 * outputs.contrastive_loss + 0.1 * outputs.position_loss
-    own = gradients(model, backbone)
-    assert not any(name.startswith("masking_module.") for name in own)
+    loss = outputs.reconstruction_loss + 0.1 * outputs.position_loss + 0.1 * outputs.contrastive_loss
+    backbone = gradients(model, loss)
+    assert not any(name.startswith("masking_module.") for name in backbone)
     everything = gradients(model, model(pixel_values, noise, curriculum_factor=-1.0).loss)
-    for name, gradient in everything.items():
-        if name.startswith("masking_module."):
-            assert gradient.abs().max() > 0 or name.endswith("k_proj.bias"), name
-        else:
-            assert torch.equal(gradient, own[name]), name
+    masker = {name: everything.pop(name) for name in list(everything) if name.startswith("masking_module.")}
+    assert_same(everything, {name: backbone[name] for name in everything})
+    assert all(gradient.any() or name.endswith("k_proj.bias") for name, gradient in masker.items())
 
 
 # -- positions ----------------------------------------------------------------------------------------------------
 
 
-def accuracy_after(model, steps):
-    """Accuracy on new noise images, whose content says nothing about places, after training the tasks' part alone."""
+def accuracies(model, steps, size=16):
+    """Accuracy at each step of training for positions alone, on noise images whose content says nothing of places."""
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for step in range(steps + 1):
-        pixel_values = 0.3 * torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(step))
-        outputs = model(pixel_values)
+    result = []
+    for step in range(steps):
+        outputs = model(0.3 * torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(step)))
         optimizer.zero_grad()
         outputs.position_loss.backward()
         optimizer.step()
-    return outputs.position_accuracy.item()
+        result.append(outputs.position_accuracy.item())
+    return result
 
 
-def test_withheld_positions_cannot_be_read_off_the_input(build, monkeypatch):
+class GivenPositions(CMAEForPreTraining):
+    """Predicts positions that it is given."""
+
+    def visible_tokens(self, *args, withhold=False, **options):
+        return super().visible_tokens(*args, withhold=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_class", [CMAEForPreTraining, GivenPositions])
+def test_withheld_positions_cannot_be_read_off_the_input(tiny_config, model_class):
     """On images without structure nothing but the position tells where a token came from."""
-    torch.manual_seed(0)
-    withheld = accuracy_after(build(contrastive_loss_weight=0.0, position_mask_ratio=1.0), 150)
-    assert withheld < 0.15  # chance is 1/16 = 0.0625, of 256 tokens
-
-    def give(self, pixel_values, visible, *rest):
-        _, withheld = original(self, pixel_values, visible, *rest)
-        return visible, withheld
-
-    original = CMAEForPreTraining.withhold_positions
-    monkeypatch.setattr(CMAEForPreTraining, "withhold_positions", give)
-    assert accuracy_after(build(contrastive_loss_weight=0.0, position_mask_ratio=1.0), 150) > 0.99
+    config = tiny_config("cmae", contrastive_loss_weight=0.0, position_mask_ratio=1.0)
+    accuracy = accuracies(perturb(model_class(config).train()), 151)[-1]
+    # Chance is 1/16 = 0.0625, of 256 tokens.
+    assert accuracy < 0.15 if model_class is CMAEForPreTraining else accuracy > 0.99
 
 
+@pytest.mark.slow
 def test_given_positions_only_exclude_themselves(build):
     """Three quarters withheld, as by default: the rest tells no more than where a token is not."""
-    torch.manual_seed(0)
-    model = build(image_size=32, contrastive_loss_weight=0.0)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    found = []
-    for step in range(60):
-        pixel_values = 0.3 * torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(step))
-        outputs = model(pixel_values)
-        optimizer.zero_grad()
-        outputs.position_loss.backward()
-        optimizer.step()
-        found.append(outputs.position_accuracy.item())
+    found = accuracies(build(image_size=32, contrastive_loss_weight=0.0), 60, size=32)[20:]
     chance, count = 1 / (64 - 4), 40 * 64 * 12
-    assert abs(sum(found[20:]) / 40 - chance) < 5 * math.sqrt(chance / count)
+    assert abs(sum(found) / 40 - chance) < 5 * math.sqrt(chance / count)
 
 
 def test_position_task_starts_at_chance(tiny_config):
@@ -264,14 +237,10 @@ def test_position_task_starts_at_chance(tiny_config):
     assert abs(accuracy - 1 / 64) < 4 * math.sqrt(1 / 64 / count)
 
 
-def test_the_share_of_withheld_positions(build, views):
-    model = build(mask_ratio=0.5, position_mask_ratio=0.5).double()
-    pixel_values, noise = views(model.config)
-    calls = []
-    original = model.withhold_positions
-    model.withhold_positions = lambda *args: calls.append(original(*args)) or calls[-1]
-    model(pixel_values, noise)
-    ((_, withheld),) = calls
+def test_the_share_of_withheld_positions(build):
+    model = build(mask_ratio=0.5, position_mask_ratio=0.5)
+    noise = torch.rand(6, 16)
+    withheld = model.withheld_tokens(noise, keep_lowest(noise, 8))
     assert withheld.shape == (6, 4)
     assert all(len(set(row)) == 4 for row in withheld.tolist())
     assert len({tuple(sorted(row)) for row in withheld.tolist()}) > 1
@@ -280,72 +249,52 @@ def test_the_share_of_withheld_positions(build, views):
 # -- bad input ----------------------------------------------------------------------------------------------------
 
 
-def test_one_view_cannot_be_contrasted(build, make_images):
-    model = build()
-    with pytest.raises(ValueError, match=r"`pixel_values` has 1 view\(s\).*`contrastive_loss_weight` to 0"):
-        model(make_images(model.config, 4))
-
-
-def test_one_image_cannot_be_contrasted(build, views):
-    model = build()
-    with pytest.raises(ValueError, match=r"`pixel_values` holds one image, .* batch of at least 2"):
-        model(*views(model.config, 1, torch.float32))
-
-
-def test_no_masking_module_no_learned_masks(build, views):
-    model = build()
-    with pytest.raises(ValueError, match=r"`masking` is 'rand'; choose one of learned, random"):
-        model(*views(model.config, dtype=torch.float32), masking="rand")
-    with pytest.raises(ValueError, match=r"`learned_masks` is false"):
-        model(*views(model.config, dtype=torch.float32), masking="learned")
-    with pytest.raises(ValueError, match=r"`compute_masker_loss` is true, but `learned_masks` is false"):
-        model(*views(model.config, dtype=torch.float32), compute_masker_loss=True)
+@pytest.mark.parametrize(
+    ("shape", "inputs", "message"),
+    [
+        ((4, 3, 16, 16), {}, r"`pixel_values` has 1 view\(s\).*`contrastive_loss_weight` to 0"),
+        ((1, 2, 3, 16, 16), {}, r"`pixel_values` holds one image, .* batch of at least 2"),
+        ((3, 2, 5, 16, 16), {}, r"`pixel_values` has shape \(3, 2, 5, 16, 16\); expected \(batch_size, views, 3"),
+        (
+            (2, 2, 3, 24, 24),
+            {"interpolate_pos_encoding": True},
+            "`position_loss_weight` is 0.1.*of 16 pixels",
+        ),
+        ((2, 2, 3, 16, 16), {"masking": "rand"}, "`masking` is 'rand'; choose one of learned, random"),
+        ((2, 2, 3, 16, 16), {"masking": "learned"}, "`masking` is 'learned', but `learned_masks` is false"),
+        (
+            (2, 2, 3, 16, 16),
+            {"compute_masker_loss": True},
+            "`compute_masker_loss` is true, but `learned",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_input(build, shape, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        build()(torch.randn(shape), **inputs)
 
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("shape", [(3, 16), (6, 16), (3, 2, 9)])
 def test_noise_of_another_shape(build, views, learned, shape):
-    model = build(**(dict(learned_masks=True, **MASKER_FIELDS) if learned else {}))
-    pixel_values, _ = views(model.config, 3, torch.float32)
+    model = build(**(LEARNED if learned else {}))
+    pixel_values, _ = views(model.config)
     with pytest.raises(ValueError, match=rf"`noise` has shape {re.escape(str(shape))}; .* give \(3, 2, 16\)"):
         model(pixel_values, torch.rand(shape))
 
 
-def test_wrong_channels_are_reported_as_they_were_given(build):
-    with pytest.raises(
-        ValueError, match=r"`pixel_values` has shape \(3, 2, 5, 16, 16\); expected \(batch_size, views, 3"
-    ):
-        build()(torch.randn(3, 2, 5, 16, 16))
+# -- saving -------------------------------------------------------------------------------------------------------
 
 
-def test_positions_need_the_configured_size(build):
-    model = build(contrastive_loss_weight=0.0)
-    with pytest.raises(ValueError, match=r"`position_loss_weight` is 0.1, which needs images of 16 pixels"):
-        model(torch.randn(2, 3, 24, 24), interpolate_pos_encoding=True)
-
-
-# -- saving -----------------------------------------------------------------------------------------------------------
-
-
-def test_round_trip(build, views, tmp_path):
-    model = build(learned_masks=True, **MASKER_FIELDS)
-    model.save_pretrained(tmp_path)
-    loaded, info = AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
-    assert isinstance(loaded, CMAEForPreTraining)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    pixel_values, noise = views(model.config, dtype=torch.float32)
-    assert torch.equal(loaded.train()(pixel_values, noise).loss, model(pixel_values, noise).loss)
-
-
-@pytest.mark.parametrize("model_class", [CMAEModel, MAEForPreTraining, CLMAEForPreTraining])
-def test_other_models_load_its_folder_without_its_tasks(build, model_class, tmp_path, tiny_config):
-    model = build(learned_masks=True, **MASKER_FIELDS)
+@pytest.mark.parametrize("model_class", [MAEForPreTraining, CLMAEForPreTraining])
+def test_other_families_load_its_folder_without_its_tasks(build, model_class, tmp_path, tiny_config):
+    model = build(**LEARNED)
     model.save_pretrained(tmp_path)
     config = model_class.config_class.from_dict(
         {k: v for k, v in model.config.to_dict().items() if hasattr(model_class.config_class, k) and k != "model_type"}
     )
     loaded, info = model_class.from_pretrained(tmp_path, config=config, output_loading_info=True)
     assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    encoder = loaded if model_class is CMAEModel else loaded.vit
-    assert torch.equal(encoder.embeddings.cls_token, model.vit.embeddings.cls_token)
+    assert {key.split(".")[0] for key in info["unexpected_keys"]} >= {"projector", "position_head"}
+    assert torch.equal(loaded.vit.embeddings.cls_token, model.vit.embeddings.cls_token)

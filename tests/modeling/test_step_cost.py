@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""What a training step costs, without timing it: FLOPs, operations, graph breaks and recompilations."""
+"""What a training step costs, without timing it: FLOPs, loops over the batch, graph breaks and recompilations."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ FAMILIES = {
     "cmae-no-tasks": ("cmae", {"contrastive_loss_weight": 0.0, "position_loss_weight": 0.0}),
     "cmae-learned": ("cmae", {"learned_masks": True}),
 }
-# Operations that PyTorch is asked for in forward and backward pass of the tiny models, views among them (equal with
-# torch 2.11 and 2.15). More than 5 % above that fails; who saves some lowers the number.
-OPERATIONS = {"mae": 812, "cl_mae": 1813, "cl_mae-tokens": 1824, "cmae": 996, "cmae-learned": 2512}
 SMALL = dict(
     **dict(hidden_size=384, num_hidden_layers=3, num_attention_heads=6, intermediate_size=1536),
     **dict(decoder_hidden_size=256, decoder_num_hidden_layers=2, decoder_num_attention_heads=8),
@@ -45,11 +42,11 @@ def make_step(tiny_config, make_images):
         config = tiny_config(family, **fields, **more)
         model = clmae.FAMILIES[family][2]._from_config(config, attn_implementation="eager").train()
         images = make_images(config, batch_size)
-        images = torch.stack([images, images.flip(-1)], 1) if getattr(config, "num_views", 1) == 2 else images
+        images = torch.stack([images, images.flip(-1)], 1) if config.num_views == 2 else images
 
         def step(factor=1.0, with_pass_b=True):
             inputs = {}
-            if hasattr(model, "masking_module"):
+            if config.learns_masks:
                 inputs = {"curriculum_factor": torch.tensor(factor), "compute_masker_loss": with_pass_b}
             model(pixel_values=images, **inputs).loss.backward()
             model.zero_grad()
@@ -96,16 +93,15 @@ class _OperationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_of_a_step(make_step, name):
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_has_no_loop_over_the_batch(make_step, name):
     counts = []
     for batch_size in (2, 8):
         _, step = make_step(name, batch_size)
         with _OperationCounter() as counter:
             step()
         counts.append(counter.count)
-    assert counts[0] == counts[1], "the number of operations grows with the batch: there is a loop over it"
-    assert counts[0] <= 1.05 * OPERATIONS[name]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -140,11 +136,9 @@ def dynamo():
     """Without what other tests compiled."""
     torch._dynamo.reset()
     counters.clear()
-    yield
-    torch._dynamo.reset()
-    counters.clear()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae", "cmae"])
 def test_random_masks_compile_whole(dynamo, make_step, name):
     model, step = make_step(name, **SHALLOW)
@@ -152,6 +146,7 @@ def test_random_masks_compile_whole(dynamo, make_step, name):
     assert graphs_over_a_curriculum(step) == [1] * 5
 
 
+@pytest.mark.slow
 def test_learned_masks_compile_in_parts(dynamo, make_step):
     # Not whole: pass B differentiates within the forward pass, which a graph cannot hold. So encoder, decoder and
     # masking module each, for pass A and pass B; the masking module once more for steps without its gradient.
