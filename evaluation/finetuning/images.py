@@ -13,8 +13,7 @@ from torchvision.transforms import v2
 from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import MAX_RANDAUGMENT
 from clmae.evaluation.linear import random_ranks
-from clmae.training.data import ImageDataset
-from clmae.training.images import normalize, sample_generator
+from clmae.training.data import ImageDataset, normalize, sample_generator
 
 
 def label_subset(
