@@ -30,6 +30,10 @@ _NOT_OF_STREAMS = {
 }
 
 
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class DataArguments:
     """Which images to train on, and how to show them."""
@@ -37,48 +41,37 @@ class DataArguments:
     dataset: str = field(
         metadata={"help": "Hub id, folder of images (class folders or not), parquet file, or save_to_disk folder."}
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of a Hub dataset that has several."}
+    dataset_config_name: str | None = _option(None, "Configuration of a Hub dataset that has several.")
+    train_split: str = _option("train", "Split to train on.")
+    eval_split: str | None = _option(
+        None, "Split to evaluate on; without one, num_held_out training images are held out."
     )
-    train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; without one, num_held_out training images are held out."}
+    num_held_out: int = _option(
+        512, "Training images held out without an eval_split (at most a tenth of them); 0 for none."
     )
-    num_held_out: int = field(
-        default=512,
-        metadata={"help": "Training images held out without an eval_split (at most a tenth of them); 0 for none."},
-    )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images, if there are several."})
-    streaming: bool = field(default=False, metadata={"help": "Read the data while training, without preparing it."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many images."})
-    on_bad_image: str = field(
-        default="raise", metadata={"help": "Broken image: raise (stop, naming it) or skip (take another, count it)."}
-    )
+    image_column: str | None = _option(None, "Column of the images, if there are several.")
+    streaming: bool = _option(False, "Read the data while training, without preparing it.")
+    max_train_samples: int | None = _option(None, "Train on at most so many images.")
+    max_eval_samples: int | None = _option(None, "Evaluate on at most so many images.")
+    on_bad_image: str = _option("raise", "Broken image: raise (stop, naming it) or skip (take another, count it).")
     image_mean: list[float] | None = field(
         default=None, metadata={"help": "Mean of each channel, in 0 to 1; ImageNet's for 3 channels, otherwise 0.5."}
     )
     image_std: list[float] | None = field(
         default=None, metadata={"help": "Deviation of each channel, in 0 to 1; ImageNet's for 3 channels, else 0.5."}
     )
-    min_crop_scale: float = field(
-        default=0.2, metadata={"help": "Smallest share of an image's area that a random crop shows, in (0, 1]."}
+    min_crop_scale: float = _option(0.2, "Smallest share of an image's area that a random crop shows, in (0, 1].")
+    horizontal_flip: bool = _option(True, "Mirror half of the training images.")
+    contrastive_crop: bool = _option(
+        False, "Crop around the objects that the encoder finds while it trains (ContrastiveCrop)."
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
-    contrastive_crop: bool = field(
-        default=False,
-        metadata={"help": "Crop around the objects that the encoder finds while it trains (ContrastiveCrop)."},
+    device_resident: bool = _option(
+        False,
+        "Keep all training images, which must be of one size, on the training device and augment there, a batch at "
+        "once: for small sets such as CIFAR-10 (3 KB per image), without workers.",
     )
-    device_resident: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep all training images, which must be of one size, on the training device and augment there, a "
-            "batch at once: for small sets such as CIFAR-10 (3 KB per image), without workers."
-        },
-    )
-    crop_ratio: float | None = field(
-        default=None,
-        metadata={"help": "Share of the sides that evaluation shows; 0.875 from 160 pixels on, 1 for smaller images."},
+    crop_ratio: float | None = _option(
+        None, "Share of the sides that evaluation shows; 0.875 from 160 pixels on, 1 for smaller images."
     )
 
     def __post_init__(self) -> None:
@@ -107,33 +100,24 @@ class DataArguments:
                 raise InputError(message)
 
     def mean_and_std(self, num_channels: int) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation for each of `num_channels` channels, given or default.
-
-        Raises:
-            InputError: There is not one value per channel.
-        """
-        default = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if num_channels == 3 else ([0.5] * num_channels,) * 2
-        mean = list(default[0] if self.image_mean is None else self.image_mean)
-        std = list(default[1] if self.image_std is None else self.image_std)
-        for name, values in (("image_mean", mean), ("image_std", std)):
+        """Mean and standard deviation for each of `num_channels` channels, given or default."""
+        moments = []
+        for name, default in (("image_mean", IMAGENET_DEFAULT_MEAN), ("image_std", IMAGENET_DEFAULT_STD)):
+            given = getattr(self, name)
+            values = given if given is not None else default if num_channels == 3 else [0.5] * num_channels
             if len(values) != num_channels:
                 raise InputError(f"`{name}` has {len(values)} values; give one for each of {num_channels} channels.")
-        return mean, std
+            moments.append(list(values))
+        return moments[0], moments[1]
 
 
 def build_datasets(
     args: DataArguments, config: MAEConfig, seed: int = 0
 ) -> tuple[PretrainingDataset, PretrainingDataset | None, BitImageProcessor]:
-    """Training data, evaluation data and image processor for a model.
+    """`(train_dataset, eval_dataset, image_processor)` for a model.
 
-    Args:
-        args: What the user asked for.
-        config: The model's `image_size`, `patch_size`, `num_channels` and `num_patches`.
-        seed: Of augmentation and noise. What is held out does not depend on it.
-
-    Returns:
-        `(train_dataset, eval_dataset, image_processor)`; no evaluation data if `num_held_out` is 0 and no
-        `eval_split` is named, or if there is only one image.
+    There is no evaluation data if `num_held_out` is 0 and no `eval_split` is named, or if there is only one image. What
+    is held out does not depend on `seed`, which is that of augmentation and noise.
 
     Raises:
         InputError: The data cannot be found, read or shown as asked.
@@ -165,8 +149,8 @@ def build_datasets(
         train_dataset = ImageDataset(train, column, **options, **settings)
     eval_dataset: PretrainingDataset | None = None
     if evaluation is not None:
-        streams = isinstance(evaluation.dataset, datasets.IterableDataset)
-        eval_dataset = (StreamingImageDataset if streams else ImageDataset)(*evaluation, train=False, **settings)
+        is_stream = isinstance(evaluation.dataset, datasets.IterableDataset)
+        eval_dataset = (StreamingImageDataset if is_stream else ImageDataset)(*evaluation, train=False, **settings)
     processor = make_image_processor(image_size, config.num_channels, mean, std, crop_ratio)
     return train_dataset, eval_dataset, processor
 

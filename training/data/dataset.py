@@ -168,7 +168,7 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
     `dataset[epoch * len(dataset) + index]`, which a sampler yields, so that no worker has to be told of it.
 
     Args:
-        dataset, image_column: As [`load_image_dataset`] returns them.
+        dataset, image_column: As [`load_image_dataset`] gives them.
         image_size: Height and width of the samples.
         num_channels: Channels of the samples: 1, 3 or 4, or what the arrays in the dataset have.
         num_patches: Length of `noise`.
@@ -222,10 +222,10 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
     def whole_image(self, index: int) -> torch.Tensor:
         """All of an image, un-augmented and squeezed to `image_size`: normalised `(C, H, W)`."""
         # In training in the detail that any crop may need; aspect ratios go to 4/3.
-        share = math.sqrt(0.75 * self.crop_scale[0])
+        share = math.sqrt(0.75 * self.crop_scale[0]) if self.train else 0.0
 
         def reduction(height: int, width: int) -> float:
-            return self._reduction(share * min(height, width), share * min(height, width)) if self.train else 1
+            return self._reduction(share * min(height, width), share * min(height, width))
 
         image = self._read(index, lambda value, _: self._decode(value, reduction))
         return normalize(crop_and_resize(image, (0, 0, *image.shape[:2]), self.image_size), self.mean, self.std)

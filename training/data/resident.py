@@ -27,8 +27,7 @@ class ResidentImageDataset(ImageDataset):
         device: Where the images are kept: 1 byte per value, or 4 if they have more than 8 bits.
 
     Raises:
-        InputError: The images differ in size or type, one of them is bad (unless these are skipped), they do not fit
-            on the device, or `source` is for evaluation.
+        InputError: The images differ in size or type, one is bad, or they do not fit on the device.
     """
 
     def __init__(self, source: ImageDataset, device: torch.device | str):
@@ -39,7 +38,8 @@ class ResidentImageDataset(ImageDataset):
         images = self._load_all()
         try:
             self.images = images.to(self.device)
-            self._moments = torch.tensor([self.mean, self.std]).to(self.device)
+            peak = 255 if images.dtype == torch.uint8 else 1
+            self._moments = (peak * torch.tensor([self.mean, self.std])).to(self.device)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"`device_resident` needs {images.nbytes / 1e9:.1f} GB on {self.device}, which does not have them; "
@@ -57,14 +57,10 @@ class ResidentImageDataset(ImageDataset):
         rows = torch.from_numpy(index.astype(np.int64))
         object_boxes = None if self.crop_boxes is None else self.crop_boxes[rows].numpy()
         boxes, flips = self._crop(self.images.shape[2], self.images.shape[3], state, object_boxes)
-        noise = self._noise(state[:, None])
-        rows, boxes, flips, noise = (
-            values.to(self.device, non_blocking=True)
-            for values in (rows, torch.from_numpy(boxes), torch.from_numpy(flips), noise)
-        )
-        pixels = crop_and_resize_batch(self.images[rows], boxes, flips, self.image_size)
-        peak = 255 if self.images.dtype == torch.uint8 else 1
-        pixels = normalize(pixels, *(peak * self._moments))
+        drawn = (rows, torch.from_numpy(boxes), torch.from_numpy(flips), self._noise(state[:, None]))
+        rows, on_device, flipped, noise = (values.to(self.device, non_blocking=True) for values in drawn)
+        pixels = crop_and_resize_batch(self.images[rows], on_device, flipped, self.image_size)
+        pixels = normalize(pixels, *self._moments)
         if self.num_views > 1:
             pixels, noise = (values.unflatten(0, (-1, self.num_views)) for values in (pixels, noise))
         return {"pixel_values": pixels, "noise": noise}

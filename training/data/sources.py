@@ -48,12 +48,9 @@ def load_image_dataset(
         source: A Hub id; a folder of images, with or without a folder for each class (below a folder for each split,
             if there are splits); a parquet file; a folder that `datasets.load_dataset` understands; a folder written
             by `save_to_disk`; or a dataset (or dict of them) in memory.
-        split: Which split; a single dataset in memory has none to choose. Sources that `datasets.load_dataset` reads
-            also take slices such as `"train[:10%]"`.
-        config_name: Configuration of a Hub dataset that has several.
-        image_column: The column that holds the images, if there are several.
+        split: Of several. Sources that `datasets.load_dataset` reads also take slices such as `"train[:10%]"`.
         streaming: Read while training instead of preparing everything first.
-        max_samples: At most so many samples, as [`take_samples`].
+        max_samples: As [`take_samples`].
 
     Returns:
         `(dataset, image_column)`. A folder with several classes has a `"label"` column.
@@ -203,12 +200,7 @@ def take_samples(dataset: Kind, max_samples: int | None) -> Kind:
 def hold_out(
     dataset: datasets.Dataset, fraction_or_count: float | int, seed: int = 0
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Two disjoint random parts of a dataset, for training and for evaluation, both in its order.
-
-    Args:
-        dataset: At least two samples.
-        fraction_or_count: Size of the second part: a share in (0, 1), or a number of samples.
-        seed: The same seed gives the same parts.
+    """Two disjoint random parts of a dataset, both in its order; the second is a share in (0, 1), or a number, of it.
 
     Raises:
         InputError: One of the parts would be empty.
