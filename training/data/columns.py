@@ -54,11 +54,7 @@ def prepare_images(dataset: AnyDataset, column: str | None) -> ImageSource:
 
 
 def find_label_column(dataset: AnyDataset, name: str | None = None) -> str:
-    """The column of class labels: the one named, the only `ClassLabel`, or the only integer column named like one.
-
-    Raises:
-        InputError: There is none, there are several, or the one named holds no integers.
-    """
+    """The column of class labels: the one named, the only `ClassLabel`, or the only integer column named like one."""
     features = _resolved(dataset).features
     if name is not None:
         if name not in features:
@@ -113,9 +109,7 @@ def _is_encoded_image(feature: Any) -> bool:
 
 
 def _is_integer(feature: Any) -> bool:
-    return isinstance(feature, datasets.ClassLabel) or (
-        isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
-    )
+    return isinstance(feature, datasets.ClassLabel) or _type_name(feature).startswith(("int", "uint"))
 
 
 def _describe(features: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ def center_crop_box(height: int, width: int, size: tuple[int, int], crop_ratio: 
 
 
 def scale_box(box: Box, size: tuple[int, int], new_size: tuple[int, int]) -> Box:
-    """A box of an image of `size` (height, width) as a box of the same image at `new_size`."""
+    """A box of an image of `size` (height, width) as one of the same image at `new_size`."""
     scaled = []
     for start, length, old, new in zip(box[:2], box[2:], size, new_size, strict=True):
         length = max(1, round(length * new / old))

@@ -169,14 +169,10 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
 
     Args:
         dataset, image_column: As [`load_image_dataset`] gives them.
-        image_size: Height and width of the samples.
         num_channels: Channels of the samples: 1, 3 or 4, or what the arrays in the dataset have.
-        num_patches: Length of `noise`.
         patch_size: Images smaller than that, on either side, count as bad.
         mean, std: One value per channel, in units of [0, 1].
-        train: Random resized crop and flip, and new noise each epoch; otherwise the centre, and the same noise each
-            epoch.
-        seed: Of augmentation and noise, which are independent of each other.
+        train: Random resized crop and flip, and new noise each epoch; otherwise the centre, and the same noise.
         crop_scale: Smallest and largest share of the image in a random crop.
         horizontal_flip: Whether half of the samples are mirrored.
         crop_ratio: Share of the sides that the centre shows, in (0, 1].

@@ -112,7 +112,12 @@ def _decode_encoded(
 def _decode_pil(image: Image.Image, num_channels: int) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        return _spread(_scale_values(_deep_pixels(image)), num_channels)
+        pixels = np.array(image)
+        if image.mode != "F" and not (pixels.min(initial=0) >= 0 and pixels.max(initial=0) <= 65535):
+            raise ImageDecodeError(
+                f"its integer pixels go from {pixels.min()} to {pixels.max()}; save it with 16 bits (0 to 65535)."
+            )
+        return _spread(_scale_values(pixels if image.mode == "F" else pixels.astype(np.uint16)), num_channels)
     array = np.array(_flatten(image, num_channels).convert(_PIL_MODES[num_channels]))
     return array if array.ndim == 3 else array[..., None]
 
@@ -153,18 +158,6 @@ def _decode_jpeg(
         return simplejpeg.decode_jpeg(data, colors, min_factor=factor, **smallest)
     except ValueError:  # PIL says more clearly what is wrong, or decodes it (`ImageFile.LOAD_TRUNCATED_IMAGES`)
         return None
-
-
-def _deep_pixels(image: Image.Image) -> np.ndarray:
-    """Pixels of the modes with more than 8 bits: uint16 `(H, W)`, or floats for mode F."""
-    pixels = np.array(image)
-    if image.mode == "F":
-        return pixels
-    if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 65535):
-        raise ImageDecodeError(
-            f"its integer pixels go from {pixels.min()} to {pixels.max()}; save it with 16 bits (0 to 65535)."
-        )
-    return pixels.astype(np.uint16)
 
 
 def _flatten(image: Image.Image, num_channels: int) -> Image.Image:

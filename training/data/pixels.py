@@ -38,14 +38,8 @@ def crop_and_resize_batch(
 ) -> torch.Tensor:
     """[`crop_and_resize`] for a batch, by two matrix products.
 
-    Args:
-        images: `(B, C, H, W)`, uint8, or float32 in [0, 1].
-        boxes: `(B, 4)`, `(top, left, height, width)`, inside the images.
-        flips: `(B,)`, which ones to mirror.
-        size: Height and width of the result.
-
-    Returns:
-        float32 `(B, C, *size)` in the images' range, 0..255 or [0, 1], not rounded.
+    Of images `(B, C, H, W)`, boxes `(B, 4)`, and which ones to mirror, `(B,)`: float32 `(B, C, *size)` in the images'
+    range, 0..255 or [0, 1], not rounded.
     """
     top, left, height, width = boxes.unbind(1)
     rows = crop_matrices(top, height, images.shape[2], size[0])
@@ -122,11 +116,7 @@ def make_image_processor(
     another shape). It is a stock class, so that a saved model needs no code of ours, except with one channel, where
     none makes images grey. 16-bit and float images go through [`decode_image`] first.
 
-    Args:
-        image_size: Height and width of `pixel_values`.
-        num_channels: 3 converts everything to RGB, 1 to grey; other numbers leave the channels as they are.
-        mean, std: One value per channel, in units of [0, 1].
-        crop_ratio: Share of the sides that is shown, in (0, 1].
+    3 channels convert everything to RGB, 1 to grey; other numbers leave the channels as they are.
     """
     height, width = pair(image_size)
     resized = {"height": resized_side(height, crop_ratio), "width": resized_side(width, crop_ratio)}

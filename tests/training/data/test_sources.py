@@ -380,6 +380,8 @@ def test_build_datasets_holds_out(tmp_path):
     train, evaluation, _ = build_datasets(limited, CONFIG)
     assert (len(train), len(evaluation)) == (10, 3)
     assert build_datasets(DataArguments(dataset=str(tmp_path), num_held_out=0), CONFIG)[1] is None
+    for one in (memory(1), stream(1, shards=1)):
+        assert build_datasets(DataArguments(dataset=one), CONFIG)[1] is None
 
 
 def test_build_datasets_with_an_evaluation_split(tmp_path):
@@ -394,13 +396,6 @@ def test_build_datasets_with_an_evaluation_split(tmp_path):
     assert processor.size["shortest_edge"] == 220
     streamed = DataArguments(dataset=str(tmp_path), eval_split="val", streaming=True)
     assert [len(list(samples)) for samples in build_datasets(streamed, CONFIG)[:2]] == [2, 1]
-
-
-def test_single_image_is_not_held_out(tmp_path):
-    save_images(tmp_path, ["1.png"])
-    for streaming in (False, True):
-        args = DataArguments(dataset=str(tmp_path), streaming=streaming)
-        assert build_datasets(args, CONFIG)[1] is None
 
 
 def test_what_streams_cannot_do():
