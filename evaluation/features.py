@@ -27,8 +27,15 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.files import replacing
-from clmae.training.data import LABEL_NAMES, array_dtype, find_label_column, load_image_dataset, undecoded
-from clmae.training.images import ImageDecodeError, decode_image
+from clmae.training.data import (
+    LABEL_NAMES,
+    ImageDecodeError,
+    array_dtype,
+    decode_image,
+    find_label_column,
+    load_image_dataset,
+    undecoded,
+)
 
 FEATURES = ("pooler_output", "cls", "mean", "cls+mean")
 MAX_PIXELS = 3072  # 32 * 32 * 3

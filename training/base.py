@@ -24,8 +24,7 @@ from clmae.model_cards import hub_files
 from clmae.model_cards.record import RECORD_NAME
 from clmae.training.arguments import ScaledRateArguments
 from clmae.training.callbacks import EpochCallback, shield_workers
-from clmae.training.data import ImageDataset, StreamingImageDataset
-from clmae.training.images import sample_generator
+from clmae.training.data import ImageDataset, StreamingImageDataset, sample_generator
 from clmae.training.sealing import choose_checkpoint, rotate_checkpoints, run_lock, seal, unseal
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
-from clmae.training.contrastive_crop import heat_map_box, object_heat_map, refresh_epochs
+from clmae.training.data import heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
 
 logger = logging.get_logger(__name__)

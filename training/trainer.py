@@ -34,12 +34,19 @@ from clmae.training.curriculum import (
     keep_probability_sums,
     mask_warnings,
 )
-from clmae.training.data import DataArguments, StreamingImageDataset, unnormalized
+from clmae.training.data import (
+    DataArguments,
+    ImageCollator,
+    ImageDataset,
+    ResidentImageDataset,
+    StreamingImageDataset,
+    normalize,
+    sample_generator,
+    unnormalized,
+)
 from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
 from clmae.training.flops import step_flops
-from clmae.training.images import normalize, sample_generator
 from clmae.training.pictures import curves_figure, save_figure
-from clmae.training.resident import ResidentImageDataset, collate
 from clmae.training.sealing import checkpoints, is_sealed, unseal
 
 logger = logging.get_logger(__name__)
@@ -122,11 +129,10 @@ class CurriculumTrainer(BaseTrainer):
             train_dataset = train_dataset.part(args.process_index, args.world_size)
         if getattr(train_dataset, "device_resident", False):
             train_dataset = ResidentImageDataset(train_dataset, args.device)
-            data_collator = data_collator or collate
-        # Uint8 to the device, and normalised there; but an own collator, and what looks for `pixel_values` in a batch
-        # as it is loaded, get the samples that they know.
-        looked_at = args.remove_unused_columns or args.include_num_input_tokens_seen not in (False, "no")
-        self._normalizes = data_collator is None and not looked_at
+        # Uint8 to the device, and normalised there; but an own collator gets the samples that it knows.
+        self._normalizes = data_collator is None and isinstance(train_dataset, (ImageDataset, StreamingImageDataset))
+        if self._normalizes:
+            data_collator = ImageCollator(train_dataset.mean, train_dataset.std)
         if args.ddp_find_unused_parameters is None and isinstance(model, MAEPreTrainedModel):
             # A step uses all parameters, so that there is nothing to look for; but with an interval the masking module
             # has no gradient on the steps between, and must then stay as it is: a gradient of zero would still let
@@ -284,8 +290,8 @@ class CurriculumTrainer(BaseTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader, whose workers leave a SIGTERM to the run; none where the images are on the device.
 
-        Of an [`ImageDataset`] or a [`StreamingImageDataset`], and without an own collator, batches hold uint8 `pixels`
-        (see [`~clmae.training.data.unnormalized`]), of which `_prepare_inputs` makes `pixel_values`.
+        Of an [`ImageDataset`] or a [`StreamingImageDataset`], and without an own collator, a batch has uint8
+        `pixel_values` (see [`~clmae.training.data.unnormalized`]), which `_prepare_inputs` normalises.
         """
         if isinstance(self.train_dataset, ResidentImageDataset):
             with self._replaced(**_NO_WORKERS):
@@ -312,14 +318,13 @@ class CurriculumTrainer(BaseTrainer):
         return loader
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if "pixels" in inputs:
-            inputs = dict(inputs)
-            pixels = inputs.pop("pixels").to(self.args.device)
+        pixels = inputs.get("pixel_values")
+        if self._normalizes and isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8:
+            pixels = pixels.to(self.args.device)
             moments = ([*self.train_dataset.mean], [*self.train_dataset.std])
             if self._moments[0] != moments:  # the device would be waited for
                 self._moments = moments, tuple(torch.tensor(values, device=pixels.device) for values in moments)
-            peak = 1 if pixels.dtype == torch.uint8 else 255
-            inputs["pixel_values"] = normalize(pixels, *(peak * values for values in self._moments[1]))
+            inputs = {**inputs, "pixel_values": normalize(pixels, *self._moments[1])}
         return super()._prepare_inputs(inputs)
 
     def held_out_batch(self) -> dict[str, torch.Tensor]:
@@ -350,8 +355,6 @@ class CurriculumTrainer(BaseTrainer):
 
         The Trainer's own estimate multiplies all parameters by all pixels.
         """
-        if "pixels" in inputs:
-            inputs = {"pixel_values": inputs["pixels"]}
         if not isinstance(self.model, MAEPreTrainedModel):
             return super().floating_point_ops(inputs)
         return round(step_flops(self.model.config, len(inputs["pixel_values"]), self.args.masker_update_interval))

@@ -738,7 +738,7 @@ def test_batches_are_normalised_on_the_device_as_samples_would_be(tmp_path, fami
         trainer.train()
         assert trainer.train_dataset is dataset
         found[collator] = [inputs["pixel_values"] for inputs in recorder.inputs], weights(model)
-        name, dtype = ("pixels", torch.uint8) if collator is None else ("pixel_values", torch.float32)
+        name, dtype = ("pixel_values", torch.uint8 if collator is None else torch.float32)
         assert {(name, dtype), ("noise", torch.float32)} <= bytes_seen
     (ours, our_weights), (plain, plain_weights) = found.values()
     assert ours[0].shape == ((4, 2, 3, 16, 16) if views == 2 else (4, 3, 16, 16))
