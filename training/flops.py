@@ -1,7 +1,7 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """What a training step costs in FLOPs: by a closed formula, and counted from the shapes of the real model.
 
-Both count matrix products and convolutions, 2 FLOPs a multiplication with addition, and what a step has to compute
+Both count matrix products and convolutions, 2 FLOPs per multiplication with addition, and what a step has to compute
 once: not what gradient checkpointing or a fused attention computes again.
 """
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForPreTraining
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.training.arguments import PretrainingArguments
+from clmae.training.curriculum import learns_masks
 
 # -- by formula -------------------------------------------------------------------------------------------------------
 
@@ -46,7 +47,7 @@ def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_int
     views = getattr(config, "num_views", 1)
     patches, width = config.num_patches, config.hidden_size
     visible = config.num_visible(patches)
-    learned_masks = config.model_type == "cl_mae" or getattr(config, "learned_masks", False)
+    learned_masks = learns_masks(config)
     # Only what chooses its masks by its patches embeds all of them; the images need no gradient.
     embedding = 2 * _linear(patches if learned_masks else visible, config.patch_dim, width)
     parts: dict[str, float] = {"encoder": embedding + 3 * sum(_encoder(config, visible + 1))}
@@ -68,8 +69,9 @@ def _linear(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-def _blocks(count: int, tokens: int, width: int, inner: int) -> tuple[int, int]:
+def _blocks(count: int, tokens: int, width: int, inner: int | None) -> tuple[int, int]:
     """Forward FLOPs of `count` blocks: linear layers, attention."""
+    assert inner is not None  # the configuration has filled it in
     return count * 2 * tokens * (4 * width**2 + 2 * width * inner), count * 4 * tokens**2 * width
 
 
@@ -125,7 +127,7 @@ class FlopCounter(TorchDispatchMode):
 def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     """FLOPs of an optimiser step in all processes: forward and backward pass, counted from the real shapes.
 
-    Matrix products and convolutions, 2 FLOPs a multiplication with addition, as torch counts them. With a
+    Matrix products and convolutions, 2 FLOPs per multiplication with addition, as torch counts them. With a
     `masker_update_interval` the mean over its steps. What gradient checkpointing computes again does not count.
     Nothing is computed, and nothing depends on the device.
     """
@@ -135,14 +137,13 @@ def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     def count(**inputs: Any) -> int:
         with FakeTensorMode():
             model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").train()
-            if not hasattr(model, "masking_module"):
-                inputs = {}
+            inputs = inputs if learns_masks(config) else {}
             with FlopCounter() as counter:
                 model(pixel_values=torch.zeros(shape), **inputs).loss.backward()
         return counter.flops
 
     interval = args.masker_update_interval
-    flops = count(curriculum_factor=1.0, compute_masker_loss=True)
+    flops: float = count(curriculum_factor=1.0, compute_masker_loss=True)
     if interval > 1:
         flops = (flops + (interval - 1) * count(curriculum_factor=1.0, compute_masker_loss=False)) / interval
     return args.total_train_batch_size // args.train_batch_size * flops

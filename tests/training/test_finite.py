@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from clmae.training import sealing
+from clmae.training import integrity as sealing
 from clmae.training import trainer as trainer_module
 from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clmae.training import base, sealing
+from clmae.training import base, integrity as sealing
 from clmae.training.sealing import choose_checkpoint, last_valid_checkpoint, rotate_checkpoints, run_lock, seal, verify
 
 from .runs import assert_equal_weights, image_dataset, tiny_model, tiny_trainer, weights
