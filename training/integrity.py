@@ -8,6 +8,7 @@ save was cut off has none, and a folder that was damaged later does not match it
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -241,10 +242,11 @@ def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
             f"`output_dir` {str(output_dir)!r} is in use by another run{_holder(path)}: wait for its end, or choose "
             "another folder."
         ) from None
-    except NotImplementedError as error:  # a file system without locks
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.ENOTSUP):
+            raise InputError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
+        # A file system without locks.
         logger.warning(f"{path.parent} cannot be locked ({error}): take care that no other run writes to it.")
-    except OSError as error:
-        raise InputError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
     try:
         with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
             path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))

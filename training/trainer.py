@@ -464,8 +464,8 @@ def _check_setup(trainer: CurriculumTrainer) -> None:
         ),
         (
             not crops and inner_crops,
-            f"`train_dataset` is a {type(dataset).__name__} of a dataset with `contrastive_crop`: its boxes would never "
-            "be computed; choose the images before (`datasets.Dataset.select`), or crop at random.",
+            f"`train_dataset` is a {type(dataset).__name__} of a dataset with `contrastive_crop`: its boxes would "
+            "never be computed; choose the images before (`datasets.Dataset.select`), or crop at random.",
         ),
     )
     for applies, message in problems:
