@@ -76,7 +76,7 @@ def verify(folder: str | os.PathLike) -> list[str]:
     """
     folder = Path(folder)
     if not is_sealed(folder):
-        return [f"there is no manifest ({MANIFEST_NAME}), as if its save had been cut off."]
+        return [f"it is not sealed: there is no manifest ({MANIFEST_NAME}), as if its save had been cut off."]
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         files = manifest["files"]
