@@ -7,11 +7,10 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import run_as_future
@@ -27,7 +26,7 @@ from clmae.model_cards import hub_files, upload
 from clmae.model_cards.record import RECORD_NAME
 from clmae.training.arguments import ScaledRateArguments
 from clmae.training.callbacks import EpochCallback, RunComponent, shield_workers
-from clmae.training.data import ImageDataset, StreamingImageDataset
+from clmae.training.data import ImageDataset
 from clmae.training.finite import FiniteCallback
 from clmae.training.images import sample_generator
 from clmae.training.integrity import choose_checkpoint, rotate_checkpoints, run_lock, seal, unseal
@@ -87,13 +86,12 @@ class BaseTrainer(Trainer):
 
     def __init__(
         self,
-        model: nn.Module | None,
+        model: Any,
         args: ScaledRateArguments,
         data_collator: Any = None,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        *rest: Any,
-        **kwargs: Any,
+        *rest,
+        **kwargs,
     ):
         batch = args.images_per_batch
         if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
@@ -101,7 +99,7 @@ class BaseTrainer(Trainer):
                 f"`per_device_train_batch_size` asks for batches of {batch} images in all, but the training set has "
                 f"{len(train_dataset)}: take a smaller batch, or `dataloader_drop_last=False`."
             )
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
         self.finite = FiniteCallback(self)
         self.add_callback(self.finite)
         self.add_callback(EpochCallback(self))
@@ -249,14 +247,8 @@ class BaseTrainer(Trainer):
     # -- Hub ------------------------------------------------------------------------------------------------------
 
     def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
         """As the Trainer's, but in one commit, and only what [`hub_files`] names.
 
         Returns:
@@ -329,44 +321,4 @@ def is_decayed(parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1
 
 
-def check_samples(train_dataset: Any, eval_dataset: Any, pixel_values_of: Callable[[Any], Any], remedy: str) -> None:
-    """Refuses datasets whose first sample holds no normalised image; this project's own check themselves.
-
-    Args:
-        train_dataset, eval_dataset: As the Trainer takes them.
-        pixel_values_of: What a sample holds as `pixel_values`; `None` if nothing.
-        remedy: What to do, as a sentence.
-
-    Raises:
-        InputError: A dataset is empty, or its `pixel_values` are missing or no array of floats; the message says what
-            the sample is.
-    """
-    several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for name, dataset in [("train_dataset", train_dataset), *(("eval_dataset", dataset) for dataset in several)]:
-        if dataset is None or isinstance(dataset, (ImageDataset, StreamingImageDataset)):
-            continue
-        try:
-            sample = dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
-        except (StopIteration, IndexError):
-            raise InputError(f"`{name}` is empty: there is no image in it.") from None
-        values = pixel_values_of(sample)
-        with contextlib.suppress(TypeError, ValueError):  # lists of what are no numbers, or of unequal lengths
-            values = torch.as_tensor(values) if isinstance(values, (list, np.ndarray)) else values
-        if not isinstance(values, torch.Tensor):
-            described = _describe(sample) if values is None else f"`pixel_values` that are {_describe(values)}"
-        elif not values.is_floating_point():
-            described = f"`pixel_values` of {values.dtype}"
-        else:
-            continue
-        raise InputError(f"`{name}` gives {described}, where normalised float `pixel_values` are needed. {remedy}")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of ({', '.join(type(part).__name__ for part in value)})"
-    if isinstance(value, Mapping):
-        return f"a dict with {', '.join(map(repr, value)) or 'nothing'}"
-    return f"a {type(value).__name__}"
-
-
-__all__ = ["BaseTrainer", "EpochSampler", "check_samples", "is_decayed", "seal_model"]
+__all__ = ["BaseTrainer", "EpochSampler", "is_decayed", "seal_model"]

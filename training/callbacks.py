@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -204,8 +204,10 @@ class ContrastiveCropCallback(RunComponent):
         model, boxes = trainer.model, torch.zeros_like(dataset.crop_boxes, device=args.device)
         was_training = model.training
         model.eval()
-        loader = DataLoader(
-            _WholeImages(dataset, range(args.process_index, len(dataset), args.world_size)),
+        indices_here: Any = range(args.process_index, len(dataset), args.world_size)
+        loader: DataLoader = DataLoader(
+            indices_here,
+            collate_fn=functools.partial(_load_whole, dataset),
             batch_size=args.eval_batch_size,
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator(),  # or the loader would draw from the global one
@@ -220,17 +222,8 @@ class ContrastiveCropCallback(RunComponent):
         model.train(was_training)
 
 
-class _WholeImages(Dataset):
-    """Some images of an `ImageDataset`, un-augmented, each with its index."""
-
-    def __init__(self, dataset: Any, indices: range):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, torch.Tensor]:
-        return self.indices[position], self.dataset.whole_image(self.indices[position])
+def _load_whole(dataset: Any, indices: list[int]) -> tuple[list[int], torch.Tensor]:
+    return indices, torch.stack([dataset.whole_image(index) for index in indices])  # un-augmented
 
 
 # -- interrupts -------------------------------------------------------------------------------------------------------

@@ -100,17 +100,14 @@ class FiniteCallback(RunComponent):
         # A loss explains the gradient that follows from it.
         bad = [place for place in bad if place[0] == step and (place[1] == _GRADIENT) == (first == _GRADIENT)]
         if first == _GRADIENT:
-            what, batches = "the gradient", self._micro_batches()
+            what, num_batches = "the gradient", self.trainer.args.gradient_accumulation_steps
+            batches = [(batch, process) for batch in range(num_batches) for process in range(len(flags))]
         else:
             what = f"the loss ({', '.join(dict.fromkeys(name for _, _, name, _ in bad))})"
             batches = sorted({(int(batch), process) for _, batch, _, process in bad})
         problem, indices = f"Step {step + 1}: {what} is not finite.", self._image_indices(step, batches)
         named = "" if indices is None else f" Its images, by their indices in the training set: {indices}."
         return problem + named
-
-    def _micro_batches(self) -> list[tuple[int, int]]:
-        args = self.trainer.args
-        return [(batch, p) for batch in range(args.gradient_accumulation_steps) for p in range(args.world_size)]
 
     def _image_indices(self, step: int, batches: list[tuple[int, int]]) -> list[int] | None:
         """Which training images were in some micro-batches `(batch, process)` of a step; `None` where unknown."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
@@ -22,8 +22,9 @@ from clmae.configuration.errors import InputError
 from clmae.model_cards import EditedCardError, describe_data, write_card
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.arguments import PretrainingArguments
-from clmae.training.base import BaseTrainer, check_samples
+from clmae.training.base import BaseTrainer
 from clmae.training.callbacks import ContrastiveCropCallback, DifficultyCallback, PictureCallback, RecordCallback
+from clmae.training.checks import check_samples, check_setup
 from clmae.training.curriculum import curriculum_factor, learns_masks
 from clmae.training.data import DataArguments, StreamingImageDataset, unnormalized
 from clmae.training.flops import step_flops
@@ -70,18 +71,6 @@ class CurriculumTrainer(BaseTrainer):
     Raises:
         InputError: `args` are no [`PretrainingArguments`]; a dataset is empty, too small, or without pixels; the
             arguments do not suit the model.
-
-    Example:
-
-    ```python
-    >>> trainer = CurriculumTrainer(
-    ...     model=CLMAEForPreTraining(CLMAEConfig.from_size("tiny", image_size=32, patch_size=4)),
-    ...     args=PretrainingArguments(output_dir="out", num_train_epochs=10),
-    ...     train_dataset=train_dataset,
-    ...     eval_dataset=eval_dataset,
-    ... )
-    >>> trainer.train()
-    ```
     """
 
     args: PretrainingArguments
@@ -91,7 +80,7 @@ class CurriculumTrainer(BaseTrainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: Any = None,
         args: PretrainingArguments | None = None,
         data_collator: Any = None,
         train_dataset: Any = None,
@@ -124,17 +113,13 @@ class CurriculumTrainer(BaseTrainer):
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         if self.accelerator.ddp_handler is not None:  # no second copy of the gradients
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
-        _check_setup(self)
+        check_setup(self)
         self._accepts_noise = "noise" in inspect.signature(self.model.forward).parameters
         self._held_out: dict[str, torch.Tensor] | None = None
         # Mean and standard deviation of the channels: as they are, and on the device.
         self._moments: tuple[Any, tuple[torch.Tensor, ...]] = (None, ())
         self._substep = (-1, 0)  # optimiser step, and how many batches of it have been seen
         self._eval_sums = torch.zeros(2, device=self.args.device)  # L_rec of images under learned and random masks
-        self._add_callbacks(data_arguments)
-
-    def _add_callbacks(self, data_arguments: DataArguments | None) -> None:
-        args = self.args
         self.means = LogMeans(self)
         record = RecordCallback(self, None if data_arguments is None else describe_data(data_arguments))
         for component in (self.means, record, Float32MatmulCallback(args)):
@@ -331,13 +316,7 @@ class CurriculumTrainer(BaseTrainer):
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, None, None]:
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
         """The batch's loss. There are no labels, and predictions of whole images are not gathered."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -407,70 +386,9 @@ class CurriculumTrainer(BaseTrainer):
             logger.warning(f"The model card stays as it is: {error}")
 
 
-# -- what suits what --------------------------------------------------------------------------------------------------
-
-
 def _uses_noise(config: Any) -> bool:
     """Whether a training step draws random masks, or by the same noise the tokens whose positions are withheld."""
     return not learns_masks(config) or bool(getattr(config, "position_loss_weight", 0))
-
-
-def _check_setup(trainer: CurriculumTrainer) -> None:
-    """Refuses, before the first step, what would fail in the midst of a run."""
-    args, model, dataset, batch = trainer.args, trainer.model, trainer.train_dataset, trainer.args.images_per_batch
-    learns = trainer.has_masking_module
-    schedule = SchedulerType(args.lr_scheduler_type).value
-    fsdp_plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    contrasts = bool(getattr(model.config, "contrastive_loss_weight", 0))
-    images = len(dataset) if hasattr(dataset, "__len__") else 0
-    crops = getattr(dataset, "crop_boxes", None) is not None
-    inner_crops = getattr(getattr(dataset, "dataset", None), "crop_boxes", None) is not None
-    problems = (
-        (
-            # Pass B differentiates inside the forward pass.
-            learns and args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
-            "`gradient_checkpointing_kwargs` asks for `use_reentrant`, which cannot differentiate inside the forward "
-            "pass, as a masking module needs; leave it out.",
-        ),
-        (
-            learns and trainer.lr_scheduler is None and schedule in ("reduce_lr_on_plateau", "greedy"),
-            f"`lr_scheduler_type` is {schedule!r}, which gives all parameters one schedule, but the masking module has "
-            "its own. Choose a schedule that is a function of the step, such as cosine.",
-        ),
-        (
-            learns and trainer.is_fsdp_enabled and getattr(fsdp_plugin, "fsdp_version", 1) == 2,
-            "`fsdp_config` has version 2, which re-shards the weights within the forward pass of a model with a "
-            "masking module; set its `version` to 1, or use DDP.",
-        ),
-        (
-            contrasts and batch == 1,
-            "`per_device_train_batch_size` is 1 on one process, but contrast needs other images to tell one from: take "
-            "at least 2, or set `contrastive_loss_weight` to 0.",
-        ),
-        (
-            contrasts and args.world_size == 1 and not args.dataloader_drop_last and images % batch == 1,
-            f"`dataloader_drop_last` is false, and {images} training images in batches of {batch} leave one alone, "
-            "with nothing to contrast it with: drop the last batch, or take another batch size.",
-        ),
-        (
-            crops and not isinstance(model, MAEPreTrainedModel),
-            f"`model` is a {type(model).__name__}, but `contrastive_crop` needs an encoder of this project's families; "
-            "take one, or crop at random.",
-        ),
-        (
-            crops and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled),
-            "`contrastive_crop` runs the encoder by itself, which a model whose weights are sharded (`fsdp`, "
-            "`deepspeed`) cannot do; use DDP, or crop at random.",
-        ),
-        (
-            not crops and inner_crops,
-            f"`train_dataset` is a {type(dataset).__name__} of a dataset with `contrastive_crop`: its boxes would "
-            "never be computed; choose the images before (`datasets.Dataset.select`), or crop at random.",
-        ),
-    )
-    for applies, message in problems:
-        if applies:
-            raise InputError(message)
 
 
 def _pixel_values(sample: Any) -> Any:

@@ -20,8 +20,9 @@ from clmae.evaluation.finetuning.lars import LARS
 from clmae.evaluation.finetuning.models import LinearProbe
 from clmae.evaluation.finetuning.parameters import frozen_modules, parameter_groups
 from clmae.evaluation.report import TOP_K, Scores
-from clmae.training.base import BaseTrainer, check_samples
+from clmae.training.base import BaseTrainer
 from clmae.training.callbacks import RunComponent
+from clmae.training.checks import check_samples
 
 _REMEDY = "Make a `LabelledImages(dataset, processor)` of it (in `clmae.evaluation.features`), or give (tensor, label)."
 
