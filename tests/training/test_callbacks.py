@@ -58,6 +58,7 @@ def names(folder):
     return sorted(path.name for path in (folder / "pictures").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mae", "cl_mae"])
 def test_pictures_are_drawn_at_their_steps(tmp_path, family):
     processor = make_image_processor(16, 3, [0.5] * 3, [0.25] * 3)
@@ -72,6 +73,7 @@ def test_pictures_are_drawn_at_their_steps(tmp_path, family):
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_only_what_is_left(tmp_path):
     tiny_trainer(tmp_path / "first", max_steps=4, save_strategy="steps", save_steps=2).train()
     trainer = tiny_trainer(tmp_path / "second", max_steps=4, picture_steps=3)
@@ -82,6 +84,7 @@ def test_a_resumed_run_draws_only_what_is_left(tmp_path):
 # -- TensorBoard ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_scalars_and_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     trainer = tiny_trainer(
@@ -124,6 +127,7 @@ def handler():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "workers"), [(3, 0), (4, 0), (5, 2)])
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_path, handler, step, workers):
     run = dict(num_train_epochs=2, difficulty_steps=2, dataloader_num_workers=workers)
@@ -166,6 +170,7 @@ def test_second_ctrl_c_stops_at_once(tmp_path, handler):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_the_same_trainer_goes_on_after_ctrl_c(tmp_path):
     interrupt = InterruptCallback()
     trainer = tiny_trainer(tmp_path, max_steps=6, callbacks=[interrupt, PressCtrlC(2)])
@@ -190,6 +195,7 @@ def test_sigterm_saves_and_leaves_out_an_evaluation(tmp_path, times):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_workers_outlive_a_sigterm_to_the_whole_group(tmp_path):
     class FromOutside(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -206,6 +212,7 @@ def test_workers_outlive_a_sigterm_to_the_whole_group(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_workers_end_when_their_parent_tells_them(tmp_path):
     loader = tiny_trainer(tmp_path, dataloader_num_workers=1).get_train_dataloader()
     batches = iter(loader)

@@ -51,6 +51,7 @@ def named_images(trainer, message, epoch):
     return torch.stack([dataset[epoch * len(dataset) + index]["pixel_values"] for index in indices])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "named"),
     [("loss", "the loss (loss) is"), ("gauss_loss", "the loss (loss, gauss_loss) is"), ("gradient", "the gradient is")],
@@ -111,6 +112,7 @@ def test_a_model_saved_by_a_callback_is_checked(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("model-*")) == ["model-1", "model-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, caplog, what):
     seen = {}
@@ -132,6 +134,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, caplog, what
     assert 4 not in logged(trainer, "grad_norm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize(
     ("family", "fields"), [("mae", {}), ("cl_mae", {}), ("cmae", {}), ("cmae", {"learned_masks": True})]

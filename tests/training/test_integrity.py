@@ -112,6 +112,7 @@ def test_a_broken_manifest_is_a_problem(folder, content):
     assert len(verify(folder / "checkpoint-9")) == 1
 
 
+@pytest.mark.slow
 def test_every_bit_of_the_manifest_counts(folder):
     path = folder / "checkpoint-9" / "sealed.json"
     whole = path.read_bytes()
@@ -229,6 +230,7 @@ def finished(tmp_path_factory):
     return folder, weights(trainer.model)
 
 
+@pytest.mark.slow
 def test_manifests_name_all_that_belongs(finished, tmp_path):
     folder, _ = finished
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -243,6 +245,7 @@ def test_manifests_name_all_that_belongs(finished, tmp_path):
     assert not (folder / LOCK_NAME).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["flip", "cut", "missing", "no manifest"])
 def test_a_run_resumes_bit_by_bit_from_the_newest_valid_checkpoint(finished, tmp_path, caplog, fault):
     folder, expected = finished
@@ -262,6 +265,7 @@ def test_a_run_resumes_bit_by_bit_from_the_newest_valid_checkpoint(finished, tmp
     assert [verify(path) for path in left] == [[], []]
 
 
+@pytest.mark.slow
 def test_a_run_that_had_come_to_its_end_takes_no_step_more(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     dataset = image_dataset(contrastive_crop=True, num_views=2)
@@ -271,6 +275,7 @@ def test_a_run_that_had_come_to_its_end_takes_no_step_more(finished, tmp_path):
     assert_equal_weights(weights(trainer.model), finished[1])
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_before_anything_is_read(finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "copy")
     cut(tmp_path / "copy" / "optimizer.pt")
@@ -289,6 +294,7 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.slow
 def test_nothing_in_a_checkpoint_is_unpickled_freely(finished, tmp_path):
     shutil.copytree(finished[0] / "checkpoint-4", tmp_path / "whole")
     pickled = sorted(path.name for path in (tmp_path / "whole").iterdir() if path.suffix in (".pt", ".pth", ".bin"))
@@ -343,6 +349,7 @@ def test_older_checkpoints_go_only_when_the_new_one_has_its_manifest(tmp_path, m
     assert saved.save_total_limit == 1  # as they are given
 
 
+@pytest.mark.slow
 def test_a_model_that_is_written_over_has_no_manifest_meanwhile(finished, tmp_path, monkeypatch):
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     trainer = tiny_trainer(tmp_path, "mae")
@@ -352,6 +359,7 @@ def test_a_model_that_is_written_over_has_no_manifest_meanwhile(finished, tmp_pa
     assert "no manifest" in verify(tmp_path)[0]
 
 
+@pytest.mark.slow
 def test_importing_leaves_torchs_deserialisers_as_they_are():
     code = "import torch; known = list(torch.serialization._package_registry); import clmae.training, clmae.evaluation"
     code += "; assert torch.serialization._package_registry == known"
@@ -380,6 +388,7 @@ def other(tmp_path):
     process.join()
 
 
+@pytest.mark.slow
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, other):
     trainer = tiny_trainer(tmp_path, "mae", max_steps=1)
     with pytest.raises(ValueError, match=rf"in use by another run \(process {other.pid} on "):

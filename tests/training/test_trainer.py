@@ -318,7 +318,7 @@ def reconstruction_loss(model, samples, **kwargs):
 
 
 @pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
-def test_evaluation_is_the_loss_under_the_data_sets_noise(tmp_path, family):
+def test_evaluation_is_the_loss_under_the_datasets_noise(tmp_path, family):
     dataset = image_dataset(10, train=False)
     trainer = tiny_trainer(tmp_path, family, eval_dataset=dataset, max_steps=2, logging_steps=100)
     trainer.train()
@@ -342,6 +342,7 @@ def test_evaluation_does_not_depend_on_the_step(tmp_path):
     assert trainer.evaluate()["eval_loss"] == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("data", [plain_dataset, lambda count: image_dataset(count, train=False)])
 def test_evaluation_difficulty_and_figures_draw_no_random_numbers(tmp_path, data, workers):
@@ -358,6 +359,7 @@ def test_evaluation_difficulty_and_figures_draw_no_random_numbers(tmp_path, data
     assert after[1:] == before[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [image_dataset, plain_dataset])
 def test_evaluation_and_pictures_leave_the_training_as_it_is(tmp_path, data):
     # Into a second epoch, whose order of plain data comes from the global generator.
@@ -427,6 +429,7 @@ def astray(**fields):
 ASTRAY = ["collapsed", "saturated", "left the mask ratio"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "logging", "batch_size", "first", "kinds"),
     [
@@ -448,6 +451,7 @@ def test_masks_that_go_astray_are_reported_once_and_early(tmp_path, caplog, step
     assert all(kind in message for kind, message in zip(kinds, messages, strict=True))
 
 
+@pytest.mark.slow
 def test_healthy_masks_give_no_warning(tmp_path, caplog):
     model = tiny_model(mask_ratio=0.3)  # which is about what the masks below have
     with torch.no_grad():  # masks that differ from image to image
@@ -468,6 +472,7 @@ def test_without_evaluation_data_nothing_is_measured_or_drawn(tmp_path):
 # -- two views --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learned_masks", [False, True])
 def test_cmae_logs_its_tasks(tmp_path, learned_masks):
     model = tiny_model("cmae", learned_masks=learned_masks)
@@ -506,6 +511,7 @@ def test_one_view_where_two_are_contrasted(tmp_path):
 # -- update interval ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_between_its_updates_the_masking_module_does_not_move(tmp_path, optim):
     model = tiny_model()
@@ -542,6 +548,7 @@ def test_terms_are_logged_as_means_over_the_steps_that_computed_them(tmp_path):
 # -- models, data, precision ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_model", [lambda: tiny_model("mae"), tiny_model, vit_mae], ids=["mae", "cl_mae", "vit"])
 @pytest.mark.parametrize("plain", [False, True], ids=["images", "plain"])
 def test_families_train(tmp_path, make_model, plain):
@@ -597,7 +604,7 @@ def test_processes_have_masks_of_their_own(tmp_path, monkeypatch):
     assert len(torch.stack(noises).unique()) == 4 * 4 * 16
 
 
-def test_data_set_smaller_than_a_batch_is_refused(tmp_path):
+def test_dataset_smaller_than_a_batch_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"`per_device_train_batch_size` asks for batches of 8 .* has 7: take a smal"):
         tiny_trainer(tmp_path, train_dataset=image_dataset(7), per_device_train_batch_size=8)
     options = dict(per_device_train_batch_size=8, dataloader_drop_last=False, num_train_epochs=1)
@@ -632,7 +639,7 @@ def test_samples_that_are_no_pixels_are_refused_at_once(tmp_path, came, name):
 @pytest.mark.parametrize(
     "empty", [[], pil_dataset(1).select([]), pil_dataset(1).to_iterable_dataset().take(0)], ids=repr
 )
-def test_empty_data_sets_are_refused_at_once(tmp_path, empty, name):
+def test_empty_datasets_are_refused_at_once(tmp_path, empty, name):
     with pytest.raises(ValueError, match=f"`{name}` is empty"):
         tiny_trainer(tmp_path, "mae", max_steps=1, dataloader_drop_last=False, **{name: empty})
 
@@ -659,6 +666,7 @@ def test_bf16(tmp_path):
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
 def test_torch_compile(tmp_path, family):
     torch._dynamo.reset()
@@ -679,6 +687,7 @@ def streaming_dataset(count, train=True, **more):
     return StreamingImageDataset(stream, "image", train=train, std=[0.25] * 3, **settings, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", ["map", "stream"])
 @pytest.mark.parametrize("family", ["cl_mae", "cmae"])
 def test_batches_are_normalised_on_the_device_as_samples_would_be(tmp_path, family, data):
@@ -721,23 +730,7 @@ def test_a_subclass_keeps_its_own_samples(tmp_path):
     assert {image.sum().item() for image in seen} == {image.sum().item() for image in expected}
 
 
-def test_a_data_set_that_is_replaced_or_changed_is_seen_as_it_is(tmp_path):
-    model = tiny_model()
-    recorder = Recorder(model)
-    trainer = tiny_trainer(tmp_path, model, max_steps=2)
-    trainer.train()
-    assert min(inputs["pixel_values"].min() for inputs in recorder.inputs) < -0.5
-    recorder.inputs.clear()
-    trainer.train_dataset = image_dataset(mean=[0.0] * 3, std=[1.0] * 3)
-    trainer.train()
-    assert min(inputs["pixel_values"].min() for inputs in recorder.inputs) >= 0
-    recorder.inputs.clear()
-    trainer.train_dataset = torch.utils.data.Subset(image_dataset(), range(8))
-    trainer.train()
-    assert len(recorder.inputs) == 2
-
-
-def test_changes_to_the_data_set_reach_a_running_training(tmp_path):
+def test_a_dataset_that_is_changed_or_replaced_is_seen_as_it_is(tmp_path):
     model = tiny_model()
     recorder = Recorder(model)
     trainer = tiny_trainer(tmp_path, model, max_steps=6)
@@ -751,6 +744,11 @@ def test_changes_to_the_data_set_reach_a_running_training(tmp_path):
     lowest = [inputs["pixel_values"].min().item() for inputs in recorder.inputs]
     assert max(lowest[:4]) < -0.5
     assert min(lowest[4:]) >= 0
+    recorder.inputs.clear()
+    trainer.train_dataset = torch.utils.data.Subset(image_dataset(), range(8))
+    trainer.train()
+    assert len(recorder.inputs) == 6
+    assert min(inputs["pixel_values"].min() for inputs in recorder.inputs) < -0.5
 
 
 @pytest.mark.parametrize("fields", [{"remove_unused_columns": True}, {"include_num_input_tokens_seen": "all"}], ids=str)
@@ -762,25 +760,23 @@ def test_what_looks_at_batches_as_they_are_loaded(tmp_path, fields):
         assert trainer.state.num_input_tokens_seen == 4 * 3 * 16 * 16
 
 
-def test_an_own_collator_may_add_what_it_wants(tmp_path):
-    def collate(samples):
+def test_the_count_of_flops_is_that_of_the_steps(tmp_path):
+    def collate(samples):  # which may add what the model takes
         return {"interpolate_pos_encoding": None, **default_data_collator(samples)}
 
-    trainer = tiny_trainer(tmp_path, max_steps=2, data_collator=collate)
-    trainer.train()
-    assert trainer.state.total_flos == pytest.approx(2 * step_flops(trainer.model.config, 4), rel=1e-6)
-
-
-def test_the_count_of_flops_is_that_of_the_steps(tmp_path):
-    trainer = tiny_trainer(tmp_path, max_steps=6, gradient_accumulation_steps=2, masker_update_interval=2)
-    expected = 6 * step_flops(trainer.model.config, 2 * 4, 2)
-    trainer.train()
-    assert trainer.state.total_flos == pytest.approx(expected, rel=1e-6)
+    for options in ({}, {"data_collator": collate}):
+        trainer = tiny_trainer(
+            tmp_path, max_steps=2, gradient_accumulation_steps=2, masker_update_interval=2, **options
+        )
+        trainer.train()
+        expected = 2 * step_flops(trainer.model.config, 2 * 4, 2)
+        assert trainer.state.total_flos == pytest.approx(expected, rel=1e-6)
     trainer = tiny_trainer(tmp_path, vit_mae(), max_steps=1)
     trainer.train()
     assert trainer.state.total_flos > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_streams_train(tmp_path, workers):
     model = tiny_model()
@@ -868,6 +864,7 @@ def whole_runs(tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "step", "workers", "persistent", "accumulation"),
     [
@@ -904,6 +901,7 @@ def test_resumed_runs_end_bit_by_bit_as_whole_ones(
     assert history(resumed) == history(whole)
 
 
+@pytest.mark.slow
 def test_resume_that_goes_wrong_would_be_seen(tmp_path, whole_runs):
     folder, whole = whole_runs("cl_mae", 1)
     resumed = tiny_trainer(tmp_path, **BUSY, ignore_data_skip=True)
@@ -923,6 +921,7 @@ def test_resume_of_data_without_noise(tmp_path):
 # -- saving ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
 def test_saved_model_is_loaded_by_the_auto_classes(tmp_path, family):
     processor = make_image_processor(16, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])

@@ -88,6 +88,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_in_evaluation_mode(saved, argument
     assert len(trainer.optimizer.state) == len(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [FinetuningArguments, LinearLarsArguments])
 def test_same_seed_same_weights_whatever_came_before(saved, arguments, kind):
     def weights(seed: int, noise: int) -> torch.Tensor:
@@ -101,6 +102,7 @@ def test_same_seed_same_weights_whatever_came_before(saved, arguments, kind):
     assert not torch.equal(first, weights(2, noise=10))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(tmp_path, arguments):
     # transformers' ViT takes the Trainer's loss arguments, by which the Trainer would leave a mean loss undivided.
     ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path)
@@ -118,6 +120,7 @@ def test_accumulated_batches_are_one_batch(tmp_path, arguments):
     assert whole.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_what_is_judged_and_survives_a_resume(saved, arguments, tmp_path):
     decay, history = 0.7, []
 
@@ -180,6 +183,7 @@ def test_a_folder_in_use_is_refused_and_tokens_are_not_saved(saved, arguments):
     assert [path for path in files if b"hf_do_not_tell" in path.read_bytes()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(saved, arguments, what):
     args = arguments(max_steps=6, per_device_train_batch_size=3, save_strategy="steps", save_steps=2, logging_steps=50)
