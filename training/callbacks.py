@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,16 +25,13 @@ from clmae.model_cards import RunRecord
 from clmae.training.contrastive_crop import heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
 
-if TYPE_CHECKING:
-    from clmae.training.trainer import CurriculumTrainer
-
 logger = logging.get_logger(__name__)
 
 
 class RunComponent(TrainerCallback):
     """A callback that `BaseTrainer` also calls where a run starts, saves and ends.
 
-    transformers hands no trainer to callbacks: a component that needs it keeps it.
+    transformers hands no trainer to callbacks: a component that needs it keeps it (untyped: the trainer imports it).
     """
 
     def start(self, checkpoint: str | None) -> None:
@@ -66,7 +63,7 @@ class EpochCallback(TrainerCallback):
 class RecordCallback(RunComponent):
     """Writes `pretraining.json` (see [`RunRecord`]) beside every set of weights."""
 
-    def __init__(self, trainer: CurriculumTrainer, data: dict[str, Any] | None):
+    def __init__(self, trainer: Any, data: dict[str, Any] | None):
         self.trainer, self.record = trainer, RunRecord(data)
 
     def start(self, checkpoint: str | None) -> None:
@@ -86,7 +83,7 @@ class _PeriodicCallback(TrainerCallback):
 
     period: str
 
-    def __init__(self, trainer: CurriculumTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -150,7 +147,7 @@ class ContrastiveCropCallback(RunComponent):
 
     file_name = "contrastive_crop.safetensors"
 
-    def __init__(self, trainer: CurriculumTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self.reset()
 

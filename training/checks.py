@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,8 @@ from clmae.configuration.errors import InputError
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.data import ImageDataset, StreamingImageDataset
 
-if TYPE_CHECKING:
-    from clmae.training.trainer import CurriculumTrainer
 
-
-def check_setup(trainer: CurriculumTrainer) -> None:
+def check_setup(trainer: Any) -> None:
     """Refuses, before the first step, what would fail in the midst of a run."""
     args, model, dataset, batch = trainer.args, trainer.model, trainer.train_dataset, trainer.args.images_per_batch
     learns = trainer.has_masking_module

@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from clmae.training.callbacks import RunComponent
 from clmae.training.integrity import checkpoints, is_sealed
-
-if TYPE_CHECKING:
-    from clmae.training.base import BaseTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -33,7 +30,7 @@ class FiniteCallback(RunComponent):
     many of these steps are left out instead; then the device is waited for at every step.
     """
 
-    def __init__(self, trainer: BaseTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self.start(None)
 

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
 from clmae.training.callbacks import RunComponent
 from clmae.training.curriculum import keep_probability_statistics, keep_probability_sums, mask_warnings
-
-if TYPE_CHECKING:
-    from clmae.training.trainer import CurriculumTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +23,7 @@ class LogMeans(RunComponent):
     It warns once about masks that have collapsed, saturated or left the mask ratio (see [`mask_warnings`]).
     """
 
-    def __init__(self, trainer: CurriculumTrainer):
+    def __init__(self, trainer: Any):
         self.trainer = trainer
         self.start(None)
 
