@@ -16,6 +16,7 @@ from ..fixtures import make_run
 FOLDER = Path(make_run.__file__).parent / "commit_0c17772"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae", "cmae_learned"])
 def test_an_earlier_run_goes_on_and_its_model_loads(name, tmp_path):
     record = json.loads((FOLDER / name / "record.json").read_text())
