@@ -4,7 +4,7 @@
 from clmae.evaluation.features import LabelledImages, extract_features, random_encoder, raw_pixels
 from clmae.evaluation.fewshot import FewShotResult, few_shot_probe
 from clmae.evaluation.finetuning import FinetuningArguments, LinearLarsArguments, finetune
-from clmae.evaluation.knn import EuclideanKNNResult, knn_accuracy, knn_euclidean_accuracy, knn_predict
+from clmae.evaluation.knn import EuclideanKNNResult, knn_euclidean_accuracy, knn_predict
 from clmae.evaluation.linear import LinearProbeResult, linear_probe
 from clmae.evaluation.metrics import METRICS, metric_folder
 from clmae.evaluation.report import (
@@ -35,7 +35,6 @@ __all__ = [
     "extract_features",
     "few_shot_probe",
     "finetune",
-    "knn_accuracy",
     "knn_euclidean_accuracy",
     "knn_predict",
     "linear_probe",

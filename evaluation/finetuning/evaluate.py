@@ -1,41 +1,36 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Judging a pretrained encoder by a protocol that trains, beside the same without pretraining."""
+"""Evaluating a pretrained encoder by a protocol that trains, beside the same without pretraining."""
 
 import copy
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import AutoConfig, AutoImageProcessor, TrainingArguments
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning.arguments import ClassificationArguments
 from clmae.evaluation.finetuning.images import AugmentedImages, label_subset
 from clmae.evaluation.finetuning.models import LinearProbe, from_scratch, load_classifier
-from clmae.evaluation.finetuning.trainer import ClassificationTrainer, classifier_scores
+from clmae.evaluation.finetuning.trainer import ClassificationTrainer
 from clmae.evaluation.linear import stratified_part
 from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.report import (
     INTERVALS,
     EvaluationResult,
     EvaluationRow,
-    check_same_classes,
+    classifier_scores,
     describe_run,
-    load_splits,
-    make_row,
+    load_labelled_images,
 )
 from clmae.model_cards.files import write_whole
-from clmae.model_cards.run import read_model_config
 from clmae.training.callbacks import InterruptCallback
-from clmae.training.data import AnyDataset, take_samples
+from clmae.training.data import AnyDataset
 from clmae.training.sealing import checkpoints, is_sealed
 
 
@@ -44,7 +39,6 @@ class _Data(NamedTuple):
     validation: Subset | None
     test: LabelledImages
     num_classes: int
-    class_names: list[str] | None
 
 
 def finetune(
@@ -63,9 +57,9 @@ def finetune(
     label_fraction: float | None = None,
     baselines: bool = True,
 ) -> EvaluationResult:
-    """Judges a pretrained encoder by what it becomes: fine-tuned, partially fine-tuned, or probed with LARS.
+    """Evaluates a pretrained encoder by what it becomes: fine-tuned, partially fine-tuned, or probed with LARS.
 
-    The weights of the last step are judged, once, on the test set. Each row trains in a folder of its own below
+    The weights of the last step are evaluated, once, on the test set. Each row trains in a folder of its own below
     `args.output_dir`, which then holds the trained model. With `args.resume_from_checkpoint` rows that are done are
     taken from there, and the others go on from their last checkpoints.
 
@@ -88,62 +82,54 @@ def finetune(
 
     >>> finetune("out/mae", "./labelled", FinetuningArguments(output_dir="out/ft", num_train_epochs=20)).to_markdown()
     """
-    read_model_config(model_path)  # what is wrong is reported before anything is loaded
-    *splits, tested_on = load_splits(dataset_source, train_split, test_split, config_name, image_column, label_column)
-    splits = [take_samples(*pair) for pair in zip(splits, (max_train_samples, max_test_samples), strict=True)]
-    data = _prepare_data(model_path, splits, args, image_column, label_column, labels_per_class, label_fraction)
-    named = isinstance(dataset_source, (str, os.PathLike))
-    asked = dict(model=os.fspath(model_path), dataset=os.fspath(dataset_source) if named else "in memory")
-    asked |= dict(dataset_config_name=config_name, train_split=train_split, test_split=tested_on)
-    asked |= dict(max_train_samples=max_train_samples, max_test_samples=max_test_samples)
-    asked |= dict(labels_per_class=labels_per_class, label_fraction=label_fraction)
-    return _judge(load_classifier(model_path, args, data.num_classes, data.class_names), data, args, asked, baselines)
-
-
-def _judge(
-    model: nn.Module, data: _Data, args: ClassificationArguments, asked: dict[str, Any], baselines: bool
-) -> EvaluationResult:
-    encoder = model.encoder if isinstance(model, LinearProbe) else model
+    train, test, settings = load_labelled_images(
+        model_path,
+        dataset_source,
+        train_split,
+        test_split,
+        max_train_samples,
+        max_test_samples,
+        label_column,
+        image_column,
+        config_name,
+    )
+    data = _prepare_data(train, test, args, labels_per_class, label_fraction)
+    model = load_classifier(model_path, args, data.num_classes, train.class_names)
+    is_probe = isinstance(model, LinearProbe)
+    encoder = model.encoder if is_probe else model
+    selected_on = {"split": train_split, "share_of_each_class": args.validation_share, "seed": args.seed}
     settings = {
         "parameters": args.recorded(),
-        **asked,
-        "image_column": data.test.image_column,
-        "label_column": data.test.label_column,
+        **settings,
+        "labels_per_class": labels_per_class,
+        "label_fraction": label_fraction,
+        "image_column": test.image_column,
+        "label_column": test.label_column,
         "num_train": len(data.train),
         "num_validation": 0 if data.validation is None else len(data.validation),
-        "num_test": len(data.test),
+        "num_test": len(test),
         "num_classes": data.num_classes,
         "num_processes": args.world_size,
         "model_class": type(encoder).__name__,
-        "selected_on": _selected_on(args, asked["train_split"]),
+        "selected_on": selected_on if args.load_best_model_at_end else None,  # else it is the last step
         "intervals": INTERVALS,
     }
     row, predictions = _run("pretrained", model, data, args, settings)
     rows = [row]
     if baselines:
-        name = "random encoder" if isinstance(model, LinearProbe) else "from scratch"
+        name = "random encoder" if is_probe else "from scratch"
         rows.append(_run(name, from_scratch(model, args), data, args, settings)[0])
-    described = {**describe_run(encoder, data.test, data.test), **settings}
-    classes = Predictions(predictions, data.test.labels, data.class_names)
-    return EvaluationResult(args.protocol, rows, described, classes)
+    settings = {**describe_run(encoder, test, test), **settings}
+    return EvaluationResult(args.protocol, rows, settings, Predictions(predictions, test.labels, train.class_names))
 
 
 def _prepare_data(
-    model_path: str | os.PathLike,
-    splits: Sequence[datasets.Dataset],
+    train: LabelledImages,
+    test: LabelledImages,
     args: ClassificationArguments,
-    image_column: str | None,
-    label_column: str | None,
     labels_per_class: int | None,
     label_fraction: float | None,
 ) -> _Data:
-    num_channels = getattr(AutoConfig.from_pretrained(model_path), "num_channels", 3)
-    backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
-    processor = AutoImageProcessor.from_pretrained(model_path, backend=backend)
-    columns = dict(image_column=image_column, label_column=label_column, num_channels=num_channels)
-    train = LabelledImages(splits[0], processor, **columns)
-    test = LabelledImages(splits[1], processor, class_names=train.class_names or (), **columns)
-    check_same_classes(train, test)
     chosen = label_subset(
         train.labels, labels_per_class=labels_per_class, label_fraction=label_fraction, seed=args.seed
     )
@@ -158,44 +144,39 @@ def _prepare_data(
                 "labels, or leave out `eval_strategy` and `load_best_model_at_end`."
             )
         chosen, validation = chosen[~held_out], Subset(train, chosen[held_out].tolist())
-    normalized = getattr(processor, "do_normalize", True)
+    processor, num_channels = train.processor, train.num_channels
+    is_normalized = getattr(processor, "do_normalize", True)
+    augmentations = ("randaugment_magnitude", "randaugment_std", "random_erasing_probability")
     augmented = AugmentedImages(
         train.dataset.select(chosen.numpy()),
         train.image_column,
         train.labels[chosen],
         image_size=tuple(test[0][0].shape[1:]),
         num_channels=num_channels,
-        mean=processor.image_mean if normalized else [0.0] * num_channels,
-        std=processor.image_std if normalized else [1.0] * num_channels,
+        mean=processor.image_mean if is_normalized else [0.0] * num_channels,
+        std=processor.image_std if is_normalized else [1.0] * num_channels,
         seed=args.data_order_seed,
         crop_scale=(args.min_crop_scale, 1.0),
         horizontal_flip=args.horizontal_flip,
-        **{
-            name: getattr(args, name, 0.0)
-            for name in ("randaugment_magnitude", "randaugment_std", "random_erasing_probability")
-        },
+        **{name: getattr(args, name, 0.0) for name in augmentations},
     )
     num_classes = len(train.class_names) if train.class_names else int(max(train.labels.max(), test.labels.max())) + 1
-    return _Data(augmented, validation, test, num_classes, train.class_names)
-
-
-def _selected_on(args: ClassificationArguments, train_split: str) -> dict[str, Any] | None:
-    """What the step is chosen on that is judged; nothing where it is the last."""
-    if not args.load_best_model_at_end:
-        return None
-    return {"split": train_split, "share_of_each_class": args.validation_share, "seed": args.seed}
+    return _Data(augmented, validation, test, num_classes)
 
 
 def _run(
     name: str, model: nn.Module, data: _Data, args: ClassificationArguments, settings: dict[str, Any]
 ) -> tuple[EvaluationRow, Tensor]:
-    """Trains one row, or goes on with it, or takes it as it is; and judges it: the row, and classes `(num_test,)`."""
+    """Trains one row, or goes on with it, or takes it as it is; its scores, and the predicted classes `(num_test,)`."""
     args = copy.copy(args)
     args.output_dir = str(Path(args.output_dir) / name.replace(" ", "_"))
     record = Path(args.output_dir) / "run.json"
-    done, goes_on = _earlier(record, settings, bool(args.resume_from_checkpoint))
-    if done is not None:
-        return done
+    earlier = _read_record(record, settings, bool(args.resume_from_checkpoint))
+    if earlier.get("row") is not None:
+        intervals = {column: tuple(interval) for column, interval in earlier["row"].pop("intervals").items()}
+        return EvaluationRow(**earlier["row"], intervals=intervals), torch.tensor(earlier["predictions"])
+    # Where the first save was cut off, there is nothing to go on from.
+    has_checkpoint = bool(earlier) and any(is_sealed(checkpoint) for checkpoint in checkpoints(record.parent))
     interrupt = InterruptCallback()
     trainer = ClassificationTrainer(
         model,
@@ -208,52 +189,44 @@ def _run(
     )
     trainer.accelerator.wait_for_everyone()  # until every process has seen that there was no earlier run
     content: dict[str, Any] = {"settings": settings, "row": None}
-    _write(record, content, args)
+    if args.should_save:
+        write_whole(record, json.dumps(content))
     try:
-        trainer.train(resume_from_checkpoint=goes_on)
+        trainer.train(resume_from_checkpoint=has_checkpoint)
     finally:
         interrupt.restore()
     if interrupt.interrupted:
         raise KeyboardInterrupt
     prediction = trainer.predict(data.test)
-    predicted, labels = (torch.from_numpy(found) for found in (prediction.predictions, prediction.label_ids))
-    scores = classifier_scores(predicted, labels, data.num_classes)
+    top_classes, labels = (torch.from_numpy(part) for part in (prediction.predictions, prediction.label_ids))
+    scores = classifier_scores(top_classes, labels, data.num_classes)
     scores.details["steps"] = trainer.state.global_step
     scores.details["trained_parameters"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    row = make_row(name, trainer.model.classifier.in_features, scores)
+    row = EvaluationRow.from_scores(name, trainer.model.classifier.in_features, scores)
     trainer.save_model()
-    _write(record, {**content, "row": asdict(row), "predictions": scores.predictions.tolist()}, args)
-    return row, scores.predictions
+    if args.should_save:
+        write_whole(record, json.dumps({**content, "row": asdict(row), "predictions": top_classes[:, 0].tolist()}))
+    return row, top_classes[:, 0]
 
 
-def _earlier(record: Path, settings: dict[str, Any], resume: bool) -> tuple[tuple[EvaluationRow, Tensor] | None, bool]:
-    """Row and predictions, if an earlier run finished them; otherwise whether there are checkpoints to go on from."""
+def _read_record(record: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """What an earlier run with the same settings wrote; empty, if there was none."""
     if not record.is_file():
-        return None, False
+        return {}
     if not resume:
         raise InputError(
             f"`output_dir` {str(record.parents[1])!r} holds an earlier run ({record.parent.name}): go on with "
             "`resume_from_checkpoint` 'last', or choose another folder."
         )
     saved = json.loads(record.read_text(encoding="utf-8"))
-    parts = ((saved["settings"], settings), (saved["settings"]["parameters"], settings["parameters"]))
-    for old, new in reversed(parts):
+    for old, new in ((saved["settings"]["parameters"], settings["parameters"]), (saved["settings"], settings)):
         changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
         if changed:
             raise InputError(
                 f"`resume_from_checkpoint`: {str(record.parent)!r} holds a run with other settings: `{changed[0]}` was "
                 f"{old.get(changed[0])!r} and is {new.get(changed[0])!r}. Take the same, or another `output_dir`."
             )
-    if saved["row"] is None:
-        # Where the first save was cut off, there is nothing to go on from.
-        return None, any(is_sealed(checkpoint) for checkpoint in checkpoints(record.parent))
-    intervals = {name: tuple(interval) for name, interval in saved["row"].pop("intervals").items()}
-    return (EvaluationRow(**saved["row"], intervals=intervals), torch.tensor(saved["predictions"])), False
-
-
-def _write(record: Path, content: dict[str, Any], args: TrainingArguments) -> None:
-    if args.should_save:
-        write_whole(record, json.dumps(content))
+    return saved
 
 
 __all__ = ["finetune"]
