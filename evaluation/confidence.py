@@ -12,6 +12,13 @@ from torch import Tensor
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
 SEED = 0
+# As it is written down.
+INTERVALS = {
+    "method": "Wilson's for shares of the test images, percentile bootstrap over them for other scores",
+    "level": LEVEL,
+    "resamples": NUM_RESAMPLES,
+    "seed": SEED,
+}
 
 Interval = tuple[float, float]
 
@@ -61,4 +68,4 @@ def _percentiles(resampled: np.ndarray) -> Interval:
     return float(low), float(high)
 
 
-__all__ = ["LEVEL", "NUM_RESAMPLES", "SEED", "Interval", "class_score_intervals", "mean_interval", "share_interval"]
+__all__ = ["INTERVALS", "Interval", "class_score_intervals", "mean_interval", "share_interval"]

@@ -40,25 +40,24 @@ class LabelledImages(Dataset):
     Args:
         dataset: A dataset in memory (not a stream), its images encoded or as arrays.
         processor: An image processor of transformers, which resizes, crops the centre and normalises.
-        image_column, label_column: Where images and classes are, if that is not plain. Classes are numbers, or words.
+        image_column, label_column: Needed where there are several. Classes are numbers, or words.
         num_channels: 1, 3 or 4, or what the arrays in the dataset have: the model's `num_channels`.
         class_names: For classes that are words, which number each word is: the training set's `class_names`, so that a
-            test set is numbered alike. The words of this dataset in alphabetical order, if not given.
+            test set is numbered alike. In alphabetical order, if not given.
 
     Attributes:
         labels: All classes, `(n,)` int64, >= 0.
         class_names: By class number, or `None` where the dataset gives numbers alone.
 
     Raises:
-        InputError: There is no such column, the dataset is empty or a stream, a label is missing, an image has several
-            labels, labels are no classes (fractions), or a word is not in `class_names`. When indexed: an image cannot
-            be decoded; the message names its index and path.
+        InputError: No such column, no image, a stream, a missing label, labels that are no classes, or a word that is
+            not in `class_names`. When indexed: an image cannot be decoded; the message names its index and path.
     """
 
     def __init__(
         self,
         dataset: datasets.Dataset,
-        processor: Callable[..., Any],
+        processor: Any,
         *,
         image_column: str | None = None,
         label_column: str | None = None,
@@ -206,14 +205,10 @@ def extract_features(
     model: PreTrainedModel,
     dataset: Dataset,
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
     bf16: bool = False,
     feature: str | None = None,
     layer: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
+    **reading: Any,
 ) -> tuple[Tensor, Tensor]:
     """Features of all images from a frozen encoder, in one pass. Draws nothing from the global random state.
 
@@ -223,16 +218,14 @@ def extract_features(
         model: What `AutoModel` loads: gives `last_hidden_state` `(B, 1 + N, D)` with the class token first (registers,
             if any, after it). A ViTMAE of transformers sees all patches in order, its masking switched off.
         dataset: Gives `(pixel_values, label)`, as [`LabelledImages`].
-        batch_size, num_workers: How images are read.
-        device: Where the model is moved first; where it is, if not given.
         bf16: Compute in bfloat16 autocast.
         feature: `"pooler_output"`, `"cls"` (class token), `"mean"` (mean of the patch tokens) or `"cls+mean"` (one
             after the other, `d = 2 D`); see [`default_feature`].
         layer: Take the tokens that so many blocks leave, before the final LayerNorm; 0 are the embeddings, and negative
             numbers count from the end (-1: the last block). The model's output, with its LayerNorm, if not given.
-        cache_dir: Folder that keeps features from run to run, by weights, configuration, processor, images and what is
-            asked for; needs [`LabelledImages`]. Of files on disk only paths, sizes and times are looked at.
-        progress: Show a progress bar.
+        reading: `batch_size` (256), `num_workers` (0), `progress` (True: a bar), and `cache_dir`: a folder that keeps
+            features from run to run, by weights, configuration, processor, images and what is asked for; needs
+            [`LabelledImages`]. Of files on disk only paths, sizes and times are looked at.
 
     Returns:
         `(features, labels)` on the CPU, in the dataset's order: `(n, d)` float32 and `(n,)` int64. Features from the
@@ -246,45 +239,37 @@ def extract_features(
         raise InputError(f"`feature` is {feature!r}; choose one of {', '.join(FEATURES)}.")
     if layer is not None and feature == "pooler_output":
         raise InputError(f"`layer` is {layer}, but only a model's output is pooled by itself; choose cls or mean.")
-    if device is not None:
-        model.to(device)
-    hidden_states = {} if layer is None else {"output_hidden_states": True}
+    # transformers' ViTMAE drops patches in every forward pass, and shuffles what it keeps.
+    is_masking = model.config.model_type == "vit_mae"
 
     def encode(pixel_values: Tensor) -> Tensor:
         pixel_values = pixel_values.to(model.device, model.dtype, non_blocking=True)
+        inputs: dict[str, Any] = {} if layer is None else {"output_hidden_states": True}
+        num_patches = _num_patches(model, pixel_values)
+        if is_masking and num_patches is not None:  # sorted noise keeps the patches in order
+            inputs["noise"] = torch.arange(num_patches, device=model.device).expand(len(pixel_values), -1)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            outputs = model(pixel_values, **_unmasking_inputs(model, pixel_values), **hidden_states)
-            return _pool(model, outputs, pixel_values.shape[2:], feature, layer)
+            return _pool(model, model(pixel_values, **inputs), num_patches, feature, layer)
 
     request: dict[str, Any] = {"feature": feature, "layer": layer, "bf16": bf16}
-    if cache_dir is not None:
+    if reading.get("cache_dir") is not None:
         request["model"] = _model_fingerprint(model)
-    with _frozen(model):
-        return _features(dataset, encode, request, batch_size, num_workers, cache_dir, progress)
+    with _frozen(model, is_masking):
+        return _features(dataset, encode, request, **reading)
 
 
-def raw_pixels(
-    dataset: Dataset,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> tuple[Tensor, Tensor]:
+def raw_pixels(dataset: Dataset, **reading: Any) -> tuple[Tensor, Tensor]:
     """The processed pixels themselves as features, the baseline that needs no encoder.
 
     Images of more than 3,072 values (32 x 32 x 3) are averaged down (adaptive average pooling, proportions kept) to at
-    most that many.
-
-    Args: as for [`extract_features`], which also says what is returned.
+    most that many. Arguments and result are those of [`extract_features`].
     """
 
     def encode(pixel_values: Tensor) -> Tensor:
         size = _reduced_size(*pixel_values.shape[1:])
         return F.adaptive_avg_pool2d(pixel_values.float(), size).flatten(1)
 
-    request = {"feature": "raw pixels", "most": MAX_PIXELS}
-    return _features(dataset, encode, request, batch_size, num_workers, cache_dir, progress)
+    return _features(dataset, encode, {"feature": "raw pixels", "most": MAX_PIXELS}, **reading)
 
 
 def random_encoder(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -313,14 +298,13 @@ def _features(
     dataset: Dataset,
     encode: Callable[[Tensor], Tensor],
     request: dict[str, Any],
-    batch_size: int,
-    num_workers: int,
-    cache_dir: str | os.PathLike | None,
-    progress: bool,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    **reading: Any,
 ) -> tuple[Tensor, Tensor]:
     """Features and labels; from a file, if one was left for the same images and the same request."""
     if cache_dir is None:
-        return _collect(dataset, encode, batch_size, num_workers, progress)
+        return _collect(dataset, encode, **reading)
     if not isinstance(dataset, LabelledImages):
         raise InputError(
             f"`cache_dir` is given, but `dataset` is a {type(dataset).__name__}, which does not say what is in it; "
@@ -333,7 +317,7 @@ def _features(
     if all(_from_all_processes(features is not None)):
         assert features is not None
         return features, dataset.labels.clone()
-    features, labels = _collect(dataset, encode, batch_size, num_workers, progress)
+    features, labels = _collect(dataset, encode, **reading)
     if is_first_process():
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, features.numpy(), allow_pickle=False)
@@ -341,7 +325,11 @@ def _features(
 
 
 def _collect(
-    dataset: Dataset, encode: Callable[[Tensor], Tensor], batch_size: int, num_workers: int, progress: bool
+    dataset: Dataset,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int = 256,
+    num_workers: int = 0,
+    progress: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Each process encodes its part of the images, and gets all of them."""
     for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
@@ -351,7 +339,7 @@ def _collect(
     if not size:
         raise InputError("`dataset` is empty: there is no image in it.")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    part = range(size * rank // world, size * (rank + 1) // world)
+    part = torch.arange(size).tensor_split(world)[rank].tolist()
     loader = DataLoader(
         Subset(dataset, part),
         batch_size,
@@ -408,8 +396,8 @@ def _model_fingerprint(model: PreTrainedModel) -> str:
 # -- what is taken of an encoder ------------------------------------------------------------------------------------
 
 
-def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: str, layer: int | None) -> Tensor:
-    """Features `(B, d)` of an encoder's outputs for images of `size` (height, width)."""
+def _pool(model: PreTrainedModel, outputs: Any, num_patches: int | None, feature: str, layer: int | None) -> Tensor:
+    """Features `(B, d)` of an encoder's outputs."""
     name = type(model).__name__
     tokens = getattr(outputs, "last_hidden_state", None)
     if tokens is None or tokens.ndim != 3:
@@ -427,7 +415,6 @@ def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: st
             layers = f"0 to {len(hidden_states) - 1}." if hidden_states else "no hidden states; leave it out."
             raise InputError(f"`layer` is {layer}, but a {name} gives {layers}")
         tokens = hidden_states[layer]
-    num_patches = _num_patches(model, size)
     # Class token and registers come first.
     num_others = 1 if num_patches is None else tokens.shape[1] - num_patches
     if num_others < 0:
@@ -445,40 +432,27 @@ def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: st
     return torch.cat(parts, 1)
 
 
-def _num_patches(model: PreTrainedModel, size: Sequence[int]) -> int | None:
+def _num_patches(model: PreTrainedModel, pixel_values: Tensor) -> int | None:
     patch_size = getattr(model.config, "patch_size", None)
     if patch_size is None:
         return None
-    return math.prod(side // step for side, step in zip(size, pair(patch_size), strict=True))
-
-
-def _masks_by_itself(model: PreTrainedModel) -> bool:
-    # transformers' ViTMAE drops patches in every forward pass, and shuffles what it keeps.
-    return model.config.model_type == "vit_mae"
-
-
-def _unmasking_inputs(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, Tensor]:
-    if not _masks_by_itself(model):
-        return {}
-    # Sorted noise keeps the patches in order.
-    noise = torch.arange(_num_patches(model, pixel_values.shape[2:]), device=pixel_values.device)
-    return {"noise": noise.expand(len(pixel_values), -1)}
+    return math.prod(side // step for side, step in zip(pixel_values.shape[2:], pair(patch_size), strict=True))
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def _frozen(model: PreTrainedModel, is_masking: bool) -> Iterator[None]:
     """Evaluation mode, no masking; afterwards all is as before."""
     modes = {module: module.training for module in model.modules()}
     mask_ratio = getattr(model.config, "mask_ratio", None)
     model.eval()
-    if _masks_by_itself(model):
+    if is_masking:
         model.config.mask_ratio = 0.0
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
-        if _masks_by_itself(model):
+        if is_masking:
             model.config.mask_ratio = mask_ratio
 
 

@@ -14,12 +14,11 @@ from clmae.evaluation.features import check_inputs
 from clmae.evaluation.linear import (
     L2_GRID,
     MAX_ITER,
-    best_l2,
     check_l2_grid,
+    choose_l2,
     random_ranks,
     regularization_path,
     standardize,
-    validate,
 )
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -83,11 +82,19 @@ def few_shot_probe(
     l2_grid = check_l2_grid(l2_grid)
     if not one_shot_l2 > 0:
         raise InputError(f"`one_shot_l2` is {one_shot_l2}; give a number above 0.")
+    if not shots or min(shots) < 1:
+        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images per class, 1 or more.")
     if num_draws < 1:
         raise InputError(f"`num_draws` is {num_draws}; give 1 or more.")
     device = train_features.device
     classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
-    possible = _possible_shots(shots, int(labels.bincount().min()))
+    smallest_class = int(labels.bincount().min())
+    possible = sorted({n for n in shots if n <= smallest_class})
+    if not possible:
+        raise InputError(
+            f"`shots` is {tuple(shots)}, but the smallest class has {smallest_class} training images; give at most "
+            "that many, or leave out that class."
+        )
     test, truth = test_features.to(device, torch.float32), test_labels.to(device)
     seeds = [seed + draw for draw in range(num_draws)]
     accuracies: dict[int, list[float]] = {n: [] for n in possible}
@@ -98,7 +105,10 @@ def few_shot_probe(
         for n in possible:
             drawn = ranks < n
             features, drawn_labels = train_features[drawn].float(), labels[drawn]
-            l2 = one_shot_l2 if n == 1 else _choose_l2(features, drawn_labels, ranks[drawn], l2_grid, max_iter)
+            l2, num_folds = one_shot_l2, min(n, NUM_FOLDS)
+            if n > 1:
+                folds = [ranks[drawn] % num_folds == fold for fold in range(num_folds)]
+                l2, _, _ = choose_l2(features, drawn_labels, folds, l2_grid, max_iter)
             features, queries = standardize(features, test)
             model = next(regularization_path(features, drawn_labels, [l2], max_iter=max_iter))
             is_right = (classes[model.logits(queries).argmax(1)] == truth).double().cpu()
@@ -106,31 +116,6 @@ def few_shot_probe(
             weights[n].append(l2)
             correct[n] += is_right / num_draws
     return FewShotResult(accuracies, weights, seeds, [n for n in shots if n not in possible], correct)
-
-
-def _possible_shots(shots: Sequence[int], smallest_class: int) -> list[int]:
-    if not shots or min(shots) < 1:
-        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images per class, 1 or more.")
-    possible = sorted({n for n in shots if n <= smallest_class})
-    if not possible:
-        raise InputError(
-            f"`shots` is {tuple(shots)}, but the smallest class has {smallest_class} training images; give at most "
-            "that many, or leave out that class."
-        )
-    return possible
-
-
-def _choose_l2(features: Tensor, labels: Tensor, ranks: Tensor, l2_grid: Sequence[float], max_iter: int) -> float:
-    """The L2 weight with the best accuracy in cross-validation; `ranks` `(n,)` number the images of each class."""
-    num_folds = min(int(ranks.max()) + 1, NUM_FOLDS)
-    correct, loss = dict.fromkeys(l2_grid, 0), dict.fromkeys(l2_grid, 0.0)
-    for fold in range(num_folds):
-        held_out = ranks % num_folds == fold
-        size = int(held_out.sum())
-        for l2, score in validate(features, labels, held_out, l2_grid, max_iter=max_iter).items():
-            correct[l2] += round(score.accuracy * size)  # counts, of which equal ones are equal
-            loss[l2] += score.loss * size
-    return best_l2({l2: (correct[l2], loss[l2]) for l2 in l2_grid})
 
 
 __all__ = ["FEW_SHOT_L2_GRID", "NUM_DRAWS", "ONE_SHOT_L2", "SHOTS", "FewShotResult", "few_shot_probe"]

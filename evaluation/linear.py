@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from scipy.optimize import minimize
 from torch import Tensor
 
 from clmae.configuration.errors import InputError
@@ -42,15 +44,14 @@ class LinearProbeResult:
 
 
 class LogisticRegression(NamedTuple):
-    """`features @ weight + bias`: `weight` `(d, num_classes)` and `bias` `(num_classes,)`, both float64."""
+    """Logits are `features @ weight + bias`: `weight` `(d, num_classes)`, `bias` `(num_classes,)`, both float64."""
 
     weight: Tensor
     bias: Tensor
 
     def logits(self, features: Tensor) -> Tensor:
-        """Logits `(n, num_classes)` in float64 of features `(n, d)`."""
-        # The product in the features' precision: a float64 copy of them would double the memory for nothing.
-        return (features @ self.weight.to(features.dtype) + self.bias.to(features.dtype)).double()
+        """Logits `(n, num_classes)` of features `(n, d)`, in their precision."""
+        return features @ self.weight.to(features.dtype) + self.bias.to(features.dtype)
 
 
 def linear_probe(
@@ -98,14 +99,13 @@ def linear_probe(
             "L2 weight needs two of each class: give more samples, or leave these classes out."
         )
     held_out = stratified_part(labels, validation_share, seed).to(device)
-    validated = validate(train, labels, held_out, l2_grid, max_iter=max_iter)
-    l2 = best_l2({l2: (score.accuracy, score.loss) for l2, score in validated.items()})
+    l2, accuracies, model = choose_l2(train, labels, [held_out], l2_grid, max_iter)
     train, test = standardize(train, test)
     # The classifier of a part is nearly that of all: from zero, a weak L2 weight takes far more iterations.
-    model = next(regularization_path(train, labels, [l2], max_iter=max_iter, start=validated[l2].model))
+    model = next(regularization_path(train, labels, [l2], max_iter=max_iter, start=model))
     top_classes = classes[model.logits(test).topk(min(TOP_K, len(classes)), dim=1).indices].cpu()
     accuracy = (top_classes[:, 0] == test_labels.cpu()).double().mean().item()
-    return LinearProbeResult(accuracy, l2, {l2: score.accuracy for l2, score in validated.items()}, top_classes)
+    return LinearProbeResult(accuracy, l2, accuracies, top_classes)
 
 
 def regularization_path(
@@ -119,10 +119,11 @@ def regularization_path(
 ) -> Iterator[LogisticRegression]:
     """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) by full-batch L-BFGS.
 
-    On many features this takes a fraction of the time of scikit-learn's solver, and works on a GPU.
+    scikit-learn's solver has the same optimum, but works on CPUs alone, and there takes 1.4 times as long for as small
+    a loss (50,000 samples of 384 features, 200 classes).
 
     Args:
-        features: `(n, d)`, centred (best standardised), float32 or float64.
+        features: `(n, d)`, centred (best standardised), float32 or float64, on any device.
         labels: `(n,)`, classes from 0.
         l2_weights: Above 0; each fit starts at the one before, so neighbours should follow each other.
         max_iter: Most iterations for one weight.
@@ -150,7 +151,7 @@ def regularization_path(
     for l2 in l2_weights:
         probabilities = model.logits(rotated).softmax(1)
         scales = (variances * (probabilities * (1 - probabilities)).mean() + l2).sqrt()
-        model = _minimize(rotated, labels, l2, scales, model, max_iter, tolerance)
+        model = _minimize(rotated, labels, l2, scales, model, {"maxiter": max_iter, "gtol": tolerance})
         yield LogisticRegression(basis @ model.weight, model.bias)
 
 
@@ -168,37 +169,23 @@ def _principal_axes(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _minimize(
-    features: Tensor,
-    labels: Tensor,
-    l2: float,
-    scales: Tensor,
-    start: LogisticRegression,
-    max_iter: int,
-    tolerance: float,
+    features: Tensor, labels: Tensor, l2: float, scales: Tensor, start: LogisticRegression, options: dict[str, Any]
 ) -> LogisticRegression:
-    """L-BFGS over `scales * weight` and the bias; `scales` `(d, 1)`."""
-    scaled = (scales * start.weight).requires_grad_()
-    bias = start.bias.clone().requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [scaled, bias],
-        max_iter=max_iter,
-        tolerance_grad=tolerance,
-        # In these coordinates a gradient g leaves about g^2 / 2 of the loss to gain.
-        tolerance_change=tolerance**2 / 100,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-    )
+    """scipy's L-BFGS over `scales * weight` and the bias, its steps in float64 and the loss on the features' device."""
 
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        model = LogisticRegression(scaled / scales, bias)
-        loss = F.cross_entropy(model.logits(features), labels) + l2 / 2 * model.weight.square().sum()
-        loss.backward()
-        return loss
+    def unpack(flat: np.ndarray) -> LogisticRegression:
+        rows = torch.from_numpy(flat).to(scales.device).view(-1, len(start.bias))
+        return LogisticRegression(rows[:-1] / scales, rows[-1])
 
-    with torch.enable_grad():
-        optimizer.step(objective)
-    return LogisticRegression((scaled / scales).detach(), bias.detach())
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        model = LogisticRegression(*(part.requires_grad_() for part in unpack(flat)))
+        with torch.enable_grad():
+            loss = F.cross_entropy(model.logits(features), labels).double() + l2 / 2 * model.weight.square().sum()
+        weight, bias = torch.autograd.grad(loss, model)
+        return loss.item(), torch.cat([weight / scales, bias[None]]).flatten().cpu().numpy()
+
+    flat = torch.cat([scales * start.weight, start.bias[None]]).flatten().cpu().numpy()
+    return unpack(minimize(objective, flat, jac=True, method="L-BFGS-B", options={"ftol": 1e-14, **options}).x)
 
 
 def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
@@ -242,55 +229,47 @@ def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
     return sorted(set(l2_grid), reverse=True)
 
 
-class Validation(NamedTuple):
-    """A classifier, and its accuracy in [0, 1] and mean cross-entropy on what was held out of its training set."""
+def choose_l2(
+    features: Tensor, labels: Tensor, folds: Sequence[Tensor], l2_grid: Sequence[float], max_iter: int
+) -> tuple[float, dict[float, float], LogisticRegression]:
+    """The L2 weight that is most often right on what was held out, of equal ones that of the least cross-entropy.
 
-    accuracy: float
-    loss: float
-    model: LogisticRegression
-
-
-def validate(
-    features: Tensor, labels: Tensor, held_out: Tensor, l2_grid: Sequence[float], *, max_iter: int = MAX_ITER
-) -> dict[float, Validation]:
-    """For each L2 weight a classifier, evaluated on a part held out of the training set.
+    On few images many weights have one accuracy, and the strongest of them may hardly tell the classes apart: its
+    nearly equal logits are then ordered by rounding, which differs between processors.
 
     Args:
         features: `(n, d)`, as they are; standardised by what is not held out.
         labels: `(n,)`, classes from 0 without gaps; each has samples that are not held out.
-        held_out: `(n,)` bool.
+        folds: What is held out, each `(n,)` bool.
         l2_grid: From the strongest to the weakest; each fit starts at the one before.
         max_iter: As in [`regularization_path`].
+
+    Returns:
+        The weight, the held-out accuracy of each weight, and the classifier that the best one gave on the last fold.
     """
-    train, validation = standardize(features[~held_out], features[held_out])
-    truth, scores = labels[held_out], {}
-    models = regularization_path(train, labels[~held_out], l2_grid, max_iter=max_iter)
-    for l2, model in zip(l2_grid, models, strict=True):
-        logits = model.logits(validation)
-        accuracy = (logits.argmax(1) == truth).double().mean().item()
-        scores[l2] = Validation(accuracy, F.cross_entropy(logits, truth).item(), model)
-    return scores
-
-
-def best_l2(scores: dict[float, tuple[float, float]]) -> float:
-    """The L2 weight with the best held-out `(accuracy, loss)`: of equally accurate ones that of the least loss.
-
-    On few images many weights have one accuracy, and the strongest of them may hardly tell the classes apart: its
-    nearly equal logits are then ordered by rounding, which differs between processors.
-    """
-    return max(scores, key=lambda l2: (scores[l2][0], -scores[l2][1], l2))
+    correct, loss, models = dict.fromkeys(l2_grid, 0), dict.fromkeys(l2_grid, 0.0), {}
+    for held_out in folds:
+        train, validation = standardize(features[~held_out], features[held_out])
+        path = regularization_path(train, labels[~held_out], l2_grid, max_iter=max_iter)
+        for l2, model in zip(l2_grid, path, strict=True):
+            logits = model.logits(validation)
+            correct[l2] += int((logits.argmax(1) == labels[held_out]).sum())
+            loss[l2] += F.cross_entropy(logits, labels[held_out], reduction="sum").item()
+            models[l2] = model
+    best = max(l2_grid, key=lambda l2: (correct[l2], -loss[l2], l2))
+    size = sum(int(held_out.sum()) for held_out in folds)
+    return best, {l2: correct[l2] / size for l2 in l2_grid}, models[best]
 
 
 __all__ = [
     "L2_GRID",
     "LinearProbeResult",
     "LogisticRegression",
-    "best_l2",
     "check_l2_grid",
+    "choose_l2",
     "linear_probe",
     "random_ranks",
     "regularization_path",
     "standardize",
     "stratified_part",
-    "validate",
 ]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -22,15 +22,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.confidence import (
-    LEVEL,
-    NUM_RESAMPLES,
-    SEED,
-    Interval,
-    class_score_intervals,
-    mean_interval,
-    share_interval,
-)
+from clmae.evaluation.confidence import INTERVALS, Interval, class_score_intervals, mean_interval, share_interval
 from clmae.evaluation.features import (
     LabelledImages,
     default_feature,
@@ -50,12 +42,6 @@ from clmae.model_cards.run import read_model_config
 from clmae.training.data import AnyDataset, load_image_dataset, take_samples
 
 TEST_SHARE = 0.2  # of a dataset without a test split
-INTERVALS = {
-    "method": "Wilson's for shares of the test images, percentile bootstrap over them for other scores",
-    "level": LEVEL,
-    "resamples": NUM_RESAMPLES,
-    "seed": SEED,
-}
 
 
 class SplitFeatures(NamedTuple):
@@ -265,7 +251,7 @@ class EvaluationRow:
         return f"{self.accuracies[column]:.1f}{spread} [{low:.1f}, {high:.1f}]"
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvaluationResult:
     """Scores of an encoder and its baselines by one protocol.
 
@@ -306,124 +292,74 @@ def evaluate_model(
     model_path: str | os.PathLike,
     dataset_source: str | os.PathLike | AnyDataset | dict,
     protocols: Sequence[str | Protocol] = ("knn", "linear"),
-    train_split: str = "train",
-    test_split: str | None = None,
-    max_train_samples: int | None = None,
-    max_test_samples: int | None = None,
-    label_column: str | None = None,
-    image_column: str | None = None,
-    *,
-    config_name: str | None = None,
-    device: torch.device | str | None = None,
-    **options: Any,
-) -> dict[str, EvaluationResult]:
-    """Evaluates a saved encoder on a dataset; `import clmae` first, for this project's families.
-
-    Args:
-        model_path: Folder or Hub id of anything that `AutoModel` and `AutoImageProcessor` load.
-        protocols: As in [`evaluate_protocols`].
-        dataset_source, train_split, test_split, max_train_samples, max_test_samples, label_column, image_column,
-            config_name: As in [`load_labelled_images`].
-        device: Where to compute; a GPU if there is one, if not given.
-        options: The other arguments of [`evaluate_protocols`].
-
-    Raises:
-        InputError: There is no such model; or as [`load_labelled_images`] and [`evaluate_protocols`].
-    """
-    _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
-    train, test, settings = load_labelled_images(
-        model_path,
-        dataset_source,
-        train_split,
-        test_split,
-        max_train_samples,
-        max_test_samples,
-        label_column,
-        image_column,
-        config_name,
-    )
-    model = AutoModel.from_pretrained(model_path)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return evaluate_protocols(protocols, model, train, test, settings=settings, **options)
-
-
-def evaluate_protocols(
-    protocols: Sequence[str | Protocol],
-    model: PreTrainedModel,
-    train: LabelledImages,
-    test: LabelledImages,
     *,
     feature: str | None = None,
     layer: int | None = None,
+    bf16: bool = False,
     baselines: bool = True,
     seed: int = 0,
-    bf16: bool = False,
-    settings: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
     batch_size: int = 256,
-    **loading: Any,
+    num_workers: int = 0,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool = True,
+    **images: Any,
 ) -> dict[str, EvaluationResult]:
-    """Evaluates a frozen encoder by several protocols on the same features, beside its baselines.
+    """Evaluates a saved, frozen encoder by several protocols on the same features, beside its baselines.
+
+    `import clmae` first, for this project's families.
 
     Args:
+        model_path: Folder or Hub id of anything that `AutoModel` and `AutoImageProcessor` load.
+        dataset_source, images: As in [`load_labelled_images`].
         protocols: Names (`"knn"`, `"linear"`, `"fewshot"`: with default settings) or settings ([`KNNProtocol`] ...).
-        model: The encoder, on the device that is to be used.
-        train, test: Images with labels; the test set decides nothing.
-        feature, layer, bf16, batch_size, loading: Arguments of [`extract_features`]; raw pixels are cached as well.
+        feature, layer, bf16, batch_size, num_workers, cache_dir, progress: As in [`extract_features`]; raw pixels are
+            cached as well.
         baselines: Also evaluate the same encoder at random initialisation, and raw pixels.
         seed: Of the random encoder.
-        settings: What else to write into the results: where model and data come from.
+        device: Where to compute; a GPU if there is one, if not given.
 
     Returns:
         A result for each protocol, by its name.
 
     Raises:
-        InputError: An unknown protocol, classes that differ between the sets, images that cannot be read, or what a
-            protocol asks for is not there.
+        InputError: There is no such model, an unknown protocol, images that cannot be read, or what a protocol asks
+            for is not there.
     """
-    chosen = _choose_protocols(protocols)
-    _check_same_classes(train, test)
-    loading["batch_size"] = batch_size
+    chosen = _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
+    train, test, settings = load_labelled_images(model_path, dataset_source, **images)
+    model = AutoModel.from_pretrained(model_path)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     feature = feature or default_feature(model, layer)
+    reading = dict(batch_size=batch_size, num_workers=num_workers, cache_dir=cache_dir, progress=progress)
 
     def encode(encoder: PreTrainedModel) -> SplitFeatures:
-        return split(lambda part: extract_features(encoder, part, feature=feature, layer=layer, bf16=bf16, **loading))
+        return split(lambda part: extract_features(encoder, part, feature=feature, layer=layer, bf16=bf16, **reading))
 
     def split(extract: Callable[[LabelledImages], tuple[Tensor, Tensor]]) -> SplitFeatures:
         return SplitFeatures(*(tensor.to(model.device) for part in (train, test) for tensor in extract(part)))
 
-    def representations() -> Iterator[tuple[str, SplitFeatures]]:  # one after the other, to save memory
-        yield "pretrained", encode(model)
-        if baselines:
-            yield "random encoder", encode(random_encoder(model, seed))
-            yield "raw pixels", split(lambda part: raw_pixels(part, **loading))
-
-    rows: dict[str, list[EvaluationRow]] = {protocol.name: [] for protocol in chosen}
-    predictions: dict[str, Predictions] = {}
-    for name, data in representations():
-        for protocol in chosen:
-            scores = protocol.score(data)
-            rows[protocol.name].append(EvaluationRow.from_scores(name, data.train_features.shape[1], scores))
-            if scores.predictions is not None and name == "pretrained":
-                predictions[protocol.name] = Predictions(scores.predictions, test.labels, train.class_names)
-    common = {
-        **(settings or {}),
-        **describe_run(model, train, test),
-        "feature": feature,
-        "layer": layer,
-        "random_encoder_seed": seed if baselines else None,
-        "bf16": bf16,
-        "batch_size": batch_size,
-        "intervals": INTERVALS,
-    }
-    return {
+    representations = {"pretrained": lambda: encode(model)}  # made one after the other, to save memory
+    if baselines:
+        representations["random encoder"] = lambda: encode(random_encoder(model, seed))
+        representations["raw pixels"] = lambda: split(lambda part: raw_pixels(part, **reading))
+    settings |= describe_run(model, train, test)
+    settings |= dict(feature=feature, layer=layer, random_encoder_seed=seed if baselines else None)
+    settings |= dict(bf16=bf16, batch_size=batch_size, intervals=INTERVALS)
+    results = {
         protocol.name: EvaluationResult(
-            protocol.name,
-            rows[protocol.name],
-            {"parameters": asdict(protocol), "selected_on": protocol.selected_on, **common},
-            predictions.get(protocol.name),
+            protocol.name, [], {"parameters": asdict(protocol), "selected_on": protocol.selected_on, **settings}
         )
         for protocol in chosen
     }
+    for name, represent in representations.items():
+        data = represent()
+        for protocol in chosen:
+            scores, result = protocol.score(data), results[protocol.name]
+            result.rows.append(EvaluationRow.from_scores(name, data.train_features.shape[1], scores))
+            if scores.predictions is not None and name == "pretrained":
+                result.predictions = Predictions(scores.predictions, test.labels, train.class_names)
+    return results
 
 
 def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
@@ -441,13 +377,14 @@ def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
 def load_labelled_images(
     model_path: str | os.PathLike,
     dataset_source: str | os.PathLike | AnyDataset | dict,
-    train_split: str,
-    test_split: str | None,
-    max_train_samples: int | None,
-    max_test_samples: int | None,
-    label_column: str | None,
-    image_column: str | None,
-    config_name: str | None,
+    *,
+    train_split: str = "train",
+    test_split: str | None = None,
+    max_train_samples: int | None = None,
+    max_test_samples: int | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    config_name: str | None = None,
 ) -> tuple[LabelledImages, LabelledImages, dict[str, Any]]:
     """Training and test images as a saved model sees them, and what is written down of where they come from.
 
@@ -464,17 +401,23 @@ def load_labelled_images(
         InputError: There is no such model, split or column; both splits are the same images, or their classes differ.
     """
     config = read_model_config(model_path)  # what is wrong is reported before anything is loaded
-    *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, image_column, label_column)
+    columns = dict(label_column=label_column, image_column=image_column)
+    *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, **columns)
     num_channels = getattr(config, "num_channels", 3)
     # The PIL backend equals torchvision's Resize and CenterCrop bit by bit, by which published numbers are made.
     backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
     processor = AutoImageProcessor.from_pretrained(model_path, backend=backend)
-    columns = dict(image_column=image_column, label_column=label_column, num_channels=num_channels)
-    train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **columns)
+    options: dict[str, Any] = dict(num_channels=num_channels, **columns)
+    train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **options)
     # A test set of words is numbered as the training set, without whose names it cannot be.
-    class_names = train.class_names or ()
-    test = LabelledImages(take_samples(splits[1], max_test_samples), processor, class_names=class_names, **columns)
-    _check_same_classes(train, test)
+    options["class_names"] = train.class_names or ()
+    test = LabelledImages(take_samples(splits[1], max_test_samples), processor, **options)
+    if train.class_names != test.class_names:
+        names = [f"{part.class_names[:5]}..." if part.class_names else "numbers" for part in (train, test)]
+        raise InputError(
+            f"the classes of the training and the test set differ: {names[0]} and {names[1]}; give both the same class "
+            "names in the same order."
+        )
     settings = {
         "model": os.fspath(model_path),
         "dataset": os.fspath(dataset_source) if isinstance(dataset_source, (str, os.PathLike)) else "in memory",
@@ -487,22 +430,13 @@ def load_labelled_images(
     return train, test, settings
 
 
-def _check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
-    if train.class_names != test.class_names:
-        names = [f"{part.class_names[:5]}..." if part.class_names else "numbers" for part in (train, test)]
-        raise InputError(
-            f"the classes of the training and the test set differ: {names[0]} and {names[1]}; give both the same class "
-            "names in the same order."
-        )
-
-
 def _load_splits(
     source: Any,
     train_split: str,
     test_split: str | None,
     config_name: str | None,
-    image_column: str | None,
     label_column: str | None,
+    image_column: str | None,
 ) -> tuple[datasets.Dataset, datasets.Dataset, str]:
     """Training and test images, and what the test images are."""
 
@@ -561,7 +495,6 @@ def describe_run(model: PreTrainedModel, train: LabelledImages, test: LabelledIm
 
 
 __all__ = [
-    "INTERVALS",
     "PROTOCOLS",
     "TOP_K",
     "EvaluationResult",
@@ -574,6 +507,5 @@ __all__ = [
     "classifier_scores",
     "describe_run",
     "evaluate_model",
-    "evaluate_protocols",
     "load_labelled_images",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from clmae.configuration.errors import InputError
+from clmae.evaluation.confidence import INTERVALS
 from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning.arguments import ClassificationArguments
 from clmae.evaluation.finetuning.images import AugmentedImages, label_subset
@@ -21,7 +22,6 @@ from clmae.evaluation.finetuning.trainer import ClassificationTrainer
 from clmae.evaluation.linear import stratified_part
 from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.report import (
-    INTERVALS,
     EvaluationResult,
     EvaluationRow,
     classifier_scores,
@@ -45,17 +45,11 @@ def finetune(
     model_path: str | os.PathLike,
     dataset_source: str | os.PathLike | AnyDataset | dict,
     args: ClassificationArguments,
-    train_split: str = "train",
-    test_split: str | None = None,
-    max_train_samples: int | None = None,
-    max_test_samples: int | None = None,
-    label_column: str | None = None,
-    image_column: str | None = None,
     *,
-    config_name: str | None = None,
     labels_per_class: int | None = None,
     label_fraction: float | None = None,
     baselines: bool = True,
+    **images: Any,
 ) -> EvaluationResult:
     """Evaluates a pretrained encoder by what it becomes: fine-tuned, partially fine-tuned, or probed with LARS.
 
@@ -66,8 +60,7 @@ def finetune(
     Args:
         model_path, args: See [`load_classifier`]. [`FinetuningArguments`] or [`LinearLarsArguments`] decide the
             protocol.
-        dataset_source, train_split, test_split, max_train_samples, max_test_samples, label_column, image_column,
-            config_name: As in [`evaluate_model`].
+        dataset_source, images: As in [`load_labelled_images`].
         labels_per_class, label_fraction: Learn from so many images of each class, or such a share of it, drawn by
             `args.seed`.
         baselines: Also train the same architecture from random initialisation ("from scratch"; under the linear probe,
@@ -82,22 +75,12 @@ def finetune(
 
     >>> finetune("out/mae", "./labelled", FinetuningArguments(output_dir="out/ft", num_train_epochs=20)).to_markdown()
     """
-    train, test, settings = load_labelled_images(
-        model_path,
-        dataset_source,
-        train_split,
-        test_split,
-        max_train_samples,
-        max_test_samples,
-        label_column,
-        image_column,
-        config_name,
-    )
+    train, test, settings = load_labelled_images(model_path, dataset_source, **images)
     data = _prepare_data(train, test, args, labels_per_class, label_fraction)
     model = load_classifier(model_path, args, data.num_classes, train.class_names)
     is_probe = isinstance(model, LinearProbe)
     encoder = model.encoder if is_probe else model
-    selected_on = {"split": train_split, "share_of_each_class": args.validation_share, "seed": args.seed}
+    selected_on = {"split": settings["train_split"], "share_of_each_class": args.validation_share, "seed": args.seed}
     settings = {
         "parameters": args.recorded(),
         **settings,
@@ -169,8 +152,8 @@ def _run(
 ) -> tuple[EvaluationRow, Tensor]:
     """Trains one row, or goes on with it, or takes it as it is; its scores, and the predicted classes `(num_test,)`."""
     args = copy.copy(args)
-    args.output_dir = str(Path(args.output_dir) / name.replace(" ", "_"))
-    record = Path(args.output_dir) / "run.json"
+    record = Path(str(args.output_dir)) / name.replace(" ", "_") / "run.json"
+    args.output_dir = str(record.parent)
     earlier = _read_record(record, settings, bool(args.resume_from_checkpoint))
     if earlier.get("row") is not None:
         intervals = {column: tuple(interval) for column, interval in earlier["row"].pop("intervals").items()}

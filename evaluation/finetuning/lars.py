@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,10 +32,7 @@ class LARS(torch.optim.Optimizer):
 
     Args:
         params: Parameters or parameter groups.
-        lr: γ, at least 0.
-        momentum: m, in [0, 1).
-        weight_decay: β, at least 0.
-        trust_coefficient: η, above 0.
+        lr, momentum, weight_decay, trust_coefficient: γ >= 0, m in [0, 1), β >= 0, η > 0.
 
     Raises:
         InputError: A number is out of range.
@@ -55,7 +52,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:

@@ -64,6 +64,8 @@ class LinearProbe(nn.Module):
         in them, so that logits are `features @ weight.T + bias`; its metadata name the feature.
         """
         self.encoder.save_pretrained(folder)
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
         weight = self.classifier.weight.double() * (self.norm.running_var.double() + self.norm.eps).rsqrt()
         bias = self.classifier.bias.double() - weight @ self.norm.running_mean.double()
         layer = {"weight": weight.float().contiguous(), "bias": bias.float()}
