@@ -168,11 +168,12 @@ class FewShotProtocol:
 
     name: ClassVar[str] = "fewshot"
     shots: tuple[int, ...] = field(
-        default=SHOTS, metadata={"help": "Numbers of labelled images a class; skipped if the smallest class has less."}
+        default=SHOTS,
+        metadata={"help": "Numbers of labelled images per class; skipped if the smallest class has less."},
     )
     num_draws: int = field(default=NUM_DRAWS, metadata={"help": "How often the labelled images are drawn."})
     l2_grid: tuple[float, ...] = field(default=FEW_SHOT_L2_GRID, metadata={"help": "L2 weights to choose from."})
-    one_shot_l2: float = field(default=ONE_SHOT_L2, metadata={"help": "L2 weight for one image a class."})
+    one_shot_l2: float = field(default=ONE_SHOT_L2, metadata={"help": "L2 weight for one image per class."})
     seed: int = 0
     max_iter: int = field(default=MAX_ITER, metadata={"help": "Most L-BFGS iterations for an L2 weight."})
 
