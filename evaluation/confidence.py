@@ -41,7 +41,8 @@ def class_score_intervals(predictions: Tensor, references: Tensor) -> dict[str, 
     Args:
         predictions, references: `(n,)` integers >= 0.
     """
-    matrix = confusion_matrix(references.cpu(), predictions.cpu())
+    predictions, references = predictions.cpu(), references.cpu()
+    matrix = confusion_matrix(references, predictions, labels=torch.cat([references, predictions]).unique())
     truth, predicted = (torch.from_numpy(part) for part in matrix.nonzero())
     draws = torch.from_numpy(_resample(matrix[matrix > 0])).double()
     zeros, correct = draws.new_zeros(NUM_RESAMPLES, len(matrix)), truth == predicted
