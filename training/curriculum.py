@@ -12,11 +12,6 @@ from clmae.configuration.configuration_cl_mae import CURRICULUM_SHAPES
 from clmae.configuration.errors import InputError
 
 
-def learns_masks(config: Any) -> bool:
-    """Whether a model with this configuration, of any family or of transformers' own, has a masking module."""
-    return getattr(config, "learns_masks", config.model_type == "cl_mae" or getattr(config, "learned_masks", False))
-
-
 def curriculum_factor(step: int, total_steps: int, shape: str, start: float, end: float) -> float:
     """λ_CL at optimiser step `step` of `total_steps` (CL-MAE, section 3).
 

@@ -18,7 +18,6 @@ from transformers import AutoModelForPreTraining
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.training.arguments import PretrainingArguments
-from clmae.training.curriculum import learns_masks
 
 # -- by formula -------------------------------------------------------------------------------------------------------
 

@@ -391,7 +391,7 @@ class CurriculumTrainer(BaseTrainer):
 
 def _uses_noise(config: Any) -> bool:
     """Whether a training step draws random masks, or by the same noise the tokens whose positions are withheld."""
-    return not learns_masks(config) or bool(getattr(config, "position_loss_weight", 0))
+    return not getattr(config, "learns_masks", False) or bool(getattr(config, "position_loss_weight", 0))
 
 
 def _pixel_values(sample: Any) -> Any:

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Training a classifier, and scoring what it predicts."""
+"""Training a classifier."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
 from clmae.evaluation.finetuning.lars import LARS
 from clmae.evaluation.finetuning.models import LinearProbe
 from clmae.evaluation.finetuning.parameters import frozen_modules, parameter_groups
-from clmae.evaluation.report import TOP_K, Scores
+from clmae.evaluation.report import TOP_K
 from clmae.training.base import BaseTrainer
 from clmae.training.callbacks import RunComponent
 from clmae.training.checks import check_samples
@@ -196,23 +196,9 @@ def _top_classes(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions[:, 0] == prediction.label_ids).mean())}
+    from clmae.evaluation.metrics.modules import compute_metrics  # only where it is used: its import takes seconds
+
+    return compute_metrics(prediction)
 
 
-def classifier_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
-    """Top-1, top-5 (of more than five classes), and the scores in which every class weighs the same.
-
-    Args:
-        predicted: `(n, k)` classes, the likeliest first; k is 5, or `num_classes` if that is less.
-        labels: `(n,)` classes.
-    """
-    right = predicted == labels[:, None]
-    scores = Scores(predictions=predicted[:, 0])
-    scores.add_share("top-1", right[:, 0].double().mean().item(), len(labels))
-    if num_classes > TOP_K:
-        scores.add_share(f"top-{TOP_K}", right.any(1).double().mean().item(), len(labels))
-    scores.add_class_scores(labels)
-    return scores
-
-
-__all__ = ["ClassificationTrainer", "EMACallback", "classifier_scores"]
+__all__ = ["ClassificationTrainer", "EMACallback"]
