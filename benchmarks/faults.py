@@ -50,8 +50,8 @@ from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments
 from clmae.training.data import ImageDataset
+from clmae.training.integrity import LOCK_NAME, checkpoint_step, checkpoints, last_valid_checkpoint, verify
 from clmae.training.pictures import save_figure
-from clmae.training.sealing import LOCK_NAME, checkpoint_step, checkpoints, last_valid_checkpoint, verify
 
 TINY = dict(
     **dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16),

@@ -12,6 +12,7 @@ mean absolute difference of the same crops in units of 1/255.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import time
 from collections.abc import Callable
@@ -29,8 +30,15 @@ from torchvision.transforms.functional import resized_crop
 
 from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
-from clmae.training.data import ImageDataset, ImageSource, load_image_dataset, unnormalized
-from clmae.training.images import random_resized_crop_box, sample_generator
+from clmae.training.data import (
+    ImageDataset,
+    ImageSource,
+    load_image_dataset,
+    random_resized_crop_box,
+    sample_state,
+    uniform,
+    unnormalized,
+)
 
 HERE = Path(__file__).resolve().parent
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -87,9 +95,10 @@ def difference(source: ImageSource, size: int, count: int) -> float:
     for i in range(count):
         image = ImageOps.exif_transpose(_pil(source, i))
         # The box that the data set draws for this image.
-        box = random_resized_crop_box(image.height, image.width, sample_generator(0, 0, i, "augmentation"), SCALE)
+        draw = functools.partial(uniform, sample_state(0, 0, i))
+        box = random_resized_crop_box(image.height, image.width, draw, SCALE).tolist()
         theirs = np.array(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC), dtype=np.float32)
-        found.append(np.abs(ours[i]["pixels"].permute(1, 2, 0).numpy() - theirs).mean())
+        found.append(np.abs(ours[i]["pixel_values"].permute(1, 2, 0).numpy() - theirs).mean())
     return float(np.mean(found))
 
 

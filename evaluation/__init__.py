@@ -2,40 +2,26 @@
 """How good representations are: frozen ones, beside a random encoder and raw pixels, and fine-tuned ones."""
 
 from clmae.evaluation.features import LabelledImages, extract_features, random_encoder, raw_pixels
-from clmae.evaluation.fewshot import FewShotResult, few_shot_probe
+from clmae.evaluation.fewshot import few_shot_probe
 from clmae.evaluation.finetuning import FinetuningArguments, LinearLarsArguments, finetune
-from clmae.evaluation.knn import EuclideanKNNResult, knn_accuracy, knn_euclidean_accuracy, knn_predict
-from clmae.evaluation.linear import LinearProbeResult, linear_probe
+from clmae.evaluation.knn import knn_euclidean_accuracy, knn_predict
+from clmae.evaluation.linear import linear_probe
 from clmae.evaluation.metrics import METRICS, metric_folder
-from clmae.evaluation.report import (
-    EvaluationResult,
-    EvaluationRow,
-    FewShotProtocol,
-    KNNProtocol,
-    LinearProtocol,
-    evaluate_model,
-    evaluate_protocols,
-)
+from clmae.evaluation.report import EvaluationResult, FewShotProtocol, KNNProtocol, LinearProtocol, evaluate_model
 
 __all__ = [
     "METRICS",
-    "EuclideanKNNResult",
     "EvaluationResult",
-    "EvaluationRow",
     "FewShotProtocol",
-    "FewShotResult",
     "FinetuningArguments",
     "KNNProtocol",
     "LabelledImages",
     "LinearLarsArguments",
-    "LinearProbeResult",
     "LinearProtocol",
     "evaluate_model",
-    "evaluate_protocols",
     "extract_features",
     "few_shot_probe",
     "finetune",
-    "knn_accuracy",
     "knn_euclidean_accuracy",
     "knn_predict",
     "linear_probe",

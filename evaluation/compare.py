@@ -35,8 +35,8 @@ from clmae.model_cards.record import RECORD_NAME, read_json
 from clmae.training.build import build_trainer
 from clmae.training.callbacks import InterruptCallback
 from clmae.training.data import build_datasets
+from clmae.training.integrity import last_valid_checkpoint
 from clmae.training.pictures import save_figure
-from clmae.training.sealing import last_valid_checkpoint
 from clmae.training.trainer import CurriculumTrainer
 
 Metrics = Callable[[Sequence[dict[str, float]]], dict[str, float]]

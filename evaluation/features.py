@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Frozen features of labelled images: what an encoder, an untrained one, or the bare pixels say about them."""
+"""Labelled images, and their features: of a frozen encoder, of an untrained one, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -27,38 +27,44 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.files import replacing
-from clmae.training.data import LABEL_NAMES, array_dtype, find_label_column, load_image_dataset, undecoded
-from clmae.training.images import ImageDecodeError, decode_image
+from clmae.training.data import (
+    LABEL_NAMES,
+    ImageDecodeError,
+    array_dtype,
+    decode_image,
+    find_label_column,
+    load_image_dataset,
+    undecoded,
+)
 
 FEATURES = ("pooler_output", "cls", "mean", "cls+mean")
 MAX_PIXELS = 3072  # 32 * 32 * 3
 
 
 class LabelledImages(Dataset):
-    """Un-augmented images of a data set with their classes: `(pixel_values (C, H, W) float32, label)` by index.
+    """Un-augmented images of a dataset with their classes: `(pixel_values (C, H, W) float32, label)` by index.
 
     Args:
-        dataset: A data set in memory (not a stream), its images encoded or as arrays.
+        dataset: A dataset in memory (not a stream), its images encoded or as arrays.
         processor: An image processor of transformers, which resizes, crops the centre and normalises.
-        image_column, label_column: Where images and classes are, if that is not plain. Classes are numbers, or words.
-        num_channels: 1, 3 or 4, or what the arrays in the data set have: the model's `num_channels`.
+        image_column, label_column: Needed where there are several. Classes are numbers, or words.
+        num_channels: 1, 3 or 4, or what the arrays in the dataset have: the model's `num_channels`.
         class_names: For classes that are words, which number each word is: the training set's `class_names`, so that a
-            test set is numbered alike. The words of this data set in alphabetical order, if not given.
+            test set is numbered alike. In alphabetical order, if not given.
 
     Attributes:
         labels: All classes, `(n,)` int64, >= 0.
-        class_names: By class number, or `None` where the data set gives numbers alone.
+        class_names: By class number, or `None` where the dataset gives numbers alone.
 
     Raises:
-        InputError: There is no such column, the data set is empty or a stream, a label is missing, an image has several
-            labels, labels are no classes (fractions), or a word is not in `class_names`. When indexed: an image cannot
-            be decoded; the message names its index and path.
+        InputError: No such column, no image, a stream, a missing label, labels that are no classes, or a word that is
+            not in `class_names`. When indexed: an image cannot be decoded; the message names its index and path.
     """
 
     def __init__(
         self,
         dataset: datasets.Dataset,
-        processor: Callable[..., Any],
+        processor: Any,
         *,
         image_column: str | None = None,
         label_column: str | None = None,
@@ -71,11 +77,7 @@ class LabelledImages(Dataset):
             raise InputError("`dataset` is empty: there is no image in it.")
         dataset, self.image_column = load_image_dataset(dataset, image_column=image_column)
         self.label_column = find_class_column(dataset, label_column)
-        self.class_names: list[str] | None = getattr(dataset.features[self.label_column], "names", None)
-        if _is_text(dataset.features[self.label_column]):
-            self.labels, self.class_names = _read_words(dataset, self.label_column, class_names)
-        else:
-            self.labels = _read_labels(dataset, self.label_column)
+        self.labels, self.class_names = read_classes(dataset, self.label_column, class_names)
         self._array_dtype = array_dtype(dataset.features[self.image_column])
         self.dataset = dataset.select_columns([self.image_column])  # so that no other column is read
         if self._array_dtype is not None:
@@ -89,15 +91,10 @@ class LabelledImages(Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(*self.read_batch(indices), strict=True))
-
-    def read_batch(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`(pixel_values (B, C, H, W) float32, labels (B,))`: one read of the table, one call of the processor."""
-        indices = list(indices)
-        values = self.dataset[indices][self.image_column]
+        values = self.dataset[list(indices)][self.image_column]
         images = [self._decode(index, value) for index, value in zip(indices, values, strict=True)]
         pixel_values = self.processor(images, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        return pixel_values, self.labels[indices]
+        return list(zip(pixel_values, self.labels[list(indices)], strict=True))
 
     def fingerprint(self) -> dict[str, Any]:
         """What `pixel_values` depend on, as JSON: data, order and choice of the images, and the processor.
@@ -112,24 +109,20 @@ class LabelledImages(Dataset):
                 "`cache_dir` is given, but `processor` is no image processor of transformers, so that a change of it "
                 "would go unnoticed; leave out `cache_dir`."
             )
+        files = hashlib.sha256()
+        if self._array_dtype is None:
+            paths = self.dataset.flatten()[f"{self.image_column}.path"]
+            for path in filter(None, paths):
+                if os.path.isfile(path):
+                    status = os.stat(path)
+                    files.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
         return {
             "dataset": self.dataset._fingerprint,  # of the table and of what was selected from it
-            "files": self._hash_of_files(),
+            "files": files.hexdigest(),
             "image_column": self.image_column,
             "num_channels": self.num_channels,
             "processor": [type(self.processor).__name__, json.loads(self.processor.to_json_string())],
         }
-
-    def _hash_of_files(self) -> str | None:
-        if self._array_dtype is not None:
-            return None
-        paths = self.dataset.flatten().select_columns([f"{self.image_column}.path"])[:][f"{self.image_column}.path"]
-        digest = hashlib.sha256()
-        for path in paths:
-            if path is not None and os.path.isfile(path):
-                status = os.stat(path)
-                digest.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
-        return digest.hexdigest()
 
     def _decode(self, index: int, value: Any) -> np.ndarray:
         try:
@@ -151,51 +144,45 @@ def find_class_column(dataset: datasets.Dataset, name: str | None = None) -> str
         InputError: There is none or there are several, or what is there is no class: several labels, fractions.
     """
     features = dataset.features
-    candidates = [column for column in (LABEL_NAMES if name is None else [name]) if column in features]
-    if name is None and (
-        any(isinstance(kind, datasets.ClassLabel) for kind in features.values())
-        or any(_dtype(features[column]).startswith(("int", "uint")) for column in candidates)
-    ):
-        return find_label_column(dataset)
-    words = [column for column in candidates if _is_text(features[column])]
-    if len(words) == 1:
-        return words[0]
-    for column in candidates:
-        if isinstance(features[column], (list, datasets.List, datasets.LargeList)):
-            raise InputError(
-                f"`label_column` {column!r} holds several labels an image; these protocols judge by one class an "
-                "image: set `label_column` to a column with one, or make one by `dataset.map`."
-            )
-        if _dtype(features[column]).startswith(("float", "double", "half")):
-            raise InputError(
-                f"`label_column` {column!r} holds {_dtype(features[column])}, and fractions are no classes; give a "
-                f"column of class numbers, for instance by `dataset.cast_column({column!r}, datasets.Value('int64'))`."
-            )
-    return find_label_column(dataset, name)
+    try:
+        return find_label_column(dataset, name)
+    except InputError:
+        candidates = [column for column in (LABEL_NAMES if name is None else [name]) if column in features]
+        words = [column for column in candidates if _dtype(features[column]) in ("string", "large_string")]
+        if len(words) == 1:
+            return words[0]
+        for column in candidates:
+            if isinstance(features[column], (list, datasets.List, datasets.LargeList)):
+                raise InputError(
+                    f"`label_column` {column!r} holds several labels per image; these protocols evaluate by one class "
+                    "per image: set `label_column` to a column with one, or make one by `dataset.map`."
+                ) from None
+            if _dtype(features[column]).startswith(("float", "double", "half")):
+                raise InputError(
+                    f"`label_column` {column!r} holds {_dtype(features[column])}, and fractions are no classes; give a "
+                    f"column of class numbers, e.g. by `dataset.cast_column({column!r}, datasets.Value('int64'))`."
+                ) from None
+        raise
 
 
 def _dtype(feature: Any) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else ""
 
 
-def _is_text(feature: Any) -> bool:
-    return _dtype(feature) in ("string", "large_string")
-
-
-def _column(dataset: datasets.Dataset, column: str) -> list:
-    return dataset.select_columns([column]).with_format(None)[:][column]
-
-
-def _read_labels(dataset: datasets.Dataset, column: str) -> Tensor:
-    values = _column(dataset, column)
-    _check_all_labelled(column, values, lambda value: value is None or value < 0)
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _read_words(dataset: datasets.Dataset, column: str, class_names: Sequence[str] | None) -> tuple[Tensor, list[str]]:
-    """Class numbers `(n,)` of words, and the word of each number."""
-    values = _column(dataset, column)
-    _check_all_labelled(column, values, lambda value: not value)
+def read_classes(
+    dataset: datasets.Dataset, column: str, class_names: Sequence[str] | None = None
+) -> tuple[Tensor, list[str] | None]:
+    """Class numbers `(n,)`, and the name of each class; words are numbered by `class_names`, or alphabetically."""
+    values = dataset.select_columns([column]).with_format(None)[:][column]
+    is_text = _dtype(dataset.features[column]) in ("string", "large_string")
+    for i, value in enumerate(values):
+        if value is None or (not value if is_text else value < 0):
+            raise InputError(
+                f"`label_column` {column!r} has no class for image {i} (its label is {value!r}): filter out the images "
+                "without a class, or evaluate on a split that has them all."
+            )
+    if not is_text:
+        return torch.tensor(values, dtype=torch.int64), getattr(dataset.features[column], "names", None)
     names = sorted(set(values)) if class_names is None else list(class_names)
     unknown = sorted(set(values) - set(names))
     if unknown:
@@ -205,15 +192,6 @@ def _read_words(dataset: datasets.Dataset, column: str, class_names: Sequence[st
         )
     number = {name: i for i, name in enumerate(names)}
     return torch.tensor([number[value] for value in values], dtype=torch.int64), names
-
-
-def _check_all_labelled(column: str, values: list, is_missing: Callable[[Any], bool]) -> None:
-    missing = next((i for i, value in enumerate(values) if is_missing(value)), None)
-    if missing is not None:
-        raise InputError(
-            f"`label_column` {column!r} has no class for image {missing} (its label is {values[missing]!r}): filter "
-            "out the images without a class, or evaluate on a split that has them all."
-        )
 
 
 # -- features -------------------------------------------------------------------------------------------------------
@@ -234,14 +212,10 @@ def extract_features(
     model: PreTrainedModel,
     dataset: Dataset,
     *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    device: torch.device | str | None = None,
     bf16: bool = False,
     feature: str | None = None,
     layer: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
+    **reading: Any,
 ) -> tuple[Tensor, Tensor]:
     """Features of all images from a frozen encoder, in one pass. Draws nothing from the global random state.
 
@@ -251,19 +225,17 @@ def extract_features(
         model: What `AutoModel` loads: gives `last_hidden_state` `(B, 1 + N, D)` with the class token first (registers,
             if any, after it). A ViTMAE of transformers sees all patches in order, its masking switched off.
         dataset: Gives `(pixel_values, label)`, as [`LabelledImages`].
-        batch_size, num_workers: How images are read.
-        device: Where the model is moved first; where it is, if not given.
         bf16: Compute in bfloat16 autocast.
         feature: `"pooler_output"`, `"cls"` (class token), `"mean"` (mean of the patch tokens) or `"cls+mean"` (one
             after the other, `d = 2 D`); see [`default_feature`].
         layer: Take the tokens that so many blocks leave, before the final LayerNorm; 0 are the embeddings, and negative
             numbers count from the end (-1: the last block). The model's output, with its LayerNorm, if not given.
-        cache_dir: Folder that keeps features from run to run, by weights, configuration, processor, images and what is
-            asked for; needs [`LabelledImages`]. Of files on disk only paths, sizes and times are looked at.
-        progress: Show a progress bar.
+        reading: `batch_size` (256), `num_workers` (0), `progress` (True: a bar), and `cache_dir`: a folder that keeps
+            features from run to run, by weights, configuration, processor, images and what is asked for; needs
+            [`LabelledImages`]. Of files on disk only paths, sizes and times are looked at.
 
     Returns:
-        `(features, labels)` on the CPU, in the data set's order: `(n, d)` float32 and `(n,)` int64. Features from the
+        `(features, labels)` on the CPU, in the dataset's order: `(n, d)` float32 and `(n,)` int64. Features from the
         cache are mapped from the file, and read as they are needed.
 
     Raises:
@@ -274,62 +246,37 @@ def extract_features(
         raise InputError(f"`feature` is {feature!r}; choose one of {', '.join(FEATURES)}.")
     if layer is not None and feature == "pooler_output":
         raise InputError(f"`layer` is {layer}, but only a model's output is pooled by itself; choose cls or mean.")
-    if device is not None:
-        model.to(device)
-    hidden_states = {} if layer is None else {"output_hidden_states": True}
+    # transformers' ViTMAE drops patches in every forward pass, and shuffles what it keeps.
+    is_masking = model.config.model_type == "vit_mae"
 
     def encode(pixel_values: Tensor) -> Tensor:
         pixel_values = pixel_values.to(model.device, model.dtype, non_blocking=True)
+        inputs: dict[str, Any] = {} if layer is None else {"output_hidden_states": True}
+        num_patches = _num_patches(model, pixel_values)
+        if is_masking and num_patches is not None:  # sorted noise keeps the patches in order
+            inputs["noise"] = torch.arange(num_patches, device=model.device).expand(len(pixel_values), -1)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            outputs = model(pixel_values, **_unmasking_inputs(model, pixel_values), **hidden_states)
-            return _pool(model, outputs, pixel_values.shape[2:], feature, layer)
+            return _pool(model, model(pixel_values, **inputs), num_patches, feature, layer)
 
-    def collect() -> tuple[Tensor, Tensor]:
-        with _frozen(model):
-            return _collect(
-                dataset,
-                encode,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                pin_memory=model.device.type == "cuda",
-                progress=progress,
-            )
-
-    if cache_dir is None:
-        return collect()
-    asked = {"model": _model_fingerprint(model), "feature": feature, "layer": layer, "bf16": bf16}
-    return _cached(cache_dir, dataset, asked, collect)
+    request: dict[str, Any] = {"feature": feature, "layer": layer, "bf16": bf16}
+    if reading.get("cache_dir") is not None:
+        request["model"] = _model_fingerprint(model)
+    with _frozen(model, is_masking):
+        return _features(dataset, encode, request, **reading)
 
 
-def raw_pixels(
-    dataset: Dataset,
-    *,
-    batch_size: int = 256,
-    num_workers: int = 0,
-    cache_dir: str | os.PathLike | None = None,
-    progress: bool = True,
-) -> tuple[Tensor, Tensor]:
+def raw_pixels(dataset: Dataset, **reading: Any) -> tuple[Tensor, Tensor]:
     """The processed pixels themselves as features, the baseline that needs no encoder.
 
     Images of more than 3,072 values (32 x 32 x 3) are averaged down (adaptive average pooling, proportions kept) to at
-    most that many.
-
-    Args: as for [`extract_features`], which also says what is returned.
+    most that many. Arguments and result are those of [`extract_features`].
     """
 
     def encode(pixel_values: Tensor) -> Tensor:
         size = _reduced_size(*pixel_values.shape[1:])
         return F.adaptive_avg_pool2d(pixel_values.float(), size).flatten(1)
 
-    def collect() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return _collect(
-                dataset, encode, batch_size=batch_size, num_workers=num_workers, pin_memory=False, progress=progress
-            )
-
-    if cache_dir is None:
-        return collect()
-    return _cached(cache_dir, dataset, {"feature": "raw pixels", "most": MAX_PIXELS}, collect)
+    return _features(dataset, encode, {"feature": "raw pixels", "most": MAX_PIXELS}, **reading)
 
 
 def random_encoder(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -351,120 +298,85 @@ def random_encoder(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     return fresh.to(model.device, model.dtype).eval()
 
 
-class _Batches(Dataset):
-    """`dataset[indices]` is a batch: read at once where the data set can, which saves putting it together."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        if isinstance(self.dataset, LabelledImages):
-            return self.dataset.read_batch(indices)
-        return tuple(default_collate([self.dataset[index] for index in indices]))
+# -- one pass over the images, or none ------------------------------------------------------------------------------
 
 
-def _collect(
+def _features(
     dataset: Dataset,
     encode: Callable[[Tensor], Tensor],
+    request: dict[str, Any],
     *,
-    batch_size: int,
-    num_workers: int,
-    pin_memory: bool,
-    progress: bool,
+    cache_dir: str | os.PathLike | None = None,
+    **reading: Any,
 ) -> tuple[Tensor, Tensor]:
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value < least:
-            raise InputError(f"`{name}` is {value}; give {least} or more.")
-    size = len(dataset)
-    if not size:
-        raise InputError("`dataset` is empty: there is no image in it.")
-    first, end = _own_part(size)
-    loader = DataLoader(
-        _Batches(dataset),
-        sampler=[range(i, min(i + batch_size, end)) for i in range(first, end, batch_size)],
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # without one, a loader draws from the global random state
-    )
-    features = None
-    labels = torch.empty(size, dtype=torch.int64)
-    start = first
-    with tqdm(total=end - first, desc="features", unit="img", disable=not progress or not is_first_process()) as bar:
-        for pixel_values, batch_labels in loader:
-            encoded = encode(pixel_values)
-            if features is None:
-                features = torch.empty(size, encoded.shape[1])
-            stop = start + len(encoded)
-            features[start:stop] = encoded
-            labels[start:stop] = batch_labels
-            start = stop
-            bar.update(len(encoded))
-    _share_parts(features, labels)
-    return features, labels
-
-
-# -- several processes ----------------------------------------------------------------------------------------------
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and talks."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _parts(size: int) -> list[tuple[int, int]]:
-    """Where the part of each process starts and ends; every process does all of a data set with fewer images."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    world = world if size >= world else 1
-    return [(size * rank // world, size * (rank + 1) // world) for rank in range(world)]
-
-
-def _own_part(size: int) -> tuple[int, int]:
-    parts = _parts(size)
-    return parts[dist.get_rank()] if len(parts) > 1 else parts[0]
-
-
-def _share_parts(*tensors: Tensor) -> None:
-    """Every process gets the rows of all the others, in place."""
-    parts = _parts(len(tensors[0]))
-    if len(parts) == 1:
-        return
-    for tensor in tensors:
-        for rank, (start, end) in enumerate(parts):
-            part = tensor[start:end].to(_exchange_device())
-            dist.broadcast(part, src=rank)
-            tensor[start:end] = part
-
-
-def _exchange_device() -> str:
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
-
-
-# -- cache ----------------------------------------------------------------------------------------------------------
-
-
-def _cached(
-    cache_dir: str | os.PathLike,
-    dataset: Dataset,
-    asked: dict[str, Any],
-    collect: Callable[[], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    """What `collect` gives; from a file, if one was left for the same images and the same that is `asked`."""
+    """Features and labels; from a file, if one was left for the same images and the same request."""
+    if cache_dir is None:
+        return _collect(dataset, encode, **reading)
     if not isinstance(dataset, LabelledImages):
         raise InputError(
             f"`cache_dir` is given, but `dataset` is a {type(dataset).__name__}, which does not say what is in it; "
             "give `LabelledImages`, or leave out `cache_dir`."
         )
-    key = json.dumps([dataset.fingerprint(), asked], sort_keys=True)
+    key = json.dumps([dataset.fingerprint(), request], sort_keys=True)
     path = Path(cache_dir) / f"features-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
     features = _read_cache(path, len(dataset))
-    if _everywhere(features is not None):
+    # Where one process lacks the file, all must do the work together.
+    if all(_from_all_processes(features is not None)):
+        assert features is not None
         return features, dataset.labels.clone()
-    features, labels = collect()
+    features, labels = _collect(dataset, encode, **reading)
     if is_first_process():
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, features.numpy(), allow_pickle=False)
     return features, labels
+
+
+def _collect(
+    dataset: Dataset,
+    encode: Callable[[Tensor], Tensor],
+    batch_size: int = 256,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Each process encodes its part of the images, and gets all of them."""
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise InputError(f"`{name}` is {value}; give {least} or more.")
+    size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not promise a length; these have one
+    if not size:
+        raise InputError("`dataset` is empty: there is no image in it.")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    part = torch.arange(size).tensor_split(world)[rank].tolist()
+    loader = DataLoader(
+        Subset(dataset, part),
+        batch_size,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # without one, a loader draws from the global random state
+    )
+    features, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]  # of a part without images
+    bar = tqdm(total=len(part), desc="features", unit="img", disable=not progress or not is_first_process())
+    with torch.no_grad(), bar:
+        for pixel_values, batch_labels in loader:
+            features.append(encode(pixel_values).float().cpu())
+            labels.append(batch_labels)
+            bar.update(len(batch_labels))
+    parts = _from_all_processes((torch.cat(features), torch.cat(labels)))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _from_all_processes(value: Any) -> list[Any]:
+    """The value that each process gave, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _read_cache(path: Path, size: int) -> Tensor | None:
@@ -476,15 +388,6 @@ def _read_cache(path: Path, size: int) -> Tensor | None:
         return None
     is_right = array.ndim == 2 and len(array) == size and array.dtype == np.float32
     return torch.from_numpy(array) if is_right else None
-
-
-def _everywhere(found: bool) -> bool:
-    """Whether it is so in every process: else all must do the work together."""
-    if not dist.is_initialized():
-        return found
-    flag = torch.tensor(int(found), device=_exchange_device())
-    dist.all_reduce(flag, dist.ReduceOp.MIN)
-    return bool(flag)
 
 
 def _model_fingerprint(model: PreTrainedModel) -> str:
@@ -500,89 +403,63 @@ def _model_fingerprint(model: PreTrainedModel) -> str:
 # -- what is taken of an encoder ------------------------------------------------------------------------------------
 
 
-def _pool(model: PreTrainedModel, outputs: Any, size: Sequence[int], feature: str, layer: int | None) -> Tensor:
-    """Features `(B, d)` of an encoder's outputs for images of `size` (height, width)."""
+def _pool(model: PreTrainedModel, outputs: Any, num_patches: int | None, feature: str, layer: int | None) -> Tensor:
+    """Features `(B, d)` of an encoder's outputs."""
+    name = type(model).__name__
     tokens = getattr(outputs, "last_hidden_state", None)
     if tokens is None or tokens.ndim != 3:
         raise InputError(
-            f"`model` is a {type(model).__name__}, which gives no `last_hidden_state` of shape (batch_size, 1 + "
-            "num_patches, hidden_size); load the encoder with `AutoModel.from_pretrained`."
+            f"`model` is a {name}, which gives no `last_hidden_state` of shape (batch_size, 1 + num_patches, "
+            "hidden_size); load the encoder with `AutoModel.from_pretrained`."
         )
     if feature == "pooler_output":
-        pooled = getattr(outputs, "pooler_output", None)
-        if pooled is None:
-            raise InputError(
-                f"`feature` is 'pooler_output', which a {type(model).__name__} does not give; choose 'cls' or 'mean'."
-            )
-        return pooled
+        if getattr(outputs, "pooler_output", None) is None:
+            raise InputError(f"`feature` is 'pooler_output', which a {name} does not give; choose 'cls' or 'mean'.")
+        return outputs.pooler_output
     if layer is not None:
-        tokens = _layer_tokens(model, outputs, layer)
+        hidden_states = getattr(outputs, "hidden_states", None) or ()
+        if not -len(hidden_states) <= layer < len(hidden_states):
+            layers = f"0 to {len(hidden_states) - 1}." if hidden_states else "no hidden states; leave it out."
+            raise InputError(f"`layer` is {layer}, but a {name} gives {layers}")
+        tokens = hidden_states[layer]
+    # Class token and registers come first.
+    num_others = 1 if num_patches is None else tokens.shape[1] - num_patches
+    if num_others < 0:
+        raise InputError(
+            f"`model` is a {name}, which gives {tokens.shape[1]} tokens for {num_patches} patches; only encoders that "
+            "keep a token for each patch can be evaluated by their tokens. Try feature 'pooler_output'."
+        )
     parts = []
-    num_others = _num_other_tokens(model, tokens, size)
     if "cls" in feature:
         if not num_others:
-            raise InputError(
-                f"`feature` is {feature!r}, but a {type(model).__name__} has no class token; choose 'mean'."
-            )
+            raise InputError(f"`feature` is {feature!r}, but a {name} has no class token; choose 'mean'.")
         parts.append(tokens[:, 0].float())
     if "mean" in feature:
         parts.append(tokens[:, num_others:].mean(1, dtype=torch.float32))
     return torch.cat(parts, 1)
 
 
-def _layer_tokens(model: PreTrainedModel, outputs: Any, layer: int) -> Tensor:
-    hidden_states = getattr(outputs, "hidden_states", None) or ()
-    if not -len(hidden_states) <= layer < len(hidden_states):
-        raise InputError(
-            f"`layer` is {layer}, but a {type(model).__name__} gives "
-            + (f"0 to {len(hidden_states) - 1}." if hidden_states else "no hidden states; leave it out.")
-        )
-    return hidden_states[layer]
-
-
-def _num_other_tokens(model: PreTrainedModel, tokens: Tensor, size: Sequence[int]) -> int:
-    """Tokens before those of the patches: class token and registers."""
+def _num_patches(model: PreTrainedModel, pixel_values: Tensor) -> int | None:
     patch_size = getattr(model.config, "patch_size", None)
     if patch_size is None:
-        return 1 + getattr(model.config, "num_register_tokens", 0)
-    num_patches = math.prod(side // step for side, step in zip(size, pair(patch_size), strict=True))
-    if tokens.shape[1] < num_patches:
-        raise InputError(
-            f"`model` is a {type(model).__name__}, which gives {tokens.shape[1]} tokens for {num_patches} patches; "
-            "only encoders that keep a token for each patch can be judged by their tokens. Try feature 'pooler_output'."
-        )
-    return tokens.shape[1] - num_patches
-
-
-def _masks_by_itself(model: PreTrainedModel) -> bool:
-    # transformers' ViTMAE drops patches in every forward pass, and shuffles what it keeps.
-    return model.config.model_type == "vit_mae"
-
-
-def _unmasking_inputs(model: PreTrainedModel, pixel_values: Tensor) -> dict[str, Tensor]:
-    if not _masks_by_itself(model):
-        return {}
-    steps = pair(model.config.patch_size)
-    num_patches = math.prod(side // step for side, step in zip(pixel_values.shape[2:], steps, strict=True))
-    # Sorted noise keeps the patches in order.
-    return {"noise": torch.arange(num_patches, device=pixel_values.device).expand(len(pixel_values), -1)}
+        return None
+    return math.prod(side // step for side, step in zip(pixel_values.shape[2:], pair(patch_size), strict=True))
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients, no masking; afterwards all is as before."""
+def _frozen(model: PreTrainedModel, is_masking: bool) -> Iterator[None]:
+    """Evaluation mode, no masking; afterwards all is as before."""
     modes = {module: module.training for module in model.modules()}
     mask_ratio = getattr(model.config, "mask_ratio", None)
     model.eval()
-    if _masks_by_itself(model):
+    if is_masking:
         model.config.mask_ratio = 0.0
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
-        if _masks_by_itself(model):
+        if is_masking:
             model.config.mask_ratio = mask_ratio
 
 
@@ -598,31 +475,34 @@ def _reduced_size(num_channels: int, height: int, width: int) -> tuple[int, int]
 # -- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_features(part: str, features: Tensor) -> None:
-    """InputError unless `features` is `(n, d)` with n >= 1 and finite; `part` is the argument's prefix: `"train"`."""
-    if features.ndim != 2 or 0 in features.shape:
-        raise InputError(f"`{part}_features` has shape {tuple(features.shape)}; give (n, d) with at least one sample.")
-    if not torch.isfinite(features).all():
-        raise InputError(f"`{part}_features` holds NaN or infinity; look at the model's weights, or leave out bf16.")
+def check_inputs(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor | None = None
+) -> None:
+    """What every protocol asks of features `(n, d)` and `(m, d)`, and of labels `(n,)` and `(m,)`, integers >= 0.
 
-
-def check_labelled(part: str, features: Tensor, labels: Tensor) -> None:
-    """InputError unless `features` passes [`check_features`] and `labels` is `(n,)`, integers >= 0, for the same n."""
-    check_features(part, features)
-    if labels.ndim != 1 or len(labels) != len(features):
-        raise InputError(
-            f"`{part}_labels` has shape {tuple(labels.shape)}; give one label for each of {len(features)} samples."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or int(labels.min()) < 0:
-        raise InputError(
-            f"`{part}_labels` must hold class numbers from 0 (integers); found {labels.dtype}, smallest "
-            f"{labels.min().item()}: leave out the samples without a label."
-        )
-
-
-def check_same_width(train_features: Tensor, test_features: Tensor) -> None:
-    """InputError unless `train_features` `(n, d)` and `test_features` `(m, d)` match, and the latter are finite."""
-    check_features("test", test_features)
+    Raises:
+        InputError: Shapes do not match, features are not finite, or labels are no classes.
+    """
+    for part, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
+        if features.ndim != 2 or 0 in features.shape:
+            raise InputError(
+                f"`{part}_features` has shape {tuple(features.shape)}; give (n, d) with at least one sample."
+            )
+        if not torch.isfinite(features).all():
+            raise InputError(
+                f"`{part}_features` holds NaN or infinity; look at the model's weights, or leave out bf16."
+            )
+        if labels is None:
+            continue
+        if labels.shape != features.shape[:1]:
+            raise InputError(
+                f"`{part}_labels` has shape {tuple(labels.shape)}; give one label for each of {len(features)} samples."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or int(labels.min()) < 0:
+            raise InputError(
+                f"`{part}_labels` must hold class numbers from 0 (integers); it has {labels.dtype}, smallest "
+                f"{labels.min().item()}: leave out the samples without a label."
+            )
     if train_features.shape[1] != test_features.shape[1]:
         raise InputError(
             f"`test_features` is {test_features.shape[1]} wide and `train_features` {train_features.shape[1]}; extract "
@@ -633,13 +513,12 @@ def check_same_width(train_features: Tensor, test_features: Tensor) -> None:
 __all__ = [
     "FEATURES",
     "LabelledImages",
-    "check_features",
-    "check_labelled",
-    "check_same_width",
+    "check_inputs",
     "default_feature",
     "extract_features",
     "find_class_column",
     "is_first_process",
     "random_encoder",
     "raw_pixels",
+    "read_classes",
 ]

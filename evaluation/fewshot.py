@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Few-shot probe: the fast linear probe with a handful of labelled images a class, over several draws of them."""
+"""Few-shot probe: the fast linear probe with a handful of labelled images per class, over several draws of them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,27 @@ import torch
 from torch import Tensor
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import check_labelled, check_same_width
+from clmae.evaluation.features import check_inputs
 from clmae.evaluation.linear import (
     L2_GRID,
     MAX_ITER,
-    best_l2,
     check_l2_grid,
+    choose_l2,
     random_ranks,
     regularization_path,
     standardize,
-    validate,
 )
 
 SHOTS = (1, 2, 4, 8, 16)
 FEW_SHOT_L2_GRID = L2_GRID[:5]  # a few images are always separated: weaker weights change little and take long
 NUM_DRAWS = 5
 NUM_FOLDS = 5
-# With one image a class there is nothing to choose by, and the L2 weight hardly matters: no more than 1.5 points over
-# all of the grid on the digits of scikit-learn.
-ONE_SHOT_L2 = 0.1
+ONE_SHOT_L2 = 0.1  # with one image per class there is nothing to choose by, and the L2 weight hardly matters
 
 
 @dataclass(frozen=True)
 class FewShotResult:
-    """What [`few_shot_probe`] found; all by the number of images a class.
+    """Result of [`few_shot_probe`]; all by the number of images per class.
 
     Attributes:
         accuracies: Top-1 on the test set for each draw, in [0, 1].
@@ -48,19 +45,6 @@ class FewShotResult:
     seeds: list[int]
     skipped: list[int]
     correct: dict[int, Tensor] = field(repr=False, compare=False)
-
-    @property
-    def mean(self) -> dict[int, float]:
-        """Mean accuracy over the draws, in [0, 1]."""
-        return {shots: torch.tensor(found).double().mean().item() for shots, found in self.accuracies.items()}
-
-    @property
-    def std(self) -> dict[int, float]:
-        """Standard deviation over the draws (unbiased; 0 for a single draw), in [0, 1]."""
-        return {
-            shots: torch.tensor(found).double().std(correction=min(1, len(found) - 1)).item()
-            for shots, found in self.accuracies.items()
-        }
 
 
 def few_shot_probe(
@@ -85,7 +69,7 @@ def few_shot_probe(
 
     Args:
         train_features, train_labels, test_features, test_labels: As for [`linear_probe`].
-        shots: Numbers of images a class, each >= 1; what the smallest class does not have is skipped.
+        shots: Numbers of images per class, each >= 1; what the smallest class does not have is skipped.
         num_draws: How often images are drawn, with seeds `seed`, `seed + 1` ...
         l2_grid, max_iter: As for [`linear_probe`].
         one_shot_l2: L2 weight for n = 1, above 0.
@@ -94,64 +78,44 @@ def few_shot_probe(
     Raises:
         InputError: As [`linear_probe`], or no class is large enough for any of `shots`.
     """
-    check_labelled("train", train_features, train_labels)
-    check_labelled("test", test_features, test_labels)
-    check_same_width(train_features, test_features)
+    check_inputs(train_features, train_labels, test_features, test_labels)
     l2_grid = check_l2_grid(l2_grid)
     if not one_shot_l2 > 0:
         raise InputError(f"`one_shot_l2` is {one_shot_l2}; give a number above 0.")
+    if not shots or min(shots) < 1:
+        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images per class, 1 or more.")
     if num_draws < 1:
         raise InputError(f"`num_draws` is {num_draws}; give 1 or more.")
     device = train_features.device
     classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
-    possible = _possible_shots(shots, int(labels.bincount().min()))
-    test, truth = test_features.to(device, torch.float32), test_labels.to(device)
-    seeds = [seed + draw for draw in range(num_draws)]
-    result = FewShotResult(
-        accuracies={n: [] for n in possible},
-        l2={n: [] for n in possible},
-        seeds=seeds,
-        skipped=[n for n in shots if n not in possible],
-        correct={n: torch.zeros(len(truth), dtype=torch.float64) for n in possible},
-    )
-    for draw_seed in seeds:
-        ranks = random_ranks(labels.cpu(), draw_seed).to(device)
-        for n in possible:
-            drawn = ranks < n
-            features, own_labels = train_features[drawn].float(), labels[drawn]
-            l2 = one_shot_l2 if n == 1 else _choose_l2(features, own_labels, ranks[drawn], l2_grid, max_iter)
-            features, queries = standardize(features, test)
-            model = next(regularization_path(features, own_labels, [l2], max_iter=max_iter))
-            correct = (classes[model.logits(queries).argmax(1)] == truth).double().cpu()
-            result.accuracies[n].append(correct.mean().item())
-            result.l2[n].append(l2)
-            result.correct[n] += correct / num_draws
-    return result
-
-
-def _possible_shots(shots: Sequence[int], smallest_class: int) -> list[int]:
-    if not shots or min(shots) < 1:
-        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images a class, 1 or more.")
+    smallest_class = int(labels.bincount().min())
     possible = sorted({n for n in shots if n <= smallest_class})
     if not possible:
         raise InputError(
             f"`shots` is {tuple(shots)}, but the smallest class has {smallest_class} training images; give at most "
             "that many, or leave out that class."
         )
-    return possible
-
-
-def _choose_l2(features: Tensor, labels: Tensor, ranks: Tensor, l2_grid: Sequence[float], max_iter: int) -> float:
-    """The L2 weight with the best accuracy in cross-validation; `ranks` `(n,)` number the images of each class."""
-    num_folds = min(int(ranks.max()) + 1, NUM_FOLDS)
-    correct, loss = dict.fromkeys(l2_grid, 0), dict.fromkeys(l2_grid, 0.0)
-    for fold in range(num_folds):
-        held_out = ranks % num_folds == fold
-        size = int(held_out.sum())
-        for l2, score in validate(features, labels, held_out, l2_grid, max_iter=max_iter).items():
-            correct[l2] += round(score.accuracy * size)  # counts, of which equal ones are equal
-            loss[l2] += score.loss * size
-    return best_l2({l2: (correct[l2], loss[l2]) for l2 in l2_grid})
+    test, truth = test_features.to(device, torch.float32), test_labels.to(device)
+    seeds = [seed + draw for draw in range(num_draws)]
+    accuracies: dict[int, list[float]] = {n: [] for n in possible}
+    weights: dict[int, list[float]] = {n: [] for n in possible}
+    correct = {n: torch.zeros(len(truth), dtype=torch.float64) for n in possible}
+    for draw_seed in seeds:
+        ranks = random_ranks(labels.cpu(), draw_seed).to(device)
+        for n in possible:
+            drawn = ranks < n
+            features, drawn_labels = train_features[drawn].float(), labels[drawn]
+            l2, num_folds = one_shot_l2, min(n, NUM_FOLDS)
+            if n > 1:
+                folds = [ranks[drawn] % num_folds == fold for fold in range(num_folds)]
+                l2, _, _ = choose_l2(features, drawn_labels, folds, l2_grid, max_iter)
+            features, queries = standardize(features, test)
+            model = next(regularization_path(features, drawn_labels, [l2], max_iter=max_iter))
+            is_right = (classes[model.logits(queries).argmax(1)] == truth).double().cpu()
+            accuracies[n].append(is_right.mean().item())
+            weights[n].append(l2)
+            correct[n] += is_right / num_draws
+    return FewShotResult(accuracies, weights, seeds, [n for n in shots if n not in possible], correct)
 
 
 __all__ = ["FEW_SHOT_L2_GRID", "NUM_DRAWS", "ONE_SHOT_L2", "SHOTS", "FewShotResult", "few_shot_probe"]

@@ -24,8 +24,7 @@ from clmae.evaluation.tables import BUDGETS
 from clmae.model_cards.files import write_whole
 from clmae.model_cards.record import read_json
 from clmae.training.arguments import PretrainingArguments
-from clmae.training.contrastive_crop import refresh_epochs
-from clmae.training.data import DataArguments, build_datasets, load_image_dataset
+from clmae.training.data import DataArguments, build_datasets, load_image_dataset, refresh_epochs
 from clmae.training.flops import count_encoder_flops, count_step_flops
 
 # Rows without pretraining; "scratch" is fine-tuned from random weights.

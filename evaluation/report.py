@@ -1,12 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Judging an encoder by a protocol, always beside its baselines, and writing down how."""
+"""Evaluating a frozen encoder by a protocol, beside its baselines; and what is written down of it."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,19 +14,15 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import datasets
+import numpy as np
+import pandas as pd
 import torch
+from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.confidence import (
-    LEVEL,
-    NUM_RESAMPLES,
-    Interval,
-    class_score_intervals,
-    mean_interval,
-    share_interval,
-)
+from clmae.evaluation.confidence import INTERVALS, Interval, class_score_intervals, mean_interval, share_interval
 from clmae.evaluation.features import (
     LabelledImages,
     default_feature,
@@ -34,24 +30,18 @@ from clmae.evaluation.features import (
     find_class_column,
     random_encoder,
     raw_pixels,
+    read_classes,
 )
 from clmae.evaluation.fewshot import FEW_SHOT_L2_GRID, NUM_DRAWS, ONE_SHOT_L2, SHOTS, few_shot_probe
 from clmae.evaluation.knn import CHUNK_SIZE, EUCLIDEAN_K, KS, TEMPERATURE, knn_euclidean_accuracy, knn_predict
-from clmae.evaluation.linear import L2_GRID, MAX_ITER, VALIDATION_SHARE, linear_probe, stratified_part
+from clmae.evaluation.linear import L2_GRID, MAX_ITER, TOP_K, VALIDATION_SHARE, linear_probe, stratified_part
 from clmae.evaluation.metrics.classes import Predictions
-from clmae.evaluation.metrics.scores import accuracy, class_counts, macro_f1, mean_per_class_accuracy
+from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
 from clmae.model_cards.run import read_model_config
 from clmae.training.data import AnyDataset, load_image_dataset, take_samples
 
-TEST_SHARE = 0.2  # of a data set without a test split
-TOP_K = 5
-INTERVALS = {
-    "method": "percentile bootstrap over the test images",
-    "level": LEVEL,
-    "resamples": NUM_RESAMPLES,
-    "seed": 0,
-}
+TEST_SHARE = 0.2  # of a dataset without a test split
 
 
 class SplitFeatures(NamedTuple):
@@ -68,13 +58,12 @@ class SplitFeatures(NamedTuple):
 
 @dataclass
 class Scores:
-    """What a protocol says of features; all numbers in [0, 1].
+    """What a protocol says of an encoder; all numbers in [0, 1].
 
     Attributes:
-        accuracies: By column.
-        intervals: Where each might have been with other test images (95 %).
+        accuracies, intervals: By column; 95 % intervals, where the accuracy might be with other test images.
         std: Of accuracies that are means over draws, the standard deviation.
-        details: What else was found, as JSON.
+        details: Whatever else is to be written down, as JSON.
         predictions: Classes of the test images, `(m,)` int64 on the CPU.
     """
 
@@ -90,11 +79,31 @@ class Scores:
 
     def add_class_scores(self, references: Tensor, suffix: str = "") -> None:
         """The scores of `predictions` in which every class weighs the same."""
-        references = references.cpu()
-        counts = class_counts(self.predictions, references)
-        scores = {f"mean per class{suffix}": mean_per_class_accuracy, f"macro F1{suffix}": macro_f1}
-        self.accuracies |= {column: score(counts).item() for column, score in scores.items()}
-        self.intervals |= class_score_intervals(self.predictions, references, scores)
+        assert self.predictions is not None
+        truth, predicted = references.cpu().numpy(), self.predictions.numpy()
+        # As `balanced_accuracy_score`, without its warning where a class is predicted that has no samples.
+        recall = recall_score(truth, predicted, labels=np.unique(truth), average="macro", zero_division=0)
+        scores = {"mean per class": recall, "macro F1": f1_score(truth, predicted, average="macro", zero_division=0)}
+        intervals = class_score_intervals(self.predictions, references)
+        self.accuracies |= {column + suffix: float(score) for column, score in scores.items()}
+        self.intervals |= {column + suffix: interval for column, interval in intervals.items()}
+
+
+def classifier_scores(top_classes: Tensor, labels: Tensor, num_classes: int) -> Scores:
+    """Top-1, top-5 (of more than five classes), and the scores in which every class weighs the same.
+
+    Args:
+        top_classes: `(n, k)` predicted classes, the likeliest first; k is 5, or `num_classes` if that is less.
+        labels: `(n,)` classes.
+        num_classes: That the classifier tells apart.
+    """
+    correct = top_classes == labels[:, None]
+    scores = Scores(predictions=top_classes[:, 0])
+    scores.add_share("top-1", correct[:, 0].double().mean().item(), len(labels))
+    if num_classes > TOP_K:
+        scores.add_share(f"top-{TOP_K}", correct.any(1).double().mean().item(), len(labels))
+    scores.add_class_scores(labels)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class KNNProtocol:
     """k-NN by cosine and by Euclidean distance; the fields are arguments of the functions in `knn`."""
 
     name: ClassVar[str] = "knn"
+    selected_on: ClassVar[None] = None  # all is fixed beforehand
     ks: tuple[int, ...] = field(default=KS, metadata={"help": "Numbers of neighbours, by cosine similarity."})
     temperature: float = field(default=TEMPERATURE, metadata={"help": "A neighbour's vote is exp(similarity / this)."})
     euclidean_k: int = field(default=EUCLIDEAN_K, metadata={"help": "Number of neighbours, by Euclidean distance."})
@@ -109,24 +119,19 @@ class KNNProtocol:
         default=CHUNK_SIZE, metadata={"help": "Test images at a time; memory is this times the training images."}
     )
 
-    @property
-    def selected_on(self) -> None:
-        """Nothing is chosen: all is fixed beforehand."""
-
     def score(self, data: SplitFeatures) -> Scores:
         """Accuracy for each k, with the class scores for the largest."""
         references, queries = len(data.train_labels), len(data.test_labels)
         # A small set may have fewer than the protocol's neighbours.
         ks, euclidean_k = [k for k in self.ks if k <= references] or self.ks, min(self.euclidean_k, references)
         predictions = knn_predict(*data[:3], ks=ks, temperature=self.temperature, chunk_size=self.chunk_size)
-        scores = Scores()
-        for k, found in predictions.items():
-            counts = class_counts(found.cpu(), data.test_labels.cpu())
-            scores.add_share(f"k = {k}", accuracy(counts).item(), queries)
+        scores = Scores(predictions=predictions[max(ks)].cpu())
+        for k, classes in predictions.items():
+            correct = classes == data.test_labels.to(classes.device)
+            scores.add_share(f"k = {k}", correct.double().mean().item(), queries)
         euclidean = knn_euclidean_accuracy(*data, k=euclidean_k, chunk_size=self.chunk_size)
         scores.add_share(f"Euclidean, majority of {euclidean_k}", euclidean.majority, queries)
         scores.add_share(f"Euclidean, any of {euclidean_k}", euclidean.any_correct, queries)
-        scores.predictions = predictions[max(ks)].cpu()
         scores.add_class_scores(data.test_labels, f", k = {max(ks)}")
         return scores
 
@@ -149,15 +154,11 @@ class LinearProtocol:
         return {"split": "train", "share_of_each_class": self.validation_share, "seed": self.seed}
 
     def score(self, data: SplitFeatures) -> Scores:
-        """Top-1, top-5 (of more than five classes) and the class scores; the L2 weight, and what chose it."""
+        """As [`classifier_scores`], with the L2 weight and the accuracies that chose it."""
         result = linear_probe(*data, **asdict(self))
+        scores = classifier_scores(result.top_classes, data.test_labels.cpu(), len(data.train_labels.unique()))
         validation = {f"{l2:g}": _percent(value) for l2, value in result.validation_accuracies.items()}
-        details = {"l2": result.l2, "validation_accuracies": validation}
-        scores = Scores(predictions=result.predictions, details=details)
-        scores.add_share("top-1", result.accuracy, result.n_test)
-        if len(data.train_labels.unique()) > TOP_K:
-            scores.add_share(f"top-{TOP_K}", (result.ranks < TOP_K).double().mean().item(), result.n_test)
-        scores.add_class_scores(data.test_labels)
+        scores.details = {"l2": result.l2, "validation_accuracies": validation}
         return scores
 
 
@@ -167,11 +168,12 @@ class FewShotProtocol:
 
     name: ClassVar[str] = "fewshot"
     shots: tuple[int, ...] = field(
-        default=SHOTS, metadata={"help": "Numbers of labelled images a class; skipped if the smallest class has less."}
+        default=SHOTS,
+        metadata={"help": "Numbers of labelled images per class; skipped if the smallest class has less."},
     )
     num_draws: int = field(default=NUM_DRAWS, metadata={"help": "How often the labelled images are drawn."})
     l2_grid: tuple[float, ...] = field(default=FEW_SHOT_L2_GRID, metadata={"help": "L2 weights to choose from."})
-    one_shot_l2: float = field(default=ONE_SHOT_L2, metadata={"help": "L2 weight for one image a class."})
+    one_shot_l2: float = field(default=ONE_SHOT_L2, metadata={"help": "L2 weight for one image per class."})
     seed: int = 0
     max_iter: int = field(default=MAX_ITER, metadata={"help": "Most L-BFGS iterations for an L2 weight."})
 
@@ -188,21 +190,15 @@ class FewShotProtocol:
     def score(self, data: SplitFeatures) -> Scores:
         """Mean top-1 over the draws for each number of images, with its standard deviation."""
         result = few_shot_probe(*data, **asdict(self))
-
-        def columns(found: Mapping[int, Any]) -> dict[str, Any]:
-            return {f"n = {n}": value for n, value in found.items()}
-
-        return Scores(
-            accuracies=columns(result.mean),
-            intervals=columns({n: mean_interval(correct) for n, correct in result.correct.items()}),
-            std=columns(result.std),
-            details={
-                "draws": columns({n: [_percent(value) for value in found] for n, found in result.accuracies.items()}),
-                "l2": columns(result.l2),
-                "seeds": result.seeds,
-                "skipped": result.skipped,
-            },
-        )
+        scores = Scores(details={"draws": {}, "l2": {}, "seeds": result.seeds, "skipped": result.skipped})
+        for n, accuracies in result.accuracies.items():
+            column = f"n = {n}"
+            scores.accuracies[column] = float(np.mean(accuracies))
+            scores.std[column] = float(np.std(accuracies, ddof=min(1, len(accuracies) - 1)))
+            scores.intervals[column] = mean_interval(result.correct[n])
+            scores.details["draws"][column] = [_percent(accuracy) for accuracy in accuracies]
+            scores.details["l2"][column] = result.l2[n]
+        return scores
 
 
 Protocol = KNNProtocol | LinearProtocol | FewShotProtocol
@@ -214,17 +210,18 @@ PROTOCOLS: dict[str, type[Protocol]] = {
 # -- results --------------------------------------------------------------------------------------------------------
 
 
+def _percent(share: float) -> float:
+    return round(100 * share, 2)
+
+
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One encoder's scores.
+    """One encoder's scores; accuracies, intervals and standard deviations by column, in percent with two decimals.
 
     Attributes:
-        name: `"pretrained"`, `"random encoder"` or `"raw pixels"`.
+        name: `"pretrained"`, or that of a baseline: `"random encoder"`, `"raw pixels"`, `"from scratch"`.
         dimension: Width of the features.
-        accuracies: Percent, two decimals, by column.
-        details: What else was found: the L2 weight chosen, and the accuracies that chose it.
-        intervals: Percent, two decimals, by column: 95 % intervals, from other draws of the test images.
-        std: Percent, two decimals: standard deviation over the draws of the training images, where there are several.
+        accuracies, details, intervals, std: See [`Scores`].
     """
 
     name: str
@@ -233,6 +230,18 @@ class EvaluationRow:
     details: dict[str, Any] = field(default_factory=dict)
     intervals: dict[str, Interval] = field(default_factory=dict)
     std: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_scores(cls, name: str, dimension: int, scores: Scores) -> EvaluationRow:
+        """Scores in [0, 1] as a row in percent."""
+        return cls(
+            name,
+            dimension,
+            {column: _percent(value) for column, value in scores.accuracies.items()},
+            scores.details,
+            {column: (_percent(low), _percent(high)) for column, (low, high) in scores.intervals.items()},
+            {column: _percent(value) for column, value in scores.std.items()},
+        )
 
     def cell(self, column: str) -> str:
         """`"52.6 ± 0.4 [51.6, 53.6]"`: accuracy, standard deviation and interval, as far as there are such."""
@@ -243,7 +252,7 @@ class EvaluationRow:
         return f"{self.accuracies[column]:.1f}{spread} [{low:.1f}, {high:.1f}]"
 
 
-@dataclass(frozen=True)
+@dataclass
 class EvaluationResult:
     """Scores of an encoder and its baselines by one protocol.
 
@@ -261,18 +270,12 @@ class EvaluationResult:
 
     def to_markdown(self) -> str:
         """A table with a row for each encoder, in percent."""
-        columns = list(self.rows[0].accuracies)
-        lines = [["encoder", *columns], ["---", *["---:"] * len(columns)]]
-        lines += [[row.name, *(row.cell(column) for column in columns)] for row in self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        cells = [{"encoder": row.name, **{c: row.cell(c) for c in self.rows[0].accuracies}} for row in self.rows]
+        return markdown_table(pd.DataFrame(cells)).rstrip("\n")
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Writes all of it; the file appears complete or not at all."""
-        content = {
-            "protocol": self.protocol,
-            "rows": [asdict(row) for row in self.rows],
-            "settings": self.settings,
-        }
+        content = {"protocol": self.protocol, "rows": [asdict(row) for row in self.rows], "settings": self.settings}
         write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     def save_class_files(self, json_path: str | os.PathLike) -> list[Path]:
@@ -286,224 +289,78 @@ class EvaluationResult:
 # -- evaluating -----------------------------------------------------------------------------------------------------
 
 
-def evaluate_protocols(
-    protocols: Sequence[str | Protocol],
-    model: PreTrainedModel,
-    train: LabelledImages,
-    test: LabelledImages,
+def evaluate_model(
+    model_path: str | os.PathLike,
+    dataset_source: str | os.PathLike | AnyDataset | dict,
+    protocols: Sequence[str | Protocol] = ("knn", "linear"),
     *,
     feature: str | None = None,
     layer: int | None = None,
+    bf16: bool = False,
     baselines: bool = True,
     seed: int = 0,
+    device: torch.device | str | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
-    bf16: bool = False,
     cache_dir: str | os.PathLike | None = None,
     progress: bool = True,
-    settings: Mapping[str, Any] | None = None,
+    **images: Any,
 ) -> dict[str, EvaluationResult]:
-    """Judges a frozen encoder by several protocols on the same features, beside its baselines.
+    """Evaluates a saved, frozen encoder by several protocols on the same features, beside its baselines.
+
+    `import clmae` first, for this project's families.
 
     Args:
+        model_path: Folder or Hub id of anything that `AutoModel` and `AutoImageProcessor` load.
+        dataset_source, images: As in [`load_labelled_images`].
         protocols: Names (`"knn"`, `"linear"`, `"fewshot"`: with default settings) or settings ([`KNNProtocol`] ...).
-        model: The encoder, on the device that is to be used.
-        train, test: Images with labels; the test set decides nothing.
-        feature, layer: As in [`extract_features`].
-        baselines: Also judge the same encoder at random initialisation, and raw pixels.
+        feature, layer, bf16, batch_size, num_workers, cache_dir, progress: As in [`extract_features`]; raw pixels are
+            cached as well.
+        baselines: Also evaluate the same encoder at random initialisation, and raw pixels.
         seed: Of the random encoder.
-        batch_size, num_workers, bf16, cache_dir, progress: As in [`extract_features`]; raw pixels are kept as well.
-        settings: What else to write into the results: where model and data come from.
+        device: Where to compute; a GPU if there is one, if not given.
 
     Returns:
         A result for each protocol, by its name.
 
     Raises:
-        InputError: An unknown protocol, classes that differ between the sets, images that cannot be read, or what a
-            protocol asks for is not there.
+        InputError: There is no such model, an unknown protocol, images that cannot be read, or what a protocol asks
+            for is not there.
     """
-    chosen = _choose_protocols(protocols)
-    check_same_classes(train, test)
+    chosen = _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
+    train, test, settings = load_labelled_images(model_path, dataset_source, **images)
+    model = AutoModel.from_pretrained(model_path)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     feature = feature or default_feature(model, layer)
-    loading = dict(batch_size=batch_size, num_workers=num_workers, cache_dir=cache_dir, progress=progress)
-    encoding = dict(feature=feature, layer=layer, bf16=bf16, **loading)
-    rows: dict[str, list[EvaluationRow]] = {protocol.name: [] for protocol in chosen}
-    predictions: dict[str, Predictions] = {}
-    for name, data in _representations(model, train, test, seed if baselines else None, encoding, loading):
-        for protocol in chosen:
-            scores = protocol.score(data)
-            rows[protocol.name].append(make_row(name, data.train_features.shape[1], scores))
-            if scores.predictions is not None and protocol.name not in predictions:  # the encoder comes first
-                predictions[protocol.name] = Predictions(scores.predictions, test.labels, train.class_names)
-    common = {
-        **(settings or {}),
-        **describe_run(model, train, test),
-        "feature": feature,
-        "layer": layer,
-        "random_encoder_seed": seed if baselines else None,
-        "bf16": bf16,
-        "batch_size": batch_size,
-        "intervals": INTERVALS,
-    }
-    return {
+    reading = dict(batch_size=batch_size, num_workers=num_workers, cache_dir=cache_dir, progress=progress)
+
+    def encode(encoder: PreTrainedModel) -> SplitFeatures:
+        return split(lambda part: extract_features(encoder, part, feature=feature, layer=layer, bf16=bf16, **reading))
+
+    def split(extract: Callable[[LabelledImages], tuple[Tensor, Tensor]]) -> SplitFeatures:
+        return SplitFeatures(*(tensor.to(model.device) for part in (train, test) for tensor in extract(part)))
+
+    representations = {"pretrained": lambda: encode(model)}  # made one after the other, to save memory
+    if baselines:
+        representations["random encoder"] = lambda: encode(random_encoder(model, seed))
+        representations["raw pixels"] = lambda: split(lambda part: raw_pixels(part, **reading))
+    settings |= describe_run(model, train, test)
+    settings |= dict(feature=feature, layer=layer, random_encoder_seed=seed if baselines else None)
+    settings |= dict(bf16=bf16, batch_size=batch_size, intervals=INTERVALS)
+    results = {
         protocol.name: EvaluationResult(
-            protocol.name,
-            rows[protocol.name],
-            {"parameters": asdict(protocol), "selected_on": protocol.selected_on, **common},
-            predictions.get(protocol.name),
+            protocol.name, [], {"parameters": asdict(protocol), "selected_on": protocol.selected_on, **settings}
         )
         for protocol in chosen
     }
-
-
-def make_row(name: str, dimension: int, scores: Scores) -> EvaluationRow:
-    """Scores in [0, 1] as a row in percent; `dimension` is the width of the features."""
-    return EvaluationRow(
-        name,
-        dimension,
-        {column: _percent(value) for column, value in scores.accuracies.items()},
-        scores.details,
-        {column: (_percent(low), _percent(high)) for column, (low, high) in scores.intervals.items()},
-        {column: _percent(value) for column, value in scores.std.items()},
-    )
-
-
-def check_same_classes(train: LabelledImages, test: LabelledImages) -> None:
-    """InputError unless both have the same class names in the same order, or none."""
-    if train.class_names != test.class_names:
-        found = [names and names[:5] for names in (train.class_names, test.class_names)]
-        raise InputError(
-            f"the classes of the training and the test set differ: {found[0] or 'numbers'}... and "
-            f"{found[1] or 'numbers'}...; give both the same class names in the same order."
-        )
-
-
-def _representations(
-    model: PreTrainedModel,
-    train: LabelledImages,
-    test: LabelledImages,
-    seed: int | None,
-    encoding: dict[str, Any],
-    loading: dict[str, Any],
-) -> Iterator[tuple[str, SplitFeatures]]:
-    """The encoder's features and, with a seed, those of the baselines; made one after the other, to save memory."""
-
-    def split_features(extract: Callable[[LabelledImages], tuple[Tensor, Tensor]]) -> SplitFeatures:
-        return SplitFeatures(*(tensor.to(model.device) for part in (train, test) for tensor in extract(part)))
-
-    def encode(encoder: PreTrainedModel) -> SplitFeatures:
-        return split_features(lambda part: extract_features(encoder, part, **encoding))
-
-    yield "pretrained", encode(model)
-    if seed is not None:
-        yield "random encoder", encode(random_encoder(model, seed))
-        yield "raw pixels", split_features(lambda part: raw_pixels(part, **loading))
-
-
-def evaluate_model(
-    model_path: str | os.PathLike,
-    dataset_source: str | os.PathLike | AnyDataset | dict,
-    protocols: Sequence[str | Protocol] = ("knn", "linear"),
-    train_split: str = "train",
-    test_split: str | None = None,
-    max_train_samples: int | None = None,
-    max_test_samples: int | None = None,
-    label_column: str | None = None,
-    image_column: str | None = None,
-    *,
-    config_name: str | None = None,
-    device: torch.device | str | None = None,
-    **options: Any,
-) -> dict[str, EvaluationResult]:
-    """Judges a saved encoder on a data set; `import clmae` first, for this project's families.
-
-    Args:
-        model_path: Folder or Hub id of anything that `AutoModel` and `AutoImageProcessor` load.
-        dataset_source, config_name, image_column: As in [`load_image_dataset`]; not a stream.
-        protocols: As in [`evaluate_protocols`].
-        train_split: Split to learn from.
-        test_split: Split to be judged on; if not given `"test"` or, where there is none, a fixed random fifth of each
-            class of the training split, which is then not learnt from.
-        max_train_samples, max_test_samples: At most so many, drawn with a fixed seed.
-        label_column: Where the classes are, if there are several such columns.
-        device: Where to compute; a GPU if there is one, if not given.
-        options: The other arguments of [`evaluate_protocols`].
-
-    Raises:
-        InputError: There is no such model, the data set has no such split or column, and whatever
-            [`evaluate_protocols`] refuses.
-    """
-    _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
-    read_model_config(model_path)
-    *splits, tested_on = load_splits(dataset_source, train_split, test_split, config_name, image_column, label_column)
-    model = AutoModel.from_pretrained(model_path)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    num_channels = getattr(model.config, "num_channels", 3)
-    # The PIL backend equals torchvision's Resize and CenterCrop bit by bit, by which published numbers are made.
-    backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
-    processor = AutoImageProcessor.from_pretrained(model_path, backend=backend)
-    columns = dict(image_column=image_column, label_column=label_column, num_channels=num_channels)
-    train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **columns)
-    # A test set of words is numbered as the training set, without whose names it cannot be.
-    class_names = train.class_names or ()
-    test = LabelledImages(take_samples(splits[1], max_test_samples), processor, class_names=class_names, **columns)
-    settings = {
-        "model": os.fspath(model_path),
-        "dataset": os.fspath(dataset_source) if isinstance(dataset_source, (str, os.PathLike)) else "in memory",
-        "dataset_config_name": config_name,
-        "train_split": train_split,
-        "test_split": tested_on,
-        "max_train_samples": max_train_samples,
-        "max_test_samples": max_test_samples,
-    }
-    return evaluate_protocols(protocols, model, train, test, settings=settings, **options)
-
-
-def load_splits(
-    source: Any,
-    train_split: str,
-    test_split: str | None,
-    config_name: str | None,
-    image_column: str | None,
-    label_column: str | None = None,
-) -> tuple[datasets.Dataset, datasets.Dataset, str]:
-    """Training and test images, and what the test images are; the arguments are those of [`evaluate_model`].
-
-    Raises:
-        InputError: There is no such split, both are the same images, or none can be held out.
-    """
-
-    def load(option: str, split: str) -> datasets.Dataset:
-        try:
-            return load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset
-        except InputError as error:
-            raise InputError(f"{error} (`{option}` chooses the split that is read here.)") from error
-
-    train = load("train_split", train_split)
-    if test_split is not None:
-        test = load("test_split", test_split)
-        # A single data set answers to any split name; tested here, because a limit would make different ones of it.
-        if train._fingerprint == test._fingerprint:
-            raise InputError(
-                f"`dataset` gives the same images as {train_split!r} and as {test_split!r}, so that the test would be "
-                "on what was learnt; leave out `test_split` to hold out a part of them."
-            )
-        return train, test, test_split
-    try:
-        test = load("test_split", "test")
-    except InputError:
-        test = train  # there is no such split
-    if train._fingerprint != test._fingerprint:
-        return train, test, "test"
-    words = train.select_columns([find_class_column(train, label_column)]).with_format(None)[:].popitem()[1]
-    number = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    held_out = stratified_part(torch.tensor([number[word] for word in words], dtype=torch.int64), TEST_SHARE, seed=0)
-    if not held_out.any():
-        raise InputError(
-            "`dataset` has a single image of each class; give images to learn from, and others to be judged on."
-        )
-    parts = (train.select(torch.nonzero(part).flatten().numpy()) for part in (~held_out, held_out))
-    return *parts, f"{TEST_SHARE:.0%} of each class of {train_split}, held out at random"
+    for name, represent in representations.items():
+        data = represent()
+        for protocol in chosen:
+            scores, result = protocol.score(data), results[protocol.name]
+            result.rows.append(EvaluationRow.from_scores(name, data.train_features.shape[1], scores))
+            if scores.predictions is not None and name == "pretrained":
+                result.predictions = Predictions(scores.predictions, test.labels, train.class_names)
+    return results
 
 
 def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
@@ -518,14 +375,113 @@ def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
     return chosen
 
 
-def _percent(share: float) -> float:
-    return round(100 * share, 2)
+def load_labelled_images(
+    model_path: str | os.PathLike,
+    dataset_source: str | os.PathLike | AnyDataset | dict,
+    *,
+    train_split: str = "train",
+    test_split: str | None = None,
+    max_train_samples: int | None = None,
+    max_test_samples: int | None = None,
+    label_column: str | None = None,
+    image_column: str | None = None,
+    config_name: str | None = None,
+) -> tuple[LabelledImages, LabelledImages, dict[str, Any]]:
+    """Training and test images as a saved model sees them, and what is written down of where they come from.
+
+    Args:
+        model_path: Folder or Hub id of a model with an image processor.
+        dataset_source, config_name, image_column: As in [`load_image_dataset`]; not a stream.
+        train_split: Split to learn from.
+        test_split: Split to be evaluated on; if not given `"test"` or, where there is none, a fixed random fifth of
+            each class of the training split, which is then not learnt from.
+        max_train_samples, max_test_samples: At most so many, drawn with a fixed seed.
+        label_column: Where the classes are, if there are several such columns.
+
+    Raises:
+        InputError: There is no such model, split or column; both splits are the same images, or their classes differ.
+    """
+    config = read_model_config(model_path)  # what is wrong is reported before anything is loaded
+    columns = dict(label_column=label_column, image_column=image_column)
+    *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, **columns)
+    num_channels = getattr(config, "num_channels", 3)
+    # The PIL backend equals torchvision's Resize and CenterCrop bit by bit, by which published numbers are made.
+    backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
+    processor = AutoImageProcessor.from_pretrained(model_path, backend=backend)
+    options: dict[str, Any] = dict(num_channels=num_channels, **columns)
+    train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **options)
+    # A test set of words is numbered as the training set, without whose names it cannot be.
+    options["class_names"] = train.class_names or ()
+    test = LabelledImages(take_samples(splits[1], max_test_samples), processor, **options)
+    if train.class_names != test.class_names:
+        names = [f"{part.class_names[:5]}..." if part.class_names else "numbers" for part in (train, test)]
+        raise InputError(
+            f"the classes of the training and the test set differ: {names[0]} and {names[1]}; give both the same class "
+            "names in the same order."
+        )
+    settings = {
+        "model": os.fspath(model_path),
+        "dataset": os.fspath(dataset_source) if isinstance(dataset_source, (str, os.PathLike)) else "in memory",
+        "dataset_config_name": config_name,
+        "train_split": train_split,
+        "test_split": tested_on,
+        "max_train_samples": max_train_samples,
+        "max_test_samples": max_test_samples,
+    }
+    return train, test, settings
+
+
+def _load_splits(
+    source: Any,
+    train_split: str,
+    test_split: str | None,
+    config_name: str | None,
+    label_column: str | None,
+    image_column: str | None,
+) -> tuple[datasets.Dataset, datasets.Dataset, str]:
+    """Training and test images, and what the test images are."""
+
+    def load(option: str, split: str) -> datasets.Dataset:
+        try:
+            return load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset
+        except InputError as error:
+            raise InputError(f"{error} (`{option}` chooses the split that is read here.)") from error
+
+    train = load("train_split", train_split)
+    try:
+        test = load("test_split", test_split or "test")
+    except InputError:
+        if test_split is not None:
+            raise
+        test = train
+    # A single dataset answers to any split name; compared here, because a limit would make different ones of it.
+    if train._fingerprint != test._fingerprint:
+        return train, test, test_split or "test"
+    if test_split is not None:
+        raise InputError(
+            f"`dataset` gives the same images as {train_split!r} and as {test_split!r}, so that the test would be "
+            "on what was learnt; leave out `test_split` to hold out a part of them."
+        )
+    labels, _ = read_classes(train, find_class_column(train, label_column))
+    held_out = stratified_part(labels, TEST_SHARE, seed=0)
+    if not held_out.any():
+        raise InputError(
+            "`dataset` has a single image of each class; give images to learn from, and others to be evaluated on."
+        )
+    parts = (train.select(part.nonzero().flatten().numpy()) for part in (~held_out, held_out))
+    return *parts, f"{TEST_SHARE:.0%} of each class of {train_split}, held out at random"
 
 
 def describe_run(model: PreTrainedModel, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
     """What is written down of model and data, with versions and date, as JSON has it."""
     processor = train.processor
     described = json.loads(processor.to_json_string()) if hasattr(processor, "to_json_string") else {}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("clmae", "torch", "transformers", "datasets", "numpy", "pillow"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None  # used from a checkout that is not installed
     return {
         "model_type": model.config.model_type,
         "num_train": len(train),
@@ -534,23 +490,12 @@ def describe_run(model: PreTrainedModel, train: LabelledImages, test: LabelledIm
         "label_column": train.label_column,
         "image_processor": {**described, "class": type(processor).__name__},
         "device": str(model.device),
-        "versions": _versions(),
+        "versions": versions,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("clmae", "torch", "transformers", "datasets", "numpy", "pillow"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None  # used from a checkout that is not installed
-    return versions
-
-
 __all__ = [
-    "INTERVALS",
     "PROTOCOLS",
     "TOP_K",
     "EvaluationResult",
@@ -560,10 +505,8 @@ __all__ = [
     "LinearProtocol",
     "Scores",
     "SplitFeatures",
-    "check_same_classes",
+    "classifier_scores",
     "describe_run",
     "evaluate_model",
-    "evaluate_protocols",
-    "load_splits",
-    "make_row",
+    "load_labelled_images",
 ]

@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import AutoModelForPreTraining
 
 import clmae
-from clmae.training.images import ImageDecodeError, decode_image
+from clmae.training.data import ImageDecodeError, decode_image
 
 pytestmark = pytest.mark.slow
 TRIES = settings(

@@ -29,7 +29,7 @@ class ScaledRateArguments(TrainingArguments):
         metadata={"help": "Peak learning rate as it is, instead of base_learning_rate * total batch / 256."},
     )
     num_train_epochs: float = field(default=100.0, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images a device and step."})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Training images per device and step."})
     weight_decay: float = field(
         default=0.05, metadata={"help": "Weight decay; none on biases, norms and other 1-D parameters (MAE's rule)."}
     )
@@ -49,10 +49,12 @@ class ScaledRateArguments(TrainingArguments):
         default=False, metadata={"help": "Leave nan and inf losses out of the logged mean."}
     )
 
+    max_skipped_steps = 0  # a field of `PretrainingArguments`
+
     def __post_init__(self) -> None:
         self._check()
-        own_rate = self.learning_rate is None
-        if own_rate:
+        computed_rate = self.learning_rate is None
+        if computed_rate:
             self.learning_rate = self.base_learning_rate
         super().__post_init__()
         if self.world_size > 1 and not self.accelerator_config.even_batches:
@@ -62,7 +64,7 @@ class ScaledRateArguments(TrainingArguments):
             )
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn
-        if own_rate:
+        if computed_rate:
             # Only now is the number of processes known.
             self.learning_rate = self.base_learning_rate * self.total_train_batch_size / 256
 
@@ -77,12 +79,8 @@ class ScaledRateArguments(TrainingArguments):
         return self.images_per_batch * self.gradient_accumulation_steps
 
     def _check(self) -> None:
-        if not math.isfinite(self.base_learning_rate) or self.base_learning_rate < 0:
-            raise InputError(f"`base_learning_rate` is {self.base_learning_rate}; give a finite number of at least 0.")
-        if self.learning_rate is not None and (not math.isfinite(self.learning_rate) or self.learning_rate < 0):
-            raise InputError(
-                f"`learning_rate` is {self.learning_rate}; give a finite number of at least 0, or leave it."
-            )
+        self._check_rate("base_learning_rate")
+        self._check_rate("learning_rate", ", or leave it out")
         if self.auto_find_batch_size and self.learning_rate is None:
             raise InputError(
                 "`auto_find_batch_size` changes the batch that `learning_rate` follows; give a learning_rate."
@@ -91,6 +89,11 @@ class ScaledRateArguments(TrainingArguments):
             raise InputError(f"`num_train_epochs` is {self.num_train_epochs}; give a number above 0, or max_steps.")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             self._check_int(name, 1)
+
+    def _check_rate(self, name: str, otherwise: str = "") -> None:
+        value = getattr(self, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"`{name}` is {value}; give a finite number of at least 0{otherwise}.")
 
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
@@ -154,7 +157,7 @@ class PretrainingArguments(ScaledRateArguments):
         },
     )
 
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation images a device and step."})
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation images per device and step."})
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta."})
     ddp_broadcast_buffers: bool | None = field(
         default=False, metadata={"help": "Send the first process's buffers to all at every step; they never change."}
@@ -171,9 +174,7 @@ class PretrainingArguments(ScaledRateArguments):
 
     def _check(self) -> None:
         super()._check()
-        value = self.masker_learning_rate_multiplier
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"`masker_learning_rate_multiplier` is {value}; give a finite number of at least 0.")
+        self._check_rate("masker_learning_rate_multiplier")
         if not 0 < self.contrastive_crop_interval <= 1:
             raise InputError(
                 f"`contrastive_crop_interval` is {self.contrastive_crop_interval}; give a share of the epochs, in "

@@ -6,27 +6,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from huggingface_hub import run_as_future
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress
 
 from clmae.configuration.errors import InputError
-from clmae.model_cards import hub_files
+from clmae.model_cards import hub_files, upload
 from clmae.model_cards.record import RECORD_NAME
 from clmae.training.arguments import ScaledRateArguments
-from clmae.training.callbacks import EpochCallback, shield_workers
-from clmae.training.data import ImageDataset, StreamingImageDataset
-from clmae.training.images import sample_generator
-from clmae.training.sealing import choose_checkpoint, rotate_checkpoints, run_lock, seal, unseal
+from clmae.training.callbacks import EpochCallback, RunComponent, shield_workers
+from clmae.training.data import ImageDataset, sample_generator
+from clmae.training.finite import FiniteCallback
+from clmae.training.integrity import choose_checkpoint, rotate_checkpoints, run_lock, seal, unseal
 
 
 class EpochSampler(Sampler[int]):
@@ -59,28 +61,36 @@ class EpochSampler(Sampler[int]):
 class BaseTrainer(Trainer):
     """transformers' `Trainer`, as pretraining and fine-tuning use it.
 
-    - Checkpoints and models are sealed (see [`seal`]), a run resumes only from such, and keeps other runs out of its
-      output folder.
+    - Checkpoints and models have a manifest (see [`seal`]); a run resumes only from such, and keeps other runs out of
+      its output folder. Callbacks that are [`RunComponent`]s take part in start, saves and end of a run.
+    - A loss or a gradient that is nan or inf stops the run before anything of it is saved (see [`FiniteCallback`]).
     - The order of an [`ImageDataset`], and the keys of its samples, are functions of seed and epoch.
     - Evaluation and prediction take all images, also where training leaves out an epoch's last batch.
     - Weight decay is on all that [`is_decayed`].
+    - To the Hub goes what [`hub_files`] names: no data, logs or training arguments.
 
     Raises:
         InputError: The training set is smaller than a batch.
     """
 
+    # Two private methods of the Trainer are overridden, and no other in subclasses:
+    # - `_get_train_sampler`: nothing public chooses the order of a map-style dataset.
+    # - `_save_checkpoint`: `on_save` comes after the upload and after older checkpoints have been deleted; both must
+    #   wait for the manifest.
+
     args: ScaledRateArguments
-    _in_checkpoint = False
+    epoch_sampler: EpochSampler | None = None
+    push_in_progress: PushInProgress | None = None
+    in_checkpoint = False  # while `save_model` writes into a checkpoint
 
     def __init__(
         self,
-        model: nn.Module | None,
+        model: Any,
         args: ScaledRateArguments,
         data_collator: Any = None,
         train_dataset: Any = None,
-        eval_dataset: Any = None,
-        *rest: Any,
-        **kwargs: Any,
+        *rest,
+        **kwargs,
     ):
         batch = args.images_per_batch
         if args.dataloader_drop_last and hasattr(train_dataset, "__len__") and len(train_dataset) < batch:
@@ -88,8 +98,12 @@ class BaseTrainer(Trainer):
                 f"`per_device_train_batch_size` asks for batches of {batch} images in all, but the training set has "
                 f"{len(train_dataset)}: take a smaller batch, or `dataloader_drop_last=False`."
             )
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
+        super().__init__(model, args, data_collator, train_dataset, *rest, **kwargs)
+        self.finite = FiniteCallback(self)
+        self.add_callback(self.finite)
         self.add_callback(EpochCallback(self))
+
+    # -- runs -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As the Trainer's.
@@ -100,24 +114,35 @@ class BaseTrainer(Trainer):
 
         Raises:
             InputError: The checkpoint is damaged, there is none, or another run uses `output_dir`.
-            NonFiniteError: In pretraining, a loss or a gradient became nan or inf.
+            NonFiniteError: A loss or a gradient became nan or inf.
         """
         with run_lock(self.args.output_dir) if self.is_world_process_zero() else contextlib.nullcontext():
             checkpoint = self._choose_checkpoint(resume_from_checkpoint)
             if checkpoint and self.args.device.type == "cpu" and self.args.world_size > 1:
                 _let_torch_load_numbered_cpus()
-            return self._train_from(checkpoint, **kwargs)
+            try:
+                self.start_run(checkpoint)
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                for component in self.components:
+                    component.stop()
 
-    def _train_from(self, checkpoint: str | None, **kwargs: Any) -> Any:
-        """The training itself, from a checkpoint that is whole."""
-        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+    def start_run(self, checkpoint: str | None) -> None:
+        """Tells the components that a run begins, anew or from a checkpoint that is whole."""
+        for component in self.components:
+            component.start(checkpoint)
 
-    def _choose_checkpoint(self, wanted: str | bool | None) -> str | None:
+    @property
+    def components(self) -> list[RunComponent]:
+        """The callbacks that take part in start, saves and end of a run."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RunComponent)]
+
+    def _choose_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """As [`choose_checkpoint`]; read in one process, for all."""
         chosen: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
-                chosen[0] = choose_checkpoint(wanted, self.args.output_dir)
+                chosen[0] = choose_checkpoint(resume_from_checkpoint, self.args.output_dir)
             except InputError as error:
                 chosen[1] = str(error)
         checkpoint, message = broadcast_object_list(chosen)
@@ -125,12 +150,12 @@ class BaseTrainer(Trainer):
             raise InputError(message)
         return checkpoint
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A run that was killed after its last checkpoint has nothing left to do; the Trainer would take another step.
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As the Trainer's; nothing where a resumed run had finished, of which the Trainer would take a step more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     # -- optimiser and data ---------------------------------------------------------------------------------------
 
@@ -145,10 +170,8 @@ class BaseTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if isinstance(dataset, ImageDataset):
-            self.epoch_sampler = EpochSampler(len(dataset), self.data_seed)
-            return self.epoch_sampler
-        return super()._get_train_sampler(train_dataset)
+        self.epoch_sampler = EpochSampler(len(dataset), self.data_seed) if isinstance(dataset, ImageDataset) else None
+        return self.epoch_sampler or super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's loader, whose workers leave a SIGTERM to the run."""
@@ -156,63 +179,125 @@ class BaseTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The Trainer's loader, with its last batch."""
-        with self._replaced(dataloader_drop_last=False):
+        with self.replaced_arguments(dataloader_drop_last=False):
             return shield_workers(super().get_eval_dataloader(eval_dataset))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The Trainer's loader, with its last batch."""
-        with self._replaced(dataloader_drop_last=False):
+        with self.replaced_arguments(dataloader_drop_last=False):
             return shield_workers(super().get_test_dataloader(test_dataset))
 
     @contextlib.contextmanager
-    def _replaced(self, **values: Any) -> Iterator[None]:
-        # Of the arguments, for a while: the Trainer has one set of them for all loaders, but only training may leave
-        # images out, and only it may do without workers; and it saves them as they are, the token among them.
-        own = {name: getattr(self.args, name) for name in values}
-        vars(self.args).update(values)
+    def replaced_arguments(self, **values: Any) -> Iterator[None]:
+        """Other training arguments for a while: the Trainer has one set of them for all that it does, and saves it."""
+        before = {name: getattr(self.args, name) for name in values}
         try:
+            for name, value in values.items():
+                setattr(self.args, name, value)
             yield
         finally:
-            vars(self.args).update(own)
+            for name, value in before.items():
+                setattr(self.args, name, value)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, then sealed, and only then are older ones deleted."""
-        run, limit = Path(self._get_output_dir(trial)), self.args.save_total_limit
+        args, run = self.args, Path(self._get_output_dir(trial))
         folder = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            unseal(folder)  # an earlier run may have left one of this step
-        self._in_checkpoint = True
+        limit, push = args.save_total_limit, args.push_to_hub
+        self.in_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._in_checkpoint, self.args.save_total_limit = False, limit
+            self.in_checkpoint, args.save_total_limit, args.push_to_hub = False, limit, push
         self.accelerator.wait_for_everyone()  # each process saves its own random state
-        if self.args.should_save:
-            # Without the arguments, which name local folders and are not pushed with a checkpoint.
+        if args.should_save:
+            # Without the arguments, which name local folders and are not uploaded with a checkpoint.
             files = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and p.name != TRAINING_ARGS_NAME]
             seal(folder, [name.as_posix() for name in files])
             rotate_checkpoints(run, self.state.global_step, limit, self.state.best_model_checkpoint)
+        if push and self.is_world_process_zero():
+            self._upload_checkpoint(folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; the folder is sealed."""
-        folder = self.args.output_dir if output_dir is None else output_dir
-        if self.args.should_save:
-            unseal(folder)
-        super().save_model(output_dir, _internal_call)
-        if self._in_checkpoint:
-            self.args.save_total_limit = None  # the Trainer would delete older ones before this one is sealed
-        elif self.args.should_save:
-            seal_model(folder)
+        """As the Trainer's; the folder gets a manifest. A model that is not finite is not saved.
 
-    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        with self._replaced(hub_token=None):  # the arguments are saved, too, and checkpoints are passed on
-            super()._save(output_dir, *args, **kwargs)
+        Raises:
+            NonFiniteError: A loss or a gradient since the last check was nan or inf.
+        """
+        self.finite.check()
+        args, folder = self.args, self.args.output_dir if output_dir is None else output_dir
+        if args.should_save:
+            unseal(folder)  # an earlier run may have left one
+        with self.replaced_arguments(hub_token=None):  # they are saved, too, and checkpoints are passed on
+            super().save_model(folder, _internal_call=True)
+        if args.should_save:
+            for component in self.components:
+                component.save(folder)
+        if self.in_checkpoint:
+            # Not yet: before the manifest is written. (And not sooner: the arguments are saved as they are.)
+            args.save_total_limit, args.push_to_hub = None, False
+            return
+        if args.should_save:
+            seal_model(folder)
+        if args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=args.hub_revision)
+
+    # -- Hub ------------------------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """As the Trainer's, but in one commit, and only what [`hub_files`] names.
+
+        Returns:
+            The commit, or with `blocking=False` its future.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            # Not every supported version takes `private` itself.
+            self.args.hub_private_repo = self.args.hub_private_repo if private is None else private
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(license=kwargs.get("license"))
+        self._finish_current_push()
+        return self._upload(commit_message, blocking, token=token, revision=revision)
+
+    def _upload(self, commit_message: str | None, blocking: bool = True, **options: Any) -> Any:
+        options = {"folder": self.args.output_dir, "repo_id": self.hub_model_id, **options}
+        options["token"] = options.get("token") or self.args.hub_token
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        send = upload if blocking else functools.partial(run_as_future, upload)
+        return send(commit_message=commit_message or "Upload model", **options)
+
+    def _upload_checkpoint(self, checkpoint: Path) -> None:
+        """As `hub_strategy` says; without `training_args.bin`, which names local folders."""
+        strategy = self.args.hub_strategy
+        if strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()  # it reads the files that are about to be written over
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        unseal(self.args.output_dir)
+        for name in hub_files(checkpoint):
+            shutil.copy(checkpoint / name, Path(self.args.output_dir, name))
+        jobs = [self._upload(message, blocking=False)]
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            files = sorted(path.name for path in checkpoint.iterdir() if path.name != TRAINING_ARGS_NAME)
+            place = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
+            options = dict(folder=checkpoint, files=files, path_in_repo=place)
+            jobs.append(self._upload(f"{message}, checkpoint", blocking=False, **options))
+        self.push_in_progress = PushInProgress(jobs)
 
 
 def seal_model(folder: str | os.PathLike) -> None:
-    """Seals the model in a folder: its weights, configuration and code, but no pictures, scores or card."""
+    """Writes the manifest of a model: its weights, configuration and code, but no figures, scores or card."""
     files = [name for name in hub_files(folder) if name.endswith((".json", ".py", ".safetensors"))]
     files += [name for name in (RECORD_NAME, TRAINING_ARGS_NAME) if Path(folder, name).is_file()]
     seal(folder, files)
@@ -235,61 +320,4 @@ def is_decayed(parameter: torch.Tensor) -> bool:
     return parameter.ndim > 1
 
 
-# -- what data sets give ----------------------------------------------------------------------------------------------
-
-
-def first_samples(train_dataset: Any, eval_dataset: Any) -> Iterator[tuple[str, Any]]:
-    """The first sample of each data set that is not this project's own, with the name of its argument.
-
-    Raises:
-        InputError: A data set is empty.
-    """
-    several = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-    for name, dataset in [("train_dataset", train_dataset), *(("eval_dataset", dataset) for dataset in several)]:
-        if dataset is None or isinstance(dataset, (ImageDataset, StreamingImageDataset)):  # which look at it themselves
-            continue
-        try:
-            yield name, dataset[0] if hasattr(dataset, "__len__") else next(iter(dataset))
-        except (StopIteration, IndexError):
-            raise InputError(f"`{name}` is empty: there is no image in it.") from None
-
-
-def check_pixel_values(name: str, sample: Any, pixel_values: Any, remedy: str) -> None:
-    """Refuses what is no normalised image.
-
-    Args:
-        name: Of the argument that has the data set.
-        sample: As the data set gives it.
-        pixel_values: What it holds of that name; `None` if it holds none.
-        remedy: What to do, as a sentence.
-
-    Raises:
-        InputError: `pixel_values` are missing, or no array of floats; the message says what came.
-    """
-    with contextlib.suppress(TypeError, ValueError):  # lists of what are no numbers, or of unequal lengths
-        pixel_values = torch.as_tensor(pixel_values) if isinstance(pixel_values, (list, np.ndarray)) else pixel_values
-    if isinstance(pixel_values, torch.Tensor):
-        if pixel_values.is_floating_point():
-            return
-        came = f"`pixel_values` of {pixel_values.dtype}"
-    else:
-        came = _describe(sample) if pixel_values is None else f"`pixel_values` that are {_describe(pixel_values)}"
-    raise InputError(f"`{name}` gives {came}, where normalised float `pixel_values` are needed. {remedy}")
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"a tuple of ({', '.join(type(part).__name__ for part in value)})"
-    if isinstance(value, Mapping):
-        return f"a dict with {', '.join(map(repr, value)) or 'nothing'}"
-    return f"a {type(value).__name__}"
-
-
-__all__ = [
-    "BaseTrainer",
-    "EpochSampler",
-    "check_pixel_values",
-    "first_samples",
-    "is_decayed",
-    "seal_model",
-]
+__all__ = ["BaseTrainer", "EpochSampler", "is_decayed", "seal_model"]

@@ -1,8 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""What happens beside the steps: epochs told to the sampler, difficulty measured, pictures drawn, Ctrl-C heeded."""
+"""What happens beside the steps: epochs, mask difficulty, figures, crop boxes, the run's record, interrupts."""
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
@@ -13,109 +14,131 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
-from clmae.training.contrastive_crop import heat_map_box, object_heat_map, refresh_epochs
+from clmae.model_cards import RunRecord
+from clmae.training.data import heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.pictures import curves_figure, figure_to_array, reconstruction_figure, save_figure
 
 logger = logging.get_logger(__name__)
 
 
-class _TrainerAware(TrainerCallback):
-    """A callback that needs the trainer, which transformers does not hand to callbacks."""
+class RunComponent(TrainerCallback):
+    """A callback that `BaseTrainer` also calls where a run starts, saves and ends.
 
-    def __init__(self, trainer: Trainer):
+    transformers hands no trainer to callbacks: a component that needs it keeps it (untyped: the trainer imports it).
+    """
+
+    def start(self, checkpoint: str | None) -> None:
+        """A run begins: anew, or from the folder of a checkpoint; raises `InputError` where that does not fit."""
+
+    def save(self, folder: str) -> None:
+        """Weights were written to a folder, a checkpoint or the finished model; called in the process that writes."""
+
+    def stop(self) -> None:
+        """The run ended, perhaps by an exception."""
+
+
+def epoch_of(state: Any) -> int:
+    """The epoch that runs: `state.epoch` counts steps as fractions, whose sum may fall short of a whole number."""
+    return int((state.epoch or 0) + 1e-6)
+
+
+class EpochCallback(TrainerCallback):
+    """Sets the epoch of the trainer's `epoch_sampler`; accelerate does not reach it through every wrapper."""
+
+    def __init__(self, trainer: Any):
         self.trainer = trainer
 
-
-class EpochCallback(_TrainerAware):
-    """Tells the sampler which epoch begins; accelerate does not reach it through every wrapper."""
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See the class."""
-        sampler = getattr(self.trainer, "epoch_sampler", None)
-        if sampler is not None:
-            # state.epoch counts steps as fractions; a sum of them may fall short of a whole by rounding.
-            sampler.set_epoch(int((state.epoch or 0) + 1e-6))
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.epoch_sampler is not None:
+            self.trainer.epoch_sampler.set_epoch(epoch_of(state))
 
 
-class DifficultyCallback(_TrainerAware):
+class RecordCallback(RunComponent):
+    """Writes `pretraining.json` (see [`RunRecord`]) beside every set of weights."""
+
+    def __init__(self, trainer: Any, data: dict[str, Any] | None):
+        self.trainer, self.record = trainer, RunRecord(data)
+
+    def start(self, checkpoint: str | None) -> None:
+        """A session begins."""
+        self.record.start(checkpoint, self.trainer.args)
+
+    def save(self, folder: str) -> None:
+        self.record.write(folder, self.trainer)
+
+    def stop(self) -> None:
+        """What follows (evaluation, uploads) is no pretraining time."""
+        self.record.stop(self.trainer.state.global_step)
+
+
+class _PeriodicCallback(TrainerCallback):
+    """Acts before the first step, every `args.<period>` steps, and after the last one."""
+
+    period: str
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.act(args, state, control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % getattr(args, self.period) == 0 or state.global_step == state.max_steps:
+            self.act(args, state, control)
+
+    def act(self, args, state, control):
+        """What is due; every process takes part, for a sharded model cannot run in one alone."""
+        raise NotImplementedError
+
+
+class DifficultyCallback(_PeriodicCallback):
     """Logs `mask_difficulty` before the first step, every `difficulty_steps`, and after the last."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See the class."""
-        if state.global_step == 0:
-            self._log(control)
+    period = "difficulty_steps"
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See the class."""
-        if state.global_step % args.difficulty_steps == 0 or state.global_step == state.max_steps:
-            self._log(control)
-
-    def _log(self, control: TrainerControl) -> None:
+    def act(self, args, state, control):
         should_log = control.should_log
         self.trainer.log({"mask_difficulty": self.trainer.measure_difficulty()})
         control.should_log = should_log  # logging resets it, and this step's training log is still to come
 
 
-class PictureCallback(_TrainerAware):
+class PictureCallback(_PeriodicCallback):
     """Draws held-out images, their masks and reconstructions, at first, every `picture_steps` and at the end.
 
-    PNG files in `output_dir/pictures/`, and the same pictures in TensorBoard where it is reported to. At the end also
+    PNG files in `output_dir/pictures/`, and the same figures in TensorBoard where it is reported to. At the end also
     the curves of the whole run, `pictures/curves.png`.
     """
 
-    num_images = 8
+    period, num_images = "picture_steps", 8
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See the class."""
-        if state.global_step == 0:
-            self._draw(args, state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """See the class."""
-        if state.global_step % args.picture_steps == 0 or state.global_step == state.max_steps:
-            self._draw(args, state)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """See the class."""
-        if state.is_world_process_zero:
-            save_figure(curves_figure(state.log_history), Path(args.output_dir) / "pictures" / "curves.png")
-
-    def _draw(self, args: TrainingArguments, state: TrainerState) -> None:
-        # Every process takes part: a sharded model cannot run in one alone.
+    def act(self, args, state, control):
         batch = {name: values[: self.num_images] for name, values in self.trainer.held_out_batch().items()}
         processor = self.trainer.processing_class
-        figure = reconstruction_figure(
-            self.trainer.model,
-            **batch,
-            image_mean=getattr(processor, "image_mean", None),
-            image_std=getattr(processor, "image_std", None),
-            title=f"step {state.global_step}",
-        )
+        mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
+        title = f"step {state.global_step}"
+        figure = reconstruction_figure(self.trainer.model, **batch, image_mean=mean, image_std=std, title=title)
         if not state.is_world_process_zero:
             return
         save_figure(figure, Path(args.output_dir) / "pictures" / f"step-{state.global_step:06d}.png")
         for callback in self.trainer.callback_handler.callbacks:
-            writer = getattr(callback, "tb_writer", None)
-            if writer is not None:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
                 writer.add_image("reconstructions", figure_to_array(figure), state.global_step, dataformats="HWC")
 
+    def on_train_end(self, args, state, control, **kwargs):
+        """Draws the curves."""
+        if state.is_world_process_zero:
+            save_figure(curves_figure(state.log_history), Path(args.output_dir) / "pictures" / "curves.png")
 
-class ContrastiveCropCallback(_TrainerAware):
+
+class ContrastiveCropCallback(RunComponent):
     """Recomputes the boxes of an `ImageDataset` with `contrastive_crop` from what the encoder sees by now.
 
     Every `contrastive_crop_interval` of the epochs, not at the start; the images are shared among the processes, and
@@ -124,8 +147,8 @@ class ContrastiveCropCallback(_TrainerAware):
 
     file_name = "contrastive_crop.safetensors"
 
-    def __init__(self, trainer: Trainer):
-        super().__init__(trainer)
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
         self.reset()
 
     def reset(self) -> None:
@@ -133,12 +156,15 @@ class ContrastiveCropCallback(_TrainerAware):
         self.refreshed_epoch = 0
         self.trainer.train_dataset.crop_boxes[:] = torch.tensor([0.0, 0.0, 1.0, 1.0])
 
-    def load(self, checkpoint: str) -> None:
-        """Takes the boxes of a checkpoint.
+    def start(self, checkpoint: str | None) -> None:
+        """Whole images, or the boxes of a checkpoint.
 
         Raises:
             InputError: The checkpoint has none, or of another number of images.
         """
+        self.reset()
+        if checkpoint is None:
+            return
         path, boxes = Path(checkpoint) / self.file_name, self.trainer.train_dataset.crop_boxes
         if not path.is_file():
             raise InputError(
@@ -154,19 +180,17 @@ class ContrastiveCropCallback(_TrainerAware):
         boxes.copy_(saved["boxes"])
         self.refreshed_epoch = int(saved["refreshed_epoch"])
 
-    def save(self, checkpoint: str) -> None:
-        """Puts the boxes into a checkpoint."""
-        boxes, epoch = self.trainer.train_dataset.crop_boxes.clone(), torch.tensor(self.refreshed_epoch)
-        save_file({"boxes": boxes, "refreshed_epoch": epoch}, Path(checkpoint) / self.file_name)
+    def save(self, folder: str) -> None:
+        """Puts the boxes into a checkpoint; the finished model needs none."""
+        if folder != self.trainer.args.output_dir:
+            boxes, epoch = self.trainer.train_dataset.crop_boxes.clone(), torch.tensor(self.refreshed_epoch)
+            save_file({"boxes": boxes, "refreshed_epoch": epoch}, Path(folder) / self.file_name)
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args, state, control, **kwargs):
         """Refreshes the boxes, if it is time and was not done before a resume."""
-        epoch = int((state.epoch or 0) + 1e-6)
-        if epoch > self.refreshed_epoch and epoch in refresh_epochs(
-            state.num_train_epochs, args.contrastive_crop_interval
-        ):
+        epoch = epoch_of(state)
+        due = refresh_epochs(state.num_train_epochs, args.contrastive_crop_interval)
+        if epoch > self.refreshed_epoch and epoch in due:
             self.refresh()
             self.refreshed_epoch = epoch
 
@@ -177,15 +201,16 @@ class ContrastiveCropCallback(_TrainerAware):
         model, boxes = trainer.model, torch.zeros_like(dataset.crop_boxes, device=args.device)
         was_training = model.training
         model.eval()
-        loader = DataLoader(
-            _WholeImages(dataset, range(args.process_index, len(dataset), args.world_size)),
+        indices_here: Any = range(args.process_index, len(dataset), args.world_size)
+        loader: DataLoader = DataLoader(
+            indices_here,
+            collate_fn=functools.partial(_load_whole, dataset),
             batch_size=args.eval_batch_size,
             num_workers=args.dataloader_num_workers,
             generator=torch.Generator(),  # or the loader would draw from the global one
         )
-        shield_workers(loader)
         quiet = args.disable_tqdm or not trainer.is_world_process_zero()
-        for indices, pixel_values in tqdm(loader, desc="object boxes", disable=quiet, leave=False):
+        for indices, pixel_values in tqdm(shield_workers(loader), desc="object boxes", disable=quiet, leave=False):
             with trainer.accelerator.autocast():  # which the model's own forward would enter
                 tokens = model.vit(pixel_values.to(args.device)).last_hidden_state[:, 1:]
             maps = object_heat_map(tokens, model.config.grid_size)
@@ -194,48 +219,37 @@ class ContrastiveCropCallback(_TrainerAware):
         model.train(was_training)
 
 
-class _WholeImages(Dataset):
-    """Some images of an `ImageDataset`, un-augmented, each with its index."""
-
-    def __init__(self, dataset: Any, indices: range):
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, position: int) -> tuple[int, torch.Tensor]:
-        return self.indices[position], self.dataset.whole_image(self.indices[position])
+def _load_whole(dataset: Any, indices: list[int]) -> tuple[list[int], torch.Tensor]:
+    return indices, torch.stack([dataset.whole_image(index) for index in indices])  # un-augmented
 
 
-def _heed_parent_alone() -> None:
+# -- interrupts -------------------------------------------------------------------------------------------------------
+
+
+def _exit_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-class _Shield:
-    """What a worker process does first: take no notice of SIGTERM but from its parent."""
-
-    def __init__(self, then: Callable[[int], None] | None):
-        self.then = then
-
-    def __call__(self, worker_id: int) -> None:
-        if hasattr(signal, "sigwaitinfo"):  # elsewhere nobody tells who sent a signal
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            threading.Thread(target=_heed_parent_alone, daemon=True).start()
-        if self.then is not None:
-            self.then(worker_id)
+def _start_shielded(initialize: Callable[[int], None] | None, worker_id: int) -> None:
+    """What a worker process does first: ignore SIGTERM unless its parent sends it."""
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere the sender of a signal is unknown
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if initialize is not None:
+        initialize(worker_id)
 
 
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Lets a loader's workers outlive a SIGTERM to the whole group, or the run could not finish its step and save."""
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's, which wraps torch's
-        if not isinstance(part.worker_init_fn, _Shield):
-            part.worker_init_fn = _Shield(part.worker_init_fn)
+        if getattr(part.worker_init_fn, "func", None) is not _start_shielded:
+            part.worker_init_fn = functools.partial(_start_shielded, part.worker_init_fn)
     return loader
 
 
-class InterruptCallback(TrainerCallback):
+class InterruptCallback(RunComponent):
     """On the first Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. On a second Ctrl-C: stop at once.
 
     `received` is the signal afterwards, if there was one. Under several processes Ctrl-C is left to the launcher, and
@@ -252,33 +266,33 @@ class InterruptCallback(TrainerCallback):
         """Whether a signal stopped the run."""
         return self.received is not None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Takes over the signals."""
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Installs the signal handlers."""
         self.received = None
         if threading.current_thread() is threading.main_thread():
             signals = (signal.SIGINT, signal.SIGTERM) if args.world_size == 1 else (signal.SIGTERM,)
             self._previous = {number: signal.signal(number, self._handle) for number in signals}
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         """Stops the run, with a checkpoint and without an evaluation, for which there may be no time."""
         if args.world_size > 1 and control.should_log:
-            heard = torch.tensor(self.received or 0, device=args.device)
-            torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-            self.received = heard.item() or None
+            received = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received) or None
         if self.interrupted and (args.world_size == 1 or control.should_log):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Gives the signals back."""
+    def on_train_end(self, args, state, control, **kwargs):
+        """Restores the signal handlers."""
+        self.restore()
+
+    def stop(self) -> None:
+        """Restores the signal handlers where an exception ended the run."""
         self.restore()
 
     def restore(self) -> None:
-        """Gives the signals back; to be called where a run may have ended by an exception."""
+        """Restores the signal handlers; for trainers that do not call [`InterruptCallback.stop`]."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 

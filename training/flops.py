@@ -1,7 +1,7 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """What a training step costs in FLOPs: by a closed formula, and counted from the shapes of the real model.
 
-Both count matrix products and convolutions, 2 FLOPs a multiplication with addition, and what a step has to compute
+Both count matrix products and convolutions, 2 FLOPs per multiplication with addition, and what a step has to compute
 once: not what gradient checkpointing or a fused attention computes again.
 """
 
@@ -66,8 +66,9 @@ def _linear(tokens: int, inputs: int, outputs: int) -> int:
     return 2 * tokens * inputs * outputs
 
 
-def _blocks(count: int, tokens: int, width: int, inner: int) -> tuple[int, int]:
+def _blocks(count: int, tokens: int, width: int, inner: int | None) -> tuple[int, int]:
     """Forward FLOPs of `count` blocks: linear layers, attention."""
+    assert inner is not None  # the configuration has filled it in
     return count * 2 * tokens * (4 * width**2 + 2 * width * inner), count * 4 * tokens**2 * width
 
 
@@ -123,7 +124,7 @@ class FlopCounter(TorchDispatchMode):
 def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     """FLOPs of an optimiser step in all processes: forward and backward pass, counted from the real shapes.
 
-    Matrix products and convolutions, 2 FLOPs a multiplication with addition, as torch counts them. With a
+    Matrix products and convolutions, 2 FLOPs per multiplication with addition, as torch counts them. With a
     `masker_update_interval` the mean over its steps. What gradient checkpointing computes again does not count.
     Nothing is computed, and nothing depends on the device.
     """
@@ -140,7 +141,7 @@ def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
         return counter.flops
 
     interval = args.masker_update_interval
-    flops = count(curriculum_factor=1.0, compute_masker_loss=True)
+    flops: float = count(curriculum_factor=1.0, compute_masker_loss=True)
     if interval > 1:
         flops = (flops + (interval - 1) * count(curriculum_factor=1.0, compute_masker_loss=False)) / interval
     return args.total_train_batch_size // args.train_batch_size * flops

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Pictures of what a masked autoencoder does, and curves of how it got there."""
+"""Figures of what a masked autoencoder reconstructs, and curves of its training."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ def reconstruct(
         `mask` (`(B, 1, H, W)`, 1 = masked), `reconstruction` (`(B, C, H, W)`: visible patches as they were, masked ones
         as predicted) and, where learned, `keep_probabilities` (`(B, h, w)`).
     """
-    was_training, config = model.training, model.config
+    was_training = model.training
+    config: Any = model.config
     model.eval()
     outputs = model(pixel_values=pixel_values, noise=noise)
     model.train(was_training)
     patch_size = pair(config.patch_size)
-    grid_size = tuple(n // p for n, p in zip(pixel_values.shape[-2:], patch_size, strict=True))
+    grid_size = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
     patches = patchify(pixel_values.float(), patch_size)
     predicted = outputs.logits.float()
     if config.norm_pix_loss:
@@ -76,10 +77,10 @@ def reconstruction_figure(
     mask = parts["mask"].cpu()
     images = _displayable(pixel_values, image_mean, image_std)
     reconstructions = _displayable(parts["reconstruction"], image_mean, image_std)
-    hole = mask.permute(0, 2, 3, 1).numpy()
+    masked = mask.permute(0, 2, 3, 1).numpy()
     rows: list[tuple[str, np.ndarray, dict[str, Any]]] = [
         ("image", images, {}),
-        ("visible", images * (1 - hole) + _GREY * hole, {}),
+        ("visible", images * (1 - masked) + _GREY * masked, {}),
         ("reconstruction", reconstructions, {}),
     ]
     if "keep_probabilities" in parts:

@@ -16,13 +16,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from object_images import object_images
+from torchvision.ops import box_iou
 from transformers import set_seed
 
 from clmae import FAMILIES
 from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
 from clmae.training import CurriculumTrainer, PretrainingArguments
-from clmae.training.contrastive_crop import box_iou, heat_map_box
+from clmae.training.data import heat_map_box
 
 HERE = Path(__file__).resolve().parent
 SIZE, PATCH, GRID = 32, 4, (8, 8)
@@ -97,6 +98,7 @@ def scores(vit: torch.nn.Module, images: torch.Tensor, boxes: torch.Tensor) -> d
         f"{name}, {place}, k = {threshold}": box_iou(
             heat_map_box(candidate(tokens[place]).unflatten(1, GRID), (SIZE, SIZE), threshold).cpu(), boxes
         )
+        .diagonal()
         .mean()
         .item()
         for name, candidate in CANDIDATES.items()
@@ -121,7 +123,7 @@ def main() -> None:
 
     train, _ = normalised(options.num_train, 0)
     test, boxes = normalised(options.num_test, 1)
-    whole = box_iou(torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(boxes), -1), boxes).mean().item()
+    whole = box_iou(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), boxes).mean().item()
     found = [
         {"heat map": name, "encoder": kind, "iou": value}
         for kind, family, steps in (

@@ -25,8 +25,8 @@ from clmae import CLMAEConfig, CLMAEForPreTraining, MAEConfig, MAEForPreTraining
 from clmae.modeling.losses import contrastive_loss, masked_mean, patch_errors, patch_targets, patchify
 from clmae.modeling.masking import Masking, keep_lowest
 from clmae.modeling.modeling_mae import MAELayer, select_visible
+from clmae.training.data import crop_and_resize_batch, random_resized_crop_box
 from clmae.training.flops import FlopCounter
-from clmae.training.resident import crop_and_resize_batch, random_resized_crop_boxes
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 255
@@ -369,9 +369,10 @@ def main() -> None:
             order, position = torch.randperm(40000, generator=generator), 0
         index = order[position : position + BATCH].repeat_interleave(trial.views)
         position += BATCH
-        draws = torch.rand(len(index), 40, generator=generator)
+        draws = torch.rand(40, len(index), generator=generator, dtype=torch.float64).numpy()
         flips = torch.rand(len(index), generator=generator) < 0.5
-        boxes = random_resized_crop_boxes(32, 32, draws, (0.4, 1.0) if trial.views == 1 else (0.25, 1.0))
+        scale = (0.4, 1.0) if trial.views == 1 else (0.25, 1.0)
+        boxes = torch.from_numpy(random_resized_crop_box(32, 32, draws.__getitem__, scale))
         pixels = crop_and_resize_batch(images[index], boxes, flips, (32, 32))
         if options.get("jitter"):
             pixels[1::2] = colour_jitter(pixels[1::2], generator)

@@ -17,7 +17,7 @@ from clmae.configuration.configuration_mae import SIZES
 from clmae.configuration.errors import InputError
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments, build_trainer
 from clmae.training.data import DataArguments, ImageDataset
-from clmae.training.sealing import checkpoints
+from clmae.training.integrity import checkpoints
 
 EXAMPLES = """\
   clmae pretrain --family cl_mae --model_size small --dataset ./my_photos --output_dir out/cl-mae

@@ -12,7 +12,7 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 from clmae.model_cards.hub import code_files
 from clmae.model_cards.record import read_json
-from clmae.training.sealing import checkpoints, is_sealed, verify
+from clmae.training.integrity import checkpoints, is_sealed, verify
 
 EXAMPLES = """\
   clmae verify out/cl-mae

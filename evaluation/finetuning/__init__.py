@@ -7,18 +7,12 @@ from clmae.evaluation.finetuning.arguments import (
     FinetuningArguments,
     LinearLarsArguments,
 )
+from clmae.evaluation.finetuning.evaluate import finetune
 from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator, label_subset
-from clmae.evaluation.finetuning.judge import finetune
 from clmae.evaluation.finetuning.lars import LARS
 from clmae.evaluation.finetuning.models import LinearProbe, from_scratch, load_classifier
-from clmae.evaluation.finetuning.parameters import (
-    freeze_all_but_last,
-    frozen_modules,
-    layer_ids,
-    layer_lr_scales,
-    parameter_groups,
-)
-from clmae.evaluation.finetuning.trainer import ClassificationTrainer, EMACallback, classifier_scores
+from clmae.evaluation.finetuning.trainer import ClassificationTrainer, EMACallback
+from clmae.evaluation.report import classifier_scores
 
 __all__ = [
     "LARS",
@@ -33,12 +27,7 @@ __all__ = [
     "MixingCollator",
     "classifier_scores",
     "finetune",
-    "freeze_all_but_last",
     "from_scratch",
-    "frozen_modules",
     "label_subset",
-    "layer_ids",
-    "layer_lr_scales",
     "load_classifier",
-    "parameter_groups",
 ]

@@ -3,6 +3,7 @@
 
 import inspect
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,34 +13,30 @@ from clmae.training.arguments import ScaledRateArguments
 PROBE_FEATURES = ("cls", "mean")
 MAX_RANDAUGMENT = 10
 
-# What decides a result beside the fields below: it is written down with it.
+# Fields of `TrainingArguments` that decide a result: they are written down with it, beside the fields declared here.
 _RECORDED = {
-    "max_steps",
-    "gradient_accumulation_steps",
-    "seed",
-    "data_seed",
-    "bf16",
-    "fp16",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "label_smoothing_factor",
-    "lr_scheduler_kwargs",
-    "eval_strategy",
-    "load_best_model_at_end",
-    "dataloader_drop_last",
+    *("max_steps", "gradient_accumulation_steps", "dataloader_drop_last", "seed", "data_seed", "bf16", "fp16"),
+    *("optim", "adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "label_smoothing_factor"),
+    *("eval_strategy", "load_best_model_at_end"),
 }
+# Fields that are declared here and decide none.
 _UNRECORDED = {
-    "output_dir",
-    "per_device_eval_batch_size",
-    "logging_steps",
-    "logging_nan_inf_filter",
-    "save_strategy",
-    "save_total_limit",
-    "remove_unused_columns",
-    "label_names",
+    *("output_dir", "save_strategy", "save_total_limit", "per_device_eval_batch_size"),
+    *("logging_steps", "logging_nan_inf_filter", "remove_unused_columns", "label_names"),
 }
+
+
+def check_range(name: str, value: Any, interval: str) -> None:
+    """InputError unless `value` is a number in an interval, written as `"[0, 1)"`."""
+    low, high = map(float, interval[1:-1].split(","))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if (
+        not is_number
+        or not low <= value <= high
+        or (value == low and interval[0] == "(")
+        or (value == high and interval[-1] == ")")
+    ):
+        raise InputError(f"`{name}` is {value!r}; give a number in {interval}.")
 
 
 @dataclass
@@ -68,7 +65,7 @@ class ClassificationArguments(ScaledRateArguments):
         default=0.1,
         metadata={"help": "Share of each class held out of the training set where there is an eval_strategy; (0, 1)."},
     )
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation images a device and step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation images per device and step."})
     metric_for_best_model: str | None = field(
         default="accuracy", metadata={"help": "For load_best_model_at_end: accuracy or loss, on the held-out part."}
     )
@@ -91,23 +88,21 @@ class ClassificationArguments(ScaledRateArguments):
 
     def _check(self) -> None:
         super()._check()
-        for name, low, high in self._ranges():
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= high:
-                raise InputError(f"`{name}` is {value!r}; give a number from {low:g} to {high:g}.")
-        if not 0 < self.validation_share < 1:
-            raise InputError(f"`validation_share` is {self.validation_share}; give a number between 0 and 1.")
-        if not 0 < self.min_crop_scale <= 1:
-            raise InputError(f"`min_crop_scale` is {self.min_crop_scale}; give a number in (0, 1].")
+        for name, interval in self._ranges().items():
+            check_range(name, getattr(self, name), interval)
         if self.label_names != ["labels"] or self.remove_unused_columns:
             raise InputError("`label_names` and `remove_unused_columns` cannot be changed here; leave them out.")
         if self.auto_find_batch_size:
             raise InputError("`auto_find_batch_size` changes the batch that the learning rate follows; leave it out.")
 
-    def _ranges(self) -> list[tuple[str, float, float]]:
-        """Fields that are numbers, with their least and greatest values."""
-        return [("base_learning_rate", 0, 1e6), ("weight_decay", 0, 1e6)]
+    def _ranges(self) -> dict[str, str]:
+        """Intervals of the fields that are numbers."""
+        return {
+            "base_learning_rate": "[0, 1e6]",
+            "weight_decay": "[0, 1e6]",
+            "validation_share": "(0, 1)",
+            "min_crop_scale": "(0, 1]",
+        }
 
 
 @dataclass
@@ -115,7 +110,7 @@ class FinetuningArguments(ClassificationArguments):
     """MAE's fine-tuning recipe (arXiv 2111.06377, table 9) as defaults; with `trained_blocks`, partial fine-tuning.
 
     `layer_decay` 0.75 is the paper's; its published code takes 0.65 for ViT-B. RandAugment is that of torchvision (its
-    operations and ranges, strength `magnitude / 10`) with timm's noise: two operations an image, each with probability
+    operations and ranges, strength `magnitude / 10`) with timm's noise: two operations per image, each with probability
     1/2 and a strength of its own. The timm policy that MAE used also inverts, adds while solarising, and posterises
     harder. For mixup and cutmix each batch takes one of the two at random. Positions that a family fixes stay fixed.
     """
@@ -147,7 +142,7 @@ class FinetuningArguments(ClassificationArguments):
     )
     ema_decay: float = field(
         default=0.0,
-        metadata={"help": "Judge an exponential moving average of the weights with this decay, as 0.9999; 0: off."},
+        metadata={"help": "Evaluate an exponential moving average of the weights with this decay, as 0.9999; 0: off."},
     )
 
     @property
@@ -157,30 +152,27 @@ class FinetuningArguments(ClassificationArguments):
 
     def _check(self) -> None:
         super()._check()
-        if not 0 < self.layer_decay <= 1:
-            raise InputError(f"`layer_decay` is {self.layer_decay}; give a number in (0, 1].")
-        for name in ("drop_path_rate", "label_smoothing_factor", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"`{name}` is {getattr(self, name)}; give a number in [0, 1).")
         if self.ema_decay and self.load_best_model_at_end:
             raise InputError(
                 "`ema_decay` and `load_best_model_at_end` are both given: the average is of all steps, and the best "
                 "model of one; leave one of them out."
             )
-        if self.trained_blocks is not None and (
-            not isinstance(self.trained_blocks, int) or isinstance(self.trained_blocks, bool) or self.trained_blocks < 0
-        ):
-            raise InputError(f"`trained_blocks` is {self.trained_blocks!r}; give an int of at least 0.")
+        if self.trained_blocks is not None:
+            self._check_int("trained_blocks", 0)
 
-    def _ranges(self) -> list[tuple[str, float, float]]:
-        return [
-            *super()._ranges(),
-            ("mixup_alpha", 0, 1e3),
-            ("cutmix_alpha", 0, 1e3),
-            ("randaugment_magnitude", 0, MAX_RANDAUGMENT),
-            ("randaugment_std", 0, MAX_RANDAUGMENT),
-            ("random_erasing_probability", 0, 1),
-        ]
+    def _ranges(self) -> dict[str, str]:
+        return {
+            **super()._ranges(),
+            "layer_decay": "(0, 1]",
+            "drop_path_rate": "[0, 1)",
+            "label_smoothing_factor": "[0, 1)",
+            "ema_decay": "[0, 1)",
+            "mixup_alpha": "[0, 1e3]",
+            "cutmix_alpha": "[0, 1e3]",
+            "randaugment_magnitude": f"[0, {MAX_RANDAUGMENT}]",
+            "randaugment_std": f"[0, {MAX_RANDAUGMENT}]",
+            "random_erasing_probability": "[0, 1]",
+        }
 
 
 @dataclass
@@ -200,7 +192,7 @@ class LinearLarsArguments(ClassificationArguments):
     warmup_steps: float = field(
         default=10 / 90, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
     )
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Training images a device and step."})
+    per_device_train_batch_size: int = field(default=256, metadata={"help": "Training images per device and step."})
     lars_momentum: float = field(default=0.9, metadata={"help": "LARS's momentum, in [0, 1)."})
     lars_trust_coefficient: float = field(default=0.001, metadata={"help": "LARS's trust coefficient, above 0."})
     feature: str = field(
@@ -221,10 +213,9 @@ class LinearLarsArguments(ClassificationArguments):
         super()._check()
         if self.feature not in PROBE_FEATURES:
             raise InputError(f"`feature` is {self.feature!r}; choose one of {', '.join(PROBE_FEATURES)}.")
-        if not 0 <= self.lars_momentum < 1:
-            raise InputError(f"`lars_momentum` is {self.lars_momentum}; give a number in [0, 1).")
-        if self.lars_trust_coefficient <= 0:
-            raise InputError(f"`lars_trust_coefficient` is {self.lars_trust_coefficient}; give a number above 0.")
+
+    def _ranges(self) -> dict[str, str]:
+        return {**super()._ranges(), "lars_momentum": "[0, 1)", "lars_trust_coefficient": "(0, inf)"}
 
 
 PROTOCOLS: dict[str, type[ClassificationArguments]] = {
@@ -236,9 +227,9 @@ PROTOCOLS: dict[str, type[ClassificationArguments]] = {
 
 __all__ = [
     "MAX_RANDAUGMENT",
-    "PROBE_FEATURES",
     "PROTOCOLS",
     "ClassificationArguments",
     "FinetuningArguments",
     "LinearLarsArguments",
+    "check_range",
 ]

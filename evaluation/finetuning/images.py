@@ -13,23 +13,19 @@ from torchvision.transforms import v2
 from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import MAX_RANDAUGMENT
 from clmae.evaluation.linear import random_ranks
-from clmae.training.data import ImageDataset
-from clmae.training.images import normalize, sample_generator
+from clmae.training.data import ImageDataset, normalize, sample_generator
 
 
 def label_subset(
     labels: Tensor, *, labels_per_class: int | None = None, label_fraction: float | None = None, seed: int = 0
 ) -> Tensor:
-    """A random part of every class, the same for the same seed; all samples if no size is given.
+    """Ascending indices of a random part of every class; all samples if no size is given.
 
     Args:
         labels: `(n,)` int64, >= 0.
         labels_per_class: Exactly so many of each class that occurs.
         label_fraction: Such a share of each class, in (0, 1], rounded, one at least.
         seed: A larger part drawn with the same seed holds the smaller one.
-
-    Returns:
-        Indices in ascending order.
 
     Raises:
         InputError: Both sizes are given, one is out of range, or a class has too few samples.
@@ -67,17 +63,14 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
 class AugmentedImages(ImageDataset):
     """Training images with their classes: `(pixel_values (C, H, W) float32, label, key)` by `epoch * n + index`.
 
-    Random resized crop, flip, RandAugment, normalisation, random erasing. A sample depends on nothing but (seed, epoch,
-    index).
-
-    Args:
-        dataset, image_column, kwargs: As for [`ImageDataset`].
-        labels: `(n,)` int64.
-        randaugment_magnitude, randaugment_std, random_erasing_probability: See [`FinetuningArguments`].
+    Random resized crop, flip, RandAugment, normalisation, random erasing (see [`FinetuningArguments`]). A sample
+    depends on nothing but (seed, epoch, index). `labels` is `(n,)` int64; other arguments are [`ImageDataset`]'s.
 
     Raises:
         InputError: As [`ImageDataset`]; or RandAugment is to be done on images with other than 1 or 3 channels.
     """
+
+    _name, _remedy = "the training images", "Remove or replace it."
 
     def __init__(
         self,
@@ -109,16 +102,13 @@ class AugmentedImages(ImageDataset):
 
     def __getitem__(self, key: int) -> tuple[Tensor, Tensor, int]:
         epoch, index = divmod(int(key), len(self))
-
-        def read(value: Any, shown: int) -> tuple[Tensor, Tensor]:  # the next image stands in for a bad one
-            return self._views(value, epoch, index, shown)[0], self.labels[shown]
-
-        pixels, label = self._read(index, read)
+        # The next image stands in for a bad one.
+        pixels, shown = self._read(index, lambda value, shown: (self._views(value, epoch, index, shown)[0], shown))
         with _drawing_from(sample_generator(self.seed, epoch, index, "after the crop")):
             if self.randaugment_magnitude:
                 pixels = self._rand_augment(pixels)
             pixels = self.erase(normalize(pixels, self.mean, self.std))
-        return pixels, label, int(key)
+        return pixels, self.labels[shown], int(key)
 
     def _rand_augment(self, pixels: Tensor) -> Tensor:
         # Posterising and equalising are made for 8 bits.
@@ -129,13 +119,6 @@ class AugmentedImages(ImageDataset):
                 self.randaugment.magnitude = round(10 * min(max(level, 0.0), MAX_RANDAUGMENT))
                 pixels = self.randaugment(pixels)
         return pixels
-
-    def _error(self, where: str, value: Any, cause: Exception) -> InputError:
-        path = value.get("path") if isinstance(value, dict) else None
-        return InputError(
-            f"image {where}{f' ({path})' if path else ''} of the training images cannot be used: {cause} Remove or "
-            "replace it."
-        )
 
 
 class MixingCollator:

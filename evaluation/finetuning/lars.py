@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clmae.configuration.errors import InputError
+from clmae.evaluation.finetuning.arguments import check_range
+
+_RANGES = {"lr": "[0, inf)", "momentum": "[0, 1)", "weight_decay": "[0, inf)", "trust_coefficient": "(0, inf)"}
 
 
-def trust_ratio(weight: Tensor, gradient: Tensor, weight_decay: float, trust_coefficient: float) -> Tensor:
+def _trust_ratio(weight: Tensor, gradient: Tensor, weight_decay: float, trust_coefficient: float) -> Tensor:
     """LARS's local learning rate `η |w| / (|g| + β |w|)`, a scalar; 1 where the weight or the gradient is all zero."""
     weight_norm, gradient_norm = weight.norm(), gradient.norm()
     ratio = trust_coefficient * weight_norm / (gradient_norm + weight_decay * weight_norm)
@@ -31,10 +32,7 @@ class LARS(torch.optim.Optimizer):
 
     Args:
         params: Parameters or parameter groups.
-        lr: γ, at least 0.
-        momentum: m, in [0, 1).
-        weight_decay: β, at least 0.
-        trust_coefficient: η, above 0.
+        lr, momentum, weight_decay, trust_coefficient: γ >= 0, m in [0, 1), β >= 0, η > 0.
 
     Raises:
         InputError: A number is out of range.
@@ -48,19 +46,13 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
     ) -> None:
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"`{name}` is {value}; give a finite number of at least 0.")
-        if not 0 <= momentum < 1:
-            raise InputError(f"`momentum` is {momentum}; give a number in [0, 1).")
-        if not (math.isfinite(trust_coefficient) and trust_coefficient > 0):
-            raise InputError(f"`trust_coefficient` is {trust_coefficient}; give a finite number above 0.")
-        super().__init__(
-            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
-        )
+        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
+        for name, interval in _RANGES.items():
+            check_range(name, settings[name], interval)
+        super().__init__(params, settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Any = None) -> Any:
         """One update of every parameter that has a gradient; returns the closure's loss, if there is a closure."""
         loss = None
         if closure is not None:
@@ -73,15 +65,12 @@ class LARS(torch.optim.Optimizer):
                 update = weight.grad
                 if weight.ndim > 1:
                     decay = group["weight_decay"]
-                    update = update.add(weight, alpha=decay) * trust_ratio(
+                    update = update.add(weight, alpha=decay) * _trust_ratio(
                         weight, weight.grad, decay, group["trust_coefficient"]
                     )
-                state = self.state[weight]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                velocity = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-                weight.add_(velocity, alpha=-group["lr"])
+                velocity = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                weight.add_(velocity.mul_(group["momentum"]).add_(update), alpha=-group["lr"])
         return loss
 
 
-__all__ = ["LARS", "trust_ratio"]
+__all__ = ["LARS"]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import logging
 
@@ -64,6 +64,8 @@ class LinearProbe(nn.Module):
         in them, so that logits are `features @ weight.T + bias`; its metadata name the feature.
         """
         self.encoder.save_pretrained(folder)
+        assert self.norm.running_mean is not None
+        assert self.norm.running_var is not None
         weight = self.classifier.weight.double() * (self.norm.running_var.double() + self.norm.eps).rsqrt()
         bias = self.classifier.bias.double() - weight @ self.norm.running_mean.double()
         layer = {"weight": weight.float().contiguous(), "bias": bias.float()}
@@ -88,23 +90,31 @@ def load_classifier(
         InputError: There is no such checkpoint, it is of another kind, or lacks weights of the encoder.
     """
     config = read_model_config(model_path)
-    probe = isinstance(args, LinearLarsArguments)
-    released_mae = config.model_type == "vit_mae"  # transformers' own, which has no classifier and always masks
-    if released_mae:
-        config = _mae_config(config)
-    if not probe:
-        _set_up(config, args, num_classes, class_names)
+    encoder_class, classifier_class = AutoModel, AutoModelForImageClassification
+    if config.model_type == "vit_mae":  # transformers' own has no classifier, and always masks
+        fields = inspect.get_annotations(MAEConfig).keys() & config.to_dict().keys()
+        config = MAEConfig(**{name: getattr(config, name) for name in fields if not name.startswith("_")})
+        encoder_class, classifier_class = MAEModel, MAEForImageClassification
+    if isinstance(args, FinetuningArguments):
+        names = class_names or [str(i) for i in range(num_classes)]
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        if isinstance(config, MAEConfig):
+            config.pooling = "mean"
+        if hasattr(config, "drop_path_rate"):
+            config.drop_path_rate = args.drop_path_rate
+        elif args.drop_path_rate:
+            logger.warning(
+                f"A model of type {config.model_type!r} has no stochastic depth: it is trained without "
+                "(`drop_path_rate`)."
+            )
     options: dict[str, Any] = {"dtype": torch.float32}
     if fastest_attention(args.device) == "eager":  # which every model has
         options["attn_implementation"] = "eager"
-    encoder_class, classifier_class = (
-        (MAEModel, MAEForImageClassification) if released_mae else (AutoModel, AutoModelForImageClassification)
-    )
-    model, info = (encoder_class if probe else classifier_class).from_pretrained(
+    model, info = (encoder_class if isinstance(args, LinearLarsArguments) else classifier_class).from_pretrained(
         model_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
     )
     _check_loaded(model_path, model, info["missing_keys"])
-    if probe:
+    if isinstance(args, LinearLarsArguments):
         model = LinearProbe(model, num_classes, args.feature)
     _new_head(model, args)
     return model
@@ -113,33 +123,12 @@ def load_classifier(
 def from_scratch(model: nn.Module, args: ClassificationArguments) -> nn.Module:
     """The same architecture at random initialisation, what is trained as in `model`."""
     if isinstance(model, LinearProbe):
-        fresh: nn.Module = LinearProbe(
-            random_encoder(model.encoder, args.seed), model.classifier.out_features, model.feature
-        )
+        encoder = random_encoder(model.encoder, args.seed)
+        fresh: nn.Module = LinearProbe(encoder, model.classifier.out_features, model.feature)
     else:
         fresh = random_encoder(model, args.seed)
     _new_head(fresh, args)
     return fresh
-
-
-def _mae_config(config: PretrainedConfig) -> MAEConfig:
-    shared = inspect.get_annotations(MAEConfig).keys() & config.to_dict().keys()
-    return MAEConfig(**{name: getattr(config, name) for name in shared if not name.startswith("_")})
-
-
-def _set_up(
-    config: PretrainedConfig, args: FinetuningArguments, num_classes: int, class_names: list[str] | None
-) -> None:
-    names = class_names or [str(i) for i in range(num_classes)]
-    config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
-    if isinstance(config, MAEConfig):
-        config.pooling = "mean"
-    if hasattr(config, "drop_path_rate"):
-        config.drop_path_rate = args.drop_path_rate
-    elif args.drop_path_rate:
-        logger.warning(
-            f"A model of type {config.model_type!r} has no stochastic depth: it is trained without (`drop_path_rate`)."
-        )
 
 
 def _check_loaded(model_path: str | os.PathLike, model: nn.Module, missing: Sequence[str]) -> None:

@@ -13,13 +13,10 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|blocks)\.(\d+)\.")
 
 
 def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
-    """Depth of every parameter of a vision transformer: embeddings 0, block i (from 0) i + 1, the rest L + 1.
+    """Depth of every parameter of a vision transformer, and the number of blocks L.
 
-    Args:
-        model: Parameters named as in this project and in transformers (`...layers.3...`, `...layer.3...`).
-
-    Returns:
-        The depths by parameter name, and the number of blocks L.
+    Embeddings have depth 0, block i (from 0) i + 1, and what follows the blocks L + 1. Parameters are named as in this
+    project and in transformers (`...layers.3...`, `...layer.3...`).
 
     Raises:
         InputError: There are no numbered blocks.
@@ -28,15 +25,12 @@ def layer_ids(model: nn.Module) -> tuple[dict[str, int], int]:
     blocks = {name: int(match[1]) for name in names if (match := _BLOCK.search(name))}
     if not blocks:
         raise InputError(
-            f"`model` is a {type(model).__name__}, in which no numbered blocks (`layers.0`, ...) are found; take a "
-            "vision transformer, or `layer_decay` 1 and no `trained_blocks`."
+            f"`model` is a {type(model).__name__}, which has no numbered blocks (`layers.0`, ...); take a vision "
+            "transformer, or `layer_decay` 1 and no `trained_blocks`."
         )
     depth = max(blocks.values()) + 1
-    ids = {
-        name: blocks[name] + 1 if name in blocks else 0 if "embeddings" in name.split(".") else depth + 1
-        for name in names
-    }
-    return ids, depth
+    others = {name: 0 if "embeddings" in name.split(".") else depth + 1 for name in names}
+    return {**others, **{name: block + 1 for name, block in blocks.items()}}, depth
 
 
 def layer_lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
@@ -47,7 +41,7 @@ def layer_lr_scales(model: nn.Module, decay: float) -> dict[str, float]:
         decay: In (0, 1]; with 1 every scale is 1, whatever the model.
     """
     if decay == 1:
-        return dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+        return {name: 1.0 for name, _ in model.named_parameters()}
     ids, depth = layer_ids(model)
     return {name: decay ** (depth + 1 - i) for name, i in ids.items()}
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Training a classifier, and scoring what it predicts."""
+"""Training a classifier."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import Dataset
-from transformers import EvalPrediction, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import ClassificationArguments, LinearLarsArguments
@@ -19,13 +19,15 @@ from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
 from clmae.evaluation.finetuning.lars import LARS
 from clmae.evaluation.finetuning.models import LinearProbe
 from clmae.evaluation.finetuning.parameters import frozen_modules, parameter_groups
-from clmae.evaluation.report import TOP_K, Scores
-from clmae.training.base import BaseTrainer, check_pixel_values, first_samples
+from clmae.evaluation.report import TOP_K
+from clmae.training.base import BaseTrainer
+from clmae.training.callbacks import RunComponent
+from clmae.training.checks import check_samples
 
 _REMEDY = "Make a `LabelledImages(dataset, processor)` of it (in `clmae.evaluation.features`), or give (tensor, label)."
 
 
-class EMACallback(TrainerCallback):
+class EMACallback(RunComponent):
     """Keeps an exponential moving average of the trained weights, and puts it into the model at the end.
 
     It is saved in each checkpoint and restored on resume.
@@ -33,50 +35,59 @@ class EMACallback(TrainerCallback):
 
     file_name = "ema.safetensors"
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    def __init__(self, trainer: BaseTrainer, decay: float) -> None:
+        self.trainer = trainer
+        self.parameters = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
         self.average: dict[str, Tensor] = {}
         self._update: Callable[..., None] = get_ema_multi_avg_fn(decay)
 
-    def load(self, checkpoint: str) -> None:
-        """Takes the average of a checkpoint.
+    @torch.no_grad()
+    def start(self, checkpoint: str | None) -> None:
+        """Starts from the weights as they are, or takes the average of a checkpoint.
 
         Raises:
-            InputError: It has none.
+            InputError: The checkpoint has none.
         """
-        path = Path(checkpoint) / self.file_name
-        if not path.is_file():
-            raise InputError(
-                f"`resume_from_checkpoint`: {checkpoint} has no {self.file_name}: that run kept no average. Leave out "
-                "`ema_decay`, or start anew."
-            )
-        self.average = load_file(path)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Starts from the weights as they are, or as they were saved."""
+        saved: dict[str, Tensor] = self.parameters
+        if checkpoint:
+            path = Path(checkpoint) / self.file_name
+            if not path.is_file():
+                raise InputError(
+                    f"`resume_from_checkpoint`: {checkpoint} has no {self.file_name}: that run kept no average. Leave "
+                    "out `ema_decay`, or start anew."
+                )
+            saved = load_file(path)
         self.average = {
-            name: self.average.get(name, value.detach()).clone().to(value.device)
-            for name, value in self.parameters.items()
+            name: saved.get(name, value).detach().clone().to(value.device) for name, value in self.parameters.items()
         }
 
     @torch.no_grad()
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args, state, control, **kwargs):
         """Moves the average."""
         self._update(list(self.average.values()), list(self.parameters.values()), None)
 
-    def save(self, checkpoint: str) -> None:
-        """Puts the average into a checkpoint."""
-        save_file(self.average, Path(checkpoint) / self.file_name)
+    def save(self, folder: str) -> None:
+        """Puts the average into a checkpoint; the finished model has it as its weights."""
+        if self.trainer.in_checkpoint:
+            save_file(self.average, Path(folder) / self.file_name)
 
     @torch.no_grad()
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args, state, control, **kwargs):
         """Puts the average into the model."""
         for name, value in self.parameters.items():
             value.copy_(self.average[name])
+
+
+class LinearProbeCallback(RunComponent):
+    """Saves a finished linear probe in its own format: the Trainer's checkpoints hold only what it loads."""
+
+    def __init__(self, trainer: BaseTrainer) -> None:
+        self.trainer = trainer
+
+    def save(self, folder: str) -> None:
+        """See the class."""
+        if not self.trainer.in_checkpoint:
+            self.trainer.model.save_pretrained(folder)
 
 
 class ClassificationTrainer(BaseTrainer):
@@ -98,6 +109,7 @@ class ClassificationTrainer(BaseTrainer):
     """
 
     args: ClassificationArguments
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -114,9 +126,7 @@ class ClassificationTrainer(BaseTrainer):
                 f"`train_dataset` is a {type(train_dataset).__name__}: make an `AugmentedImages(dataset, image_column, "
                 "labels, ...)` of it (in `clmae.evaluation.finetuning`)."
             )
-        for name, sample in first_samples(None, eval_dataset):
-            has_tensor = isinstance(sample, (tuple, list)) and isinstance(sample[0], Tensor)
-            check_pixel_values(name, sample, sample[0] if has_tensor else None, _REMEDY)
+        check_samples(None, eval_dataset, _pixel_values, _REMEDY)
         collator = MixingCollator(
             num_classes,
             mixup_alpha=getattr(args, "mixup_alpha", 0.0),
@@ -136,24 +146,10 @@ class ClassificationTrainer(BaseTrainer):
         self.model_accepts_loss_kwargs = False  # the loss below is a mean over its batch, whatever the model's would be
         self._frozen = frozen_modules(self.model)
         ema_decay = getattr(args, "ema_decay", 0.0)
-        self._ema = EMACallback(self.model, ema_decay) if ema_decay else None
-        if self._ema is not None:
-            self.add_callback(self._ema)
-
-    def _train_from(self, checkpoint: str | None, **kwargs: Any) -> Any:
-        if self._ema is not None:
-            self._ema.average = {}
-            if checkpoint:
-                self._ema.load(checkpoint)
-        return super()._train_from(checkpoint, **kwargs)
-
-    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        super()._save(output_dir, *args, **kwargs)
-        if self._ema is not None and self._in_checkpoint and self.args.should_save:
-            self._ema.save(str(output_dir))
-        if isinstance(self.model, LinearProbe) and not self._in_checkpoint and self.args.should_save:
-            # The Trainer knows of no configuration, and writes none; its checkpoints hold what it loads.
-            self.model.save_pretrained(self.args.output_dir if output_dir is None else output_dir)
+        if ema_decay:
+            self.add_callback(EMACallback(self, ema_decay))
+        if isinstance(model, LinearProbe):
+            self.add_callback(LinearProbeCallback(self))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """LARS for the linear probe, otherwise the Trainer's choice with layer-wise learning rates."""
@@ -161,6 +157,7 @@ class ClassificationTrainer(BaseTrainer):
             return self.optimizer
         args, source = self.args, self.model if model is None else model
         layer_decay = getattr(args, "layer_decay", 1.0)
+        assert args.learning_rate is not None  # the arguments have computed it
         groups = parameter_groups(source, args.learning_rate, args.weight_decay, layer_decay)
         if isinstance(args, LinearLarsArguments):
             self.optimizer = LARS(
@@ -185,7 +182,13 @@ class ClassificationTrainer(BaseTrainer):
         logits = model(pixel_values=inputs["pixel_values"]).logits
         smoothing = self.args.label_smoothing_factor if model.training else 0.0
         loss = F.cross_entropy(logits.float(), inputs["labels"], label_smoothing=smoothing)
+        if model.training:
+            self.finite.add_losses({"loss": loss})
         return (loss, {"logits": logits}) if return_outputs else loss
+
+
+def _pixel_values(sample: Any) -> Any:
+    return sample[0] if isinstance(sample, (tuple, list)) and isinstance(sample[0], Tensor) else None
 
 
 def _top_classes(logits: Tensor, labels: Tensor) -> Tensor:
@@ -193,23 +196,9 @@ def _top_classes(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions[:, 0] == prediction.label_ids).mean())}
+    from clmae.evaluation.metrics.modules import compute_metrics  # only where it is used: its import takes seconds
+
+    return compute_metrics(prediction)
 
 
-def classifier_scores(predicted: Tensor, labels: Tensor, num_classes: int) -> Scores:
-    """Top-1, top-5 (of more than five classes), and the scores in which every class weighs the same.
-
-    Args:
-        predicted: `(n, k)` classes, the likeliest first; k is 5, or `num_classes` if that is less.
-        labels: `(n,)` classes.
-    """
-    right = predicted == labels[:, None]
-    scores = Scores(predictions=predicted[:, 0])
-    scores.add_share("top-1", right[:, 0].double().mean().item(), len(labels))
-    if num_classes > TOP_K:
-        scores.add_share(f"top-{TOP_K}", right.any(1).double().mean().item(), len(labels))
-    scores.add_class_scores(labels)
-    return scores
-
-
-__all__ = ["ClassificationTrainer", "EMACallback", "classifier_scores"]
+__all__ = ["ClassificationTrainer", "EMACallback"]

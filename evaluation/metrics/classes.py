@@ -1,26 +1,24 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""How a classifier does on each class, and what it takes for what: tables and a picture."""
+"""How a classifier does on each class, and which classes it confuses: tables and a figure."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_fscore_support
 from torch import Tensor
 
-from clmae.evaluation.metrics.scores import class_counts
 from clmae.model_cards.files import write_whole
 from clmae.training.pictures import save_figure
 
 _MAX_NUMBERED = 20  # classes whose cells still have room for a number
 _MAX_TICKS = 50
-_MAX_NAME = 24  # letters of a class name in the picture
+_MAX_NAME = 24  # letters of a class name in the figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,42 +34,32 @@ class Predictions:
     references: Tensor
     class_names: Sequence[str] | None = None
 
-    def confusion_matrix(self) -> np.ndarray:
-        """How many samples of class i (row) were predicted to be of class j, `(num_classes, num_classes)` int64."""
-        size = len(self._names())
-        return (self.references * size + self.predictions).bincount(minlength=size * size).view(size, size).numpy()
+    def confusion_matrix(self) -> pd.DataFrame:
+        """How many samples of each class (row) were predicted to be of each class (column)."""
+        names = self._names()
+        matrix = confusion_matrix(self.references, self.predictions, labels=range(len(names)))
+        return pd.DataFrame(matrix, names, names)
 
-    def class_table(self) -> list[dict[str, Any]]:
+    def class_table(self) -> pd.DataFrame:
         """A row for each class: `class`, `support`, and `accuracy` (recall), `precision` and `f1` in percent.
 
-        A number that is not defined (of a class without samples, or never predicted) is `None`.
+        A number that is not defined (of a class without samples, or never predicted) is NaN.
         """
-        counts = class_counts(self.predictions, self.references)
-        rows = []
-        for i, name in enumerate(self._names()):
-            # A class at the end of the list may be in neither.
-            hits, support, predicted = (int(part[i]) if i < len(part) else 0 for part in counts)
-            rows.append(
-                {
-                    "class": name,
-                    "support": support,
-                    "accuracy": _percent(hits, support),
-                    "precision": _percent(hits, predicted),
-                    "f1": _percent(2 * hits, support + predicted),
-                }
-            )
-        return rows
+        names = self._names()
+        precision, recall, f1, support = precision_recall_fscore_support(
+            self.references, self.predictions, labels=range(len(names)), zero_division=np.nan
+        )
+        shares = {"accuracy": recall, "precision": precision, "f1": f1}
+        percent = {column: (100 * values).round(2) for column, values in shares.items()}
+        return pd.DataFrame({"class": names, "support": support, **percent})
 
     def save(self, stem: Path) -> list[Path]:
         """Writes `<stem>-classes.csv`, `<stem>-confusion.csv` and `<stem>-confusion.png`; returns their paths."""
-        matrix, names = self.confusion_matrix(), self._names()
-        table = self.class_table()
         paths = [stem.with_name(stem.name + end) for end in ("-classes.csv", "-confusion.csv", "-confusion.png")]
-        _write_csv(paths[0], [list(table[0]), *(list(row.values()) for row in table)])
-        _write_csv(
-            paths[1], [["true \\ predicted", *names], *([name, *row] for name, row in zip(names, matrix, strict=True))]
-        )
-        save_figure(confusion_figure(matrix, names), paths[2])
+        matrix = self.confusion_matrix()
+        write_whole(paths[0], self.class_table().to_csv(index=False))
+        write_whole(paths[1], matrix.to_csv(index_label="true \\ predicted"))
+        save_figure(confusion_figure(matrix), paths[2])
         return paths
 
     def _names(self) -> list[str]:
@@ -80,45 +68,27 @@ class Predictions:
         return [str(i) for i in range(1 + max(int(self.predictions.max()), int(self.references.max())))]
 
 
-def confusion_figure(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
-    """A picture of a confusion matrix `(num_classes, num_classes)` of counts, true classes as rows.
+def confusion_figure(matrix: pd.DataFrame) -> Figure:
+    """A figure of a confusion matrix of counts, true classes as rows; colour is the percentage of the row.
 
-    Colour is the share of the row, so that rare classes show as well; up to 20 classes have it in percent in their
-    cells, and from 50 on only some classes are named.
+    Up to 20 classes have that percentage in their cells, and from 50 on only some classes are named.
     """
     size = len(matrix)
-    shares = matrix / matrix.sum(1, keepdims=True).clip(min=1)
+    percent = 100 * matrix.to_numpy() / matrix.to_numpy().sum(1, keepdims=True).clip(min=1)
     side = min(3 + 0.42 * size, 12)
     figure = Figure(figsize=(side + 1, side), layout="compressed")
     axis = figure.subplots()
-    shown = axis.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    display = ConfusionMatrixDisplay(percent)
+    numbers = dict(include_values=size <= _MAX_NUMBERED, values_format=".0f", text_kw={"fontsize": 8})
+    display.plot(ax=axis, cmap="Blues", colorbar=False, im_kw={"vmin": 0, "vmax": 100}, **numbers)
+    figure.colorbar(display.im_, ax=axis, fraction=0.046, pad=0.02, label="% of the true class")
     ticks = range(0, size, -(-size // _MAX_TICKS))
-    names = [_shortened(class_names[i]) for i in ticks]
+    names = [name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…" for name in matrix.columns[ticks]]
     fontsize = 9 if size <= _MAX_NUMBERED else 7
     axis.set_xticks(ticks, names, rotation=90, fontsize=fontsize)
     axis.set_yticks(ticks, names, fontsize=fontsize)
     axis.set(xlabel="predicted", ylabel="true")
-    if size <= _MAX_NUMBERED:
-        for (i, j), share in np.ndenumerate(shares):
-            if matrix[i, j]:
-                colour = "white" if share > 0.5 else "black"
-                axis.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02, label="share of the true class")
     return figure
-
-
-def _shortened(name: str) -> str:
-    return name if len(name) <= _MAX_NAME else name[: _MAX_NAME - 1] + "…"
-
-
-def _percent(part: int, whole: int) -> float | None:
-    return round(100 * part / whole, 2) if whole else None
-
-
-def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(path, text.getvalue())
 
 
 __all__ = ["Predictions", "confusion_figure"]

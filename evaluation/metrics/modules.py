@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""The scores as metrics of the `evaluate` library; imported only by those who use that library."""
+"""scikit-learn's scores as metrics of the `evaluate` library, whose import takes seconds: import this where needed."""
 
 from __future__ import annotations
 
@@ -7,18 +7,11 @@ from typing import Any
 
 import datasets
 import evaluate
-import torch
-from torch import Tensor
+import numpy as np
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+from transformers import EvalPrediction
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.metrics.scores import (
-    ClassCounts,
-    accuracy,
-    class_counts,
-    macro_f1,
-    mean_per_class_accuracy,
-    top_k_accuracy,
-)
 
 _INPUTS = """
 Args:
@@ -43,44 +36,64 @@ class _ClassificationMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {self.name: self._score(torch.as_tensor(predictions), torch.as_tensor(references))}
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        if not np.isfinite(predictions).all():
+            raise InputError("`predictions` holds NaN or infinity; look at the classifier's weights.")
+        if references.min() < 0 or (predictions.ndim == 1 and predictions.min() < 0):
+            raise InputError(
+                "`predictions` and `references` must hold class numbers from 0; leave out unlabelled samples."
+            )
+        return {self.name: float(self._score(predictions, references))}
 
-    def _score(self, predictions: Tensor, references: Tensor) -> float:
+    def _score(self, predictions: np.ndarray, references: np.ndarray) -> float:
         raise NotImplementedError
 
 
-def _counts(predictions: Tensor, references: Tensor) -> ClassCounts:
-    return class_counts(predictions if predictions.ndim == 1 else predictions.argmax(1), references)
+def _classes(predictions: np.ndarray) -> np.ndarray:
+    return predictions if predictions.ndim == 1 else predictions.argmax(1)
 
 
 class Top1Accuracy(_ClassificationMetric):
     """Share of the samples whose class is predicted."""
 
-    def _score(self, predictions: Tensor, references: Tensor) -> float:
-        return accuracy(_counts(predictions, references)).item()
+    def _score(self, predictions: np.ndarray, references: np.ndarray) -> float:
+        return accuracy_score(references, _classes(predictions))
 
 
 class Top5Accuracy(_ClassificationMetric):
-    """Share of the samples whose class is among the five with the highest scores."""
+    """Share of the samples whose class is among the five with the highest scores; of equal scores the last count."""
 
-    def _score(self, predictions: Tensor, references: Tensor) -> float:
-        if predictions.ndim == 1:
-            raise InputError("`predictions` holds classes, but the top 5 need scores, (n, num_classes): give logits.")
-        return top_k_accuracy(predictions, references, 5)
+    def _score(self, predictions: np.ndarray, references: np.ndarray) -> float:
+        if predictions.ndim == 1 or predictions.shape[1] < 5:
+            raise InputError(
+                f"`predictions` has shape {predictions.shape}, but the top 5 need scores of at least five classes, "
+                "(n, num_classes): give logits."
+            )
+        # Not `top_k_accuracy_score`, which refuses a class that has no score: it is an error of the classifier.
+        best = np.argsort(predictions, axis=1, kind="stable")[:, -5:]
+        return (best == references[:, None]).any(1).mean()
 
 
 class MeanPerClassAccuracy(_ClassificationMetric):
-    """Mean over the classes of the share of their samples that is predicted right."""
+    """Mean over the classes that have samples of the share of their samples that is predicted right."""
 
-    def _score(self, predictions: Tensor, references: Tensor) -> float:
-        return mean_per_class_accuracy(_counts(predictions, references)).item()
+    def _score(self, predictions: np.ndarray, references: np.ndarray) -> float:
+        # As `balanced_accuracy_score`, without its warning where a class is predicted that has no samples.
+        return recall_score(references, _classes(predictions), labels=np.unique(references), average="macro")
 
 
 class MacroF1(_ClassificationMetric):
     """Mean F1 over the classes that have samples or are predicted."""
 
-    def _score(self, predictions: Tensor, references: Tensor) -> float:
-        return macro_f1(_counts(predictions, references)).item()
+    def _score(self, predictions: np.ndarray, references: np.ndarray) -> float:
+        return f1_score(references, _classes(predictions), average="macro")
 
 
-__all__ = ["MacroF1", "MeanPerClassAccuracy", "Top1Accuracy", "Top5Accuracy"]
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Of a `Trainer` whose predictions are the likeliest classes, `(n, k)`, the best first: `accuracy` in [0, 1]."""
+    metric = Top1Accuracy(keep_in_memory=True)
+    scores = metric.compute(predictions=prediction.predictions[:, 0], references=prediction.label_ids)
+    return {"accuracy": scores["top1_accuracy"]}
+
+
+__all__ = ["MacroF1", "MeanPerClassAccuracy", "Top1Accuracy", "Top5Accuracy", "compute_metrics"]

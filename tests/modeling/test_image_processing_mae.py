@@ -10,8 +10,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, BitImageProcessor, BitImageProcessorPil, pipeline
 
 from clmae import FAMILIES, MAEImageProcessor, MAEImageProcessorPil
-from clmae.training.data import make_image_processor
-from clmae.training.images import center_view, decode_image, normalize
+from clmae.training.data import center_view, decode_image, make_image_processor, normalize
 
 BACKENDS = {"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil}
 

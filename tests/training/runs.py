@@ -68,12 +68,12 @@ def tiny_trainer(output_dir: Path, model: nn.Module | str = "cl_mae", **options:
     """
     model = tiny_model(model) if isinstance(model, str) else model
     views = getattr(model.config, "num_views", 1)
-    own = {"train_dataset": image_dataset(num_views=views), "eval_dataset": image_dataset(6, train=False)}
+    given = {"train_dataset": image_dataset(num_views=views), "eval_dataset": image_dataset(6, train=False)}
     for name in ("train_dataset", "eval_dataset", "data_collator", "callbacks", "processing_class", "optimizers"):
         if name in options:
-            own[name] = options.pop(name)
+            given[name] = options.pop(name)
     args = PretrainingArguments(output_dir=str(output_dir), **{**QUIET, **SHORT, **SILENT, **options})
-    return CurriculumTrainer(model, args, **own)
+    return CurriculumTrainer(model, args, **given)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -85,6 +85,11 @@ def assert_equal_weights(actual: dict[str, torch.Tensor], expected: dict[str, to
     """Bit by bit."""
     assert actual.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(actual[name], expected[name])] == []
+
+
+def warned(caplog: Any) -> list[str]:
+    """The warnings of this package so far."""
+    return [r.getMessage() for r in caplog.records if r.name.startswith("clmae") and r.levelname == "WARNING"]
 
 
 def logged(trainer: CurriculumTrainer, name: str) -> dict[int, float]:

@@ -16,13 +16,12 @@ def make(tmp_path):
     return lambda **fields: PretrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)
 
 
-def test_learning_rate_scales_with_the_total_batch(make):
-    args = make(base_learning_rate=1e-3, per_device_train_batch_size=64)
-    assert args.total_train_batch_size == 64
-    assert args.learning_rate == 1e-3 * 64 / 256
-    args = make(base_learning_rate=1e-3, per_device_train_batch_size=64, gradient_accumulation_steps=8)
-    assert args.total_train_batch_size == 512
-    assert args.learning_rate == 2e-3
+@pytest.mark.parametrize("accumulation", [1, 8])
+def test_learning_rate_scales_with_the_total_batch(make, accumulation):
+    args = make(base_learning_rate=1e-3, per_device_train_batch_size=64, gradient_accumulation_steps=accumulation)
+    assert args.total_train_batch_size == 64 * accumulation
+    assert args.learning_rate == args.to_dict()["learning_rate"] == 1e-3 * 64 * accumulation / 256
+    assert make(learning_rate=0.125, base_learning_rate=7.0, gradient_accumulation_steps=4).learning_rate == 0.125
 
 
 KINDS = (PretrainingArguments, FinetuningArguments, LinearLarsArguments)
@@ -45,12 +44,6 @@ def test_processes_with_unequal_batches_are_refused(monkeypatch, tmp_path, kind)
     monkeypatch.setattr(TrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match=r"`accelerator_config` has `even_batches` false.* 2 processes"):
         kind(str(tmp_path), **fields)
-
-
-def test_given_learning_rate_is_kept(make):
-    args = make(learning_rate=0.125, base_learning_rate=7.0, gradient_accumulation_steps=4)
-    assert args.learning_rate == 0.125
-    assert make(learning_rate=0.0).learning_rate == 0.0
 
 
 def test_defaults_are_those_of_the_recipe(make):
@@ -101,7 +94,13 @@ def test_unknown_masker_schedule_is_refused(make):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("masker_learning_rate_multiplier", 0.0), ("difficulty_steps", 0), ("picture_steps", 0), ("num_probe_images", 1)],
+    [
+        ("learning_rate", 0.0),
+        ("masker_learning_rate_multiplier", 0.0),
+        ("difficulty_steps", 0),
+        ("picture_steps", 0),
+        ("num_probe_images", 1),
+    ],
 )
 def test_bounds_themselves_are_accepted(make, field, value):
     assert getattr(make(**{field: value}), field) == value
@@ -116,13 +115,6 @@ def test_hf_argument_parser(tmp_path):
     assert args.learning_rate == 0.5 * 32 / 256
     helps = {action.dest: action.help for action in parser._actions}
     assert all(helps[name] for name in PretrainingArguments.__annotations__)
-
-
-def test_survive_json(make):
-    # What checkpoints and loggers keep of a run.
-    values = make(base_learning_rate=1e-3, picture_steps=5).to_dict()
-    assert values["picture_steps"] == 5
-    assert values["learning_rate"] == 1e-3 * 64 / 256
 
 
 def test_trainer_refuses_plain_training_arguments(tmp_path, tiny_config):

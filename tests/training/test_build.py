@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-import clmae.training.trainer as module
+from clmae.training import matmul
 from clmae.training.build import fastest_attention
-from clmae.training.trainer import medium_is_float32
 
 from .runs import tiny_trainer
 
@@ -23,10 +22,10 @@ class Precisions(TrainerCallback):
     """Those that the steps ran under."""
 
     def __init__(self):
-        self.found = set()
+        self.seen = set()
 
     def on_step_end(self, *args, **kwargs):
-        self.found.add(torch.get_float32_matmul_precision())
+        self.seen.add(torch.get_float32_matmul_precision())
 
 
 @pytest.mark.parametrize(
@@ -40,13 +39,13 @@ class Precisions(TrainerCallback):
 )
 def test_matmul_precision(tmp_path, monkeypatch, as_exact, before, options, expected):
     messages = []
-    monkeypatch.setattr(module, "medium_is_float32", lambda: as_exact)
-    monkeypatch.setattr(module.logger, "info", messages.append)
+    monkeypatch.setattr(matmul, "medium_is_float32", lambda: as_exact)
+    monkeypatch.setattr(matmul.logger, "info", messages.append)
     seen = Precisions()
     torch.set_float32_matmul_precision(before)
     try:
         tiny_trainer(tmp_path, "mae", max_steps=1, callbacks=[seen], **options).train()
-        assert seen.found == {expected}
+        assert seen.seen == {expected}
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -54,7 +53,7 @@ def test_matmul_precision(tmp_path, monkeypatch, as_exact, before, options, expe
 
 
 def test_the_precision_is_given_back_by_a_run_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "medium_is_float32", lambda: True)
+    monkeypatch.setattr(matmul, "medium_is_float32", lambda: True)
     with pytest.raises(ValueError, match="`resume_from_checkpoint`"):
         tiny_trainer(tmp_path, "mae").train(resume_from_checkpoint=True)
     trainer = tiny_trainer(tmp_path, "mae")
@@ -65,17 +64,14 @@ def test_the_precision_is_given_back_by_a_run_that_fails(tmp_path, monkeypatch):
 
 
 def test_a_precision_is_tried_out(monkeypatch):
+    matmul.medium_is_float32.__wrapped__()
+    assert torch.get_float32_matmul_precision() == "highest"
     linear = nn.functional.linear
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)  # products stay as they are
-    assert medium_is_float32.__wrapped__()
+    assert matmul.medium_is_float32.__wrapped__()
 
     def rounded(a, b):
         return linear(a, b) if a.dtype == torch.float64 else linear(a.bfloat16().float(), b.bfloat16().float())
 
     monkeypatch.setattr(nn.functional, "linear", rounded)
-    assert not medium_is_float32.__wrapped__()
-
-
-def test_trying_out_leaves_no_trace():
-    medium_is_float32.__wrapped__()
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert not matmul.medium_is_float32.__wrapped__()

@@ -17,6 +17,8 @@ import clmae
 
 from .runs import record_run, tiny_model, weights
 
+pytestmark = pytest.mark.slow
+
 # Means over processes of means over 4 images are means over the 8. (keep_std and keep_spread are no means.)
 SAME = (
     "eval_mask_difficulty",

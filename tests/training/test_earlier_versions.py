@@ -16,6 +16,7 @@ from ..fixtures import make_run
 FOLDER = Path(make_run.__file__).parent / "commit_0c17772"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mae", "cmae_learned"])
 def test_an_earlier_run_goes_on_and_its_model_loads(name, tmp_path):
     record = json.loads((FOLDER / name / "record.json").read_text())
@@ -23,8 +24,11 @@ def test_an_earlier_run_goes_on_and_its_model_loads(name, tmp_path):
     shutil.copytree(FOLDER / name / checkpoint.name, checkpoint)
     run = make_run.trainer(name, tmp_path, 2 * make_run.SAVED_AT, save_strategy="no")
     run.train(resume_from_checkpoint=True)
-    # Rounding differs between processors, and AdamW makes more of it.
-    assert make_run.losses(run) == pytest.approx(record["losses"], rel=1e-3)
+    # It goes on with the weights, the optimiser's state and the order of the images, but with other crops and masks.
+    losses, saved_at = make_run.losses(run), make_run.SAVED_AT
+    assert losses[:saved_at] == record["losses"][:saved_at]
+    assert losses == pytest.approx(record["losses"], rel=0.15)
+    assert {int(state["step"]) for state in run.optimizer.state.values()} == {2 * saved_at}
     model = AutoModelForPreTraining.from_pretrained(FOLDER / name / "model").eval()
     images, noise = torch.linspace(-1, 1, 256).view(1, 1, 16, 16), torch.linspace(0, 0.9, 16)[None]
     assert model(images, noise=noise).logits.flatten()[:20].tolist() == pytest.approx(record["logits"], abs=1e-5)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from clmae.training import sealing
-from clmae.training import trainer as trainer_module
-from clmae.training.finite import FiniteWatch, NonFinite, NonFiniteError
+from clmae.training.finite import NonFiniteError
+from clmae.training.integrity import checkpoints, verify
 
-from .runs import assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, weights
+from .runs import assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, warned, weights
 
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None, max_steps=8)
 
@@ -45,47 +44,6 @@ class Poison:
         return outputs
 
 
-# -- the watch --------------------------------------------------------------------------------------------------------
-
-
-def two_processes(flags):
-    """As if a second process had seen a nan at the last place."""
-    other = torch.zeros_like(flags)
-    other[-1] = 1
-    return torch.cat([flags, other])
-
-
-def scalars(**values):
-    return {name: torch.tensor(value) for name, value in values.items()}
-
-
-def test_the_first_step_is_reported_and_forgotten():
-    watch = FiniteWatch(lambda flags: flags)
-    assert watch.look() is None
-    watch.add_losses(3, scalars(loss=1.0, kl_loss=2.0))
-    watch.add_gradient(3, torch.tensor(1.0))
-    assert watch.look() is None
-    watch.add_losses(4, scalars(loss=1.0))
-    watch.add_losses(4, scalars(loss=math.inf, kl_loss=-math.inf))
-    watch.add_gradient(4, torch.tensor(math.nan))
-    watch.add_losses(5, scalars(loss=math.nan))
-    assert watch.look() == NonFinite(4, ["loss", "kl_loss"], [(1, 0)])
-    assert watch.look() is None
-
-
-def test_a_gradient_without_a_loss():
-    watch = FiniteWatch(lambda flags: flags)
-    watch.add_losses(0, scalars(loss=1.0))
-    watch.add_gradient(0, torch.tensor(math.inf))
-    assert watch.look() == NonFinite(0, ["grad_norm"], [])
-
-
-def test_what_another_process_saw_stops_this_one():
-    watch = FiniteWatch(two_processes)
-    watch.add_losses(0, scalars(loss=1.0, kl_loss=1.0))
-    assert watch.look() == NonFinite(0, ["kl_loss"], [(0, 1)])
-
-
 def named_images(trainer, message, epoch):
     """What the images that a message names looked like in an epoch."""
     dataset = trainer.train_dataset
@@ -93,23 +51,24 @@ def named_images(trainer, message, epoch):
     return torch.stack([dataset[epoch * len(dataset) + index]["pixel_values"] for index in indices])
 
 
-# -- the trainer ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("what", ["loss", "gauss_loss", "gradient"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [("loss", "the loss (loss) is"), ("gauss_loss", "the loss (loss, gauss_loss) is"), ("gradient", "the gradient is")],
+)
 @pytest.mark.parametrize("logging_steps", [1, 50])
-def test_the_run_stops_before_anything_poisoned_is_saved(tmp_path, what, logging_steps):
+def test_the_run_stops_before_anything_poisoned_is_saved(tmp_path, what, named, logging_steps):
     trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, logging_steps=logging_steps)
     poison = Poison(trainer, 5, what)
     with pytest.raises(NonFiniteError) as error:
         trainer.train()
     message = str(error.value)
-    assert message.startswith("Step 5: ")
-    assert {"loss": "the loss (loss)", "gauss_loss": "gauss_loss)", "gradient": "the gradient"}[what] in message
-    assert "checkpoint-4" in message
+    assert message.startswith(f"Step 5: {named} not finite. Its images")
+    assert "The last checkpoint from before is checkpoint-4" in message
+    assert "`max_skipped_steps`" in message
     assert trainer.state.global_step == (5 if logging_steps == 1 else 6)
-    assert [path.name for path in sealing.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
-    assert [sealing.verify(path) for path in sealing.checkpoints(tmp_path)] == [[], []]
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+    assert [verify(path) for path in checkpoints(tmp_path)] == [[], []]
     # Of an epoch's four steps, the fifth is the first of the next.
     assert torch.equal(named_images(trainer, message, epoch=1), poison.images)
 
@@ -122,6 +81,16 @@ def test_the_micro_batch_is_named(tmp_path):
     with pytest.raises(NonFiniteError, match="Step 3: ") as error:
         trainer.train()
     assert torch.equal(named_images(trainer, str(error.value), epoch=0), poison.images)
+
+
+def test_what_another_process_saw_stops_this_one(tmp_path):
+    trainer = tiny_trainer(tmp_path, "cl_mae")
+    # As if a second process had seen a nan in the last value.
+    trainer.accelerator.gather = lambda flags: torch.cat([flags, torch.zeros_like(flags[:-1]), flags.new_ones(1)])
+    trainer.finite.add_losses({"loss": torch.tensor(1.0), "kl_loss": torch.tensor(1.0)})
+    with pytest.raises(NonFiniteError, match=r"Step 1: the loss \(kl_loss\) is not finite\. There is no checkpoint"):
+        trainer.finite.check()
+    trainer.finite.check()  # once
 
 
 def test_data_without_keys_and_the_last_step(tmp_path):
@@ -143,10 +112,9 @@ def test_a_model_saved_by_a_callback_is_checked(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("model-*")) == ["model-1", "model-2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, monkeypatch, what):
-    warned = []
-    monkeypatch.setattr(trainer_module.logger, "warning", warned.append)
+def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, caplog, what):
     seen = {}
 
     class Look(TrainerCallback):
@@ -156,17 +124,17 @@ def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, monkeypatch,
     trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, max_skipped_steps=1, logging_steps=2, callbacks=[Look()])
     Poison(trainer, 4, what)
     trainer.train()
-    assert len(warned) == 1
-    assert "Step 4: " in warned[0]
-    assert "1. of at most 1" in warned[0]
+    (message,) = warned(caplog)
+    assert message.startswith("Step 4: ")
+    assert message.endswith("Skipped this step, number 1 of at most 1.")
     assert_equal_weights(seen[4], seen[3])
     assert any(not torch.equal(seen[5][name], seen[4][name]) for name in seen[4])
     assert all(value.isfinite().all() for value in seen[8].values())
-    values = [v for entry in trainer.state.log_history for v in entry.values()]
-    assert all(math.isfinite(value) for value in values)
+    assert all(math.isfinite(value) for entry in trainer.state.log_history for value in entry.values())
     assert 4 not in logged(trainer, "grad_norm")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 @pytest.mark.parametrize(
     ("family", "fields"), [("mae", {}), ("cl_mae", {}), ("cmae", {}), ("cmae", {"learned_masks": True})]
@@ -183,6 +151,7 @@ def test_a_window_of_skipped_steps_logs_what_is_known(tmp_path, family, fields, 
     assert {"loss", "reconstruction_loss", "grad_norm"} <= second.keys()
 
 
+@pytest.mark.slow
 def test_nothing_piles_up_where_nothing_is_logged(tmp_path):
     trainer = tiny_trainer(tmp_path, "mae", max_steps=110, logging_strategy="no")
     Poison(trainer, 3)
@@ -212,9 +181,9 @@ def test_the_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path, max_g
     model = tiny_model("mae")
     trainer = tiny_trainer(tmp_path, model, max_steps=2, max_grad_norm=max_grad_norm, callbacks=[Look()])
     trainer.train()
-    found = logged(trainer, "grad_norm")
-    assert found.keys() == norms.keys() == {1, 2}
+    values = logged(trainer, "grad_norm")
+    assert values.keys() == norms.keys() == {1, 2}
     if max_grad_norm:
-        assert all(norm <= max_grad_norm * 1.001 < found[step] for step, norm in norms.items())
+        assert all(norm <= max_grad_norm * 1.001 < values[step] for step, norm in norms.items())
     else:
-        assert found == pytest.approx(norms, rel=1e-5)
+        assert values == pytest.approx(norms, rel=1e-5)

@@ -94,19 +94,14 @@ def test_visible_patches_stay_as_they_were(channels, norm_pix_loss):
             assert torch.equal(drawn, original)
 
 
-def test_keep_probabilities_come_as_a_grid():
-    keep = torch.arange(12.0).reshape(2, 6) / 12
-    parts = reconstruct(Fixed(3, True, torch.zeros(2, 6, 72), keep), images(3))
-    assert parts["keep_probabilities"].tolist() == keep.reshape(2, *GRID).tolist()
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_asked_in_evaluation_mode_and_left_in_its_own(training):
-    model = Fixed(3, True, torch.zeros(2, 6, 72)).train(training)
-    noise = torch.rand(2, 6)
-    reconstruct(model, images(3), noise)
+def test_the_model_is_called_in_evaluation_mode_and_left_in_its_own(training):
+    keep, noise = torch.arange(12.0).reshape(2, 6) / 12, torch.rand(2, 6)
+    model = Fixed(3, True, torch.zeros(2, 6, 72), keep).train(training)
+    parts = reconstruct(model, images(3), noise)
     assert model.calls == [(False, noise)]
     assert model.training is training
+    assert parts["keep_probabilities"].tolist() == keep.reshape(2, *GRID).tolist()
 
 
 @pytest.mark.parametrize("family", ["mae", "cl_mae"])
@@ -157,9 +152,9 @@ def test_figure_shows_original_visible_and_reconstruction(channels):
 
 
 def test_figure_without_mean_and_std_shows_the_pixels_as_they_are():
-    pixels = images(3)
-    rows = shown(reconstruction_figure(Fixed(3, True, torch.zeros(2, 6, 72)), pixels))
-    np.testing.assert_allclose(rows[0][0], pixels[0].clamp(0, 1).permute(1, 2, 0).numpy())
+    pixels = images(3)[:1]  # one image is enough
+    (original,), *_ = shown(reconstruction_figure(tiny_model(image_size=SIZE, patch_size=PATCH), pixels))
+    np.testing.assert_allclose(original, pixels[0].clamp(0, 1).permute(1, 2, 0).numpy())
 
 
 def test_figure_of_a_masking_module_has_a_fourth_row_on_a_fixed_scale():
@@ -171,11 +166,6 @@ def test_figure_of_a_masking_module_has_a_fourth_row_on_a_fixed_scale():
     scales = {axis.images[0].get_clim() for axis in figure.axes if axis.images and axis.images[0].get_array().ndim == 2}
     assert scales == {(0, 1)}
     assert figure.get_suptitle() == "step 7"
-
-
-def test_one_image_is_enough():
-    figure = reconstruction_figure(tiny_model(), torch.randn(1, 3, 16, 16))
-    assert [len(row) for row in shown(figure)] == [1, 1, 1, 1]
 
 
 def test_figure_to_array_and_file_agree_on_what_is_seen(tmp_path):
@@ -250,15 +240,18 @@ def test_curves_with_a_masking_module():
     assert list(panels["keep probabilities"]) == ["keep_mean", "keep_low", "keep_high", "keep_spread"]
 
 
-def test_curves_without_a_masking_module():
-    names = ("step", "loss", "reconstruction_loss", "eval_loss")
+@pytest.mark.parametrize(
+    ("names", "panels"),
+    [
+        (("step", "loss", "reconstruction_loss", "eval_loss"), {"losses": ["reconstruction_loss", "eval_loss"]}),
+        (("step", "loss"), {"losses": ["reconstruction_loss"]}),  # a model that returns nothing but its loss
+    ],
+)
+def test_curves_of_what_was_logged_alone(names, panels):
     history = [{name: entry[name] for name in names if name in entry} for entry in HISTORY]
-    assert list(curves(curves_figure(history))) == ["losses"]
-
-
-def test_curves_of_a_model_that_returns_nothing_but_its_loss():
-    history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    assert curves(curves_figure(history)) == {"losses": {"reconstruction_loss": ([1, 2], [2.0, 1.0])}}
+    drawn = curves(curves_figure(history))
+    assert {title: list(lines) for title, lines in drawn.items()} == panels
+    assert drawn["losses"]["reconstruction_loss"] == ([5, 10], [3.0, 2.0] if len(names) == 2 else [1.5, 1.0])
 
 
 def test_curves_of_a_run_that_logged_nothing(tmp_path):

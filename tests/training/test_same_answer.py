@@ -22,6 +22,7 @@ def everything(tmp_path, **options):
     return history, weights(trainer.model)
 
 
+@pytest.mark.slow
 def test_one_seed_is_one_run_bit_by_bit(tmp_path):
     history, first = everything(tmp_path / "first")
     again, second = everything(tmp_path / "second", dataloader_num_workers=1)
@@ -51,6 +52,7 @@ def in_parts(tmp_path, family, parts):
     return logged(trainer, "loss"), logged(trainer, "reconstruction_loss"), weights(trainer.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mae", "cl_mae"])
 def test_four_images_accumulated_are_a_batch_of_four(tmp_path, family):
     *whole, expected = in_parts(tmp_path / "whole", family, 1)
@@ -65,6 +67,7 @@ def test_four_images_accumulated_are_a_batch_of_four(tmp_path, family):
     assert apart < 1e-3 * moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tolerance"), [("mae", 0.01), ("cl_mae", 0.02)])
 def test_bf16_tracks_float32(tmp_path, family, tolerance):
     curves = []

@@ -15,9 +15,9 @@ from clmae.evaluation.finetuning import (
     LinearLarsArguments,
     LinearProbe,
     from_scratch,
-    layer_ids,
     load_classifier,
 )
+from clmae.evaluation.finetuning.parameters import layer_ids
 
 from .samples import CLASSES, VIT
 

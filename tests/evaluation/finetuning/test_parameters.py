@@ -8,7 +8,7 @@ from torch import nn
 from transformers import Dinov2Config, ViTConfig
 
 from clmae import FAMILIES, MAEForImageClassification
-from clmae.evaluation.finetuning import layer_lr_scales, parameter_groups
+from clmae.evaluation.finetuning.parameters import layer_lr_scales, parameter_groups
 
 from .samples import VIT
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ from clmae.evaluation.finetuning import (
     classifier_scores,
     load_classifier,
 )
-from clmae.training.sealing import run_lock
+from clmae.training.finite import NonFiniteError
+from clmae.training.integrity import checkpoints, run_lock, verify
 
 from .samples import PLAIN, STRONG, VIT, augmented, coloured_images
 
@@ -86,6 +88,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_in_evaluation_mode(saved, argument
     assert len(trainer.optimizer.state) == len(trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [FinetuningArguments, LinearLarsArguments])
 def test_same_seed_same_weights_whatever_came_before(saved, arguments, kind):
     def weights(seed: int, noise: int) -> torch.Tensor:
@@ -99,6 +102,7 @@ def test_same_seed_same_weights_whatever_came_before(saved, arguments, kind):
     assert not torch.equal(first, weights(2, noise=10))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(tmp_path, arguments):
     # transformers' ViT takes the Trainer's loss arguments, by which the Trainer would leave a mean loss undivided.
     ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path)
@@ -116,6 +120,7 @@ def test_accumulated_batches_are_one_batch(tmp_path, arguments):
     assert whole.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_what_is_judged_and_survives_a_resume(saved, arguments, tmp_path):
     decay, history = 0.7, []
 
@@ -149,12 +154,12 @@ WRONG_SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("came", WRONG_SAMPLES)
-def test_images_that_are_no_pixels_are_refused_at_once(saved, arguments, came):
-    model, wrong = load_classifier(saved, arguments(), 3), WRONG_SAMPLES[came]
+@pytest.mark.parametrize("sample", WRONG_SAMPLES)
+def test_images_that_are_no_pixels_are_refused_at_once(saved, arguments, sample):
+    model, wrong = load_classifier(saved, arguments(), 3), WRONG_SAMPLES[sample]
     with pytest.raises(ValueError, match=r"`train_dataset` is a (list|Dataset).*`AugmentedImages\("):
         ClassificationTrainer(model, arguments(), wrong, num_classes=3)
-    with pytest.raises(ValueError, match=rf"`eval_dataset` gives {came}.*`LabelledImages\("):
+    with pytest.raises(ValueError, match=rf"`eval_dataset` gives {sample}.*`LabelledImages\("):
         ClassificationTrainer(model, arguments(), augmented(), wrong, num_classes=3)
 
 
@@ -176,6 +181,28 @@ def test_a_folder_in_use_is_refused_and_tokens_are_not_saved(saved, arguments):
     files = [path for path in Path(args.output_dir).rglob("*") if path.is_file()]
     assert "training_args.bin" in {path.name for path in files}
     assert [path for path in files if b"hf_do_not_tell" in path.read_bytes()] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_before_it_is_saved(saved, arguments, what):
+    args = arguments(max_steps=6, per_device_train_batch_size=3, save_strategy="steps", save_steps=2, logging_steps=50)
+    model = load_classifier(saved, args, 3)
+
+    def poison(module, inputs, outputs):
+        if module.training and trainer.state.global_step == 4:
+            factor = module.classifier.weight.flatten()[0] * 0
+            outputs.logits = outputs.logits + (torch.sqrt(factor.abs()) if what == "gradient" else math.nan)
+
+    model.register_forward_hook(poison)
+    trainer = ClassificationTrainer(model, args, augmented(**STRONG), num_classes=3)
+    named = {"loss": r"the loss \(loss\)", "gradient": "the gradient"}[what]
+    message = rf"Step 5: {named} is not finite\. Its images, .*: \[\d, \d, \d\]\. The last .* checkpoint-4\. Take"
+    with pytest.raises(NonFiniteError, match=message) as error:
+        trainer.train()
+    assert "max_skipped_steps" not in str(error.value)  # no option of this trainer
+    assert [path.name for path in checkpoints(args.output_dir)] == ["checkpoint-4"]
+    assert verify(checkpoints(args.output_dir)[0]) == []
 
 
 def test_scores_by_hand():

@@ -1,13 +1,14 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Folders that are whole or do not count: checkpoints and models sealed by a manifest, one run at a time in each.
+"""Integrity of checkpoints and models: manifests, the choice of a valid checkpoint, rotation, one run per folder.
 
-The manifest names every file that belongs, with its size and checksum, and is written last: a folder in which a save
-was cut off has none, and one that was damaged later does not fit it.
+A manifest names every file that belongs to a folder, with its size and checksum. It is written last: a folder whose
+save was cut off has none, and a folder that was damaged later does not match it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -18,15 +19,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from clmae.configuration.errors import InputError
 from clmae.model_cards.files import replacing
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -35,20 +32,17 @@ LOCK_NAME = "run.lock"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _DELETED = ".deleted"
 _CHUNK = 1 << 22  # bytes read at once
-_locked: set[str] = set()  # by this process, which its own lock would not keep out
 
 
 # -- manifests --------------------------------------------------------------------------------------------------------
 
 
 def seal(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
-    """Writes the manifest of a folder whose files are complete; only then do they count.
-
-    All of it is on the disk when this returns, and the manifest appears whole or not at all.
+    """Writes the manifest of a folder whose files are complete; everything is on the disk when this returns.
 
     Args:
         folder: With the files.
-        names: Which of them belong, relative to the folder; all, also in sub-folders, if not given.
+        names: Which of them belong, relative to the folder; by default all, also in sub-folders.
     """
     folder = Path(folder)
     paths = [p for p in folder.rglob("*") if p.is_file()] if names is None else [folder / name for name in names]
@@ -65,24 +59,24 @@ def seal(folder: str | os.PathLike, names: Iterable[str] | None = None) -> None:
 
 
 def unseal(folder: str | os.PathLike) -> None:
-    """Takes the manifest away, before files change."""
+    """Removes the manifest, before files change."""
     Path(folder, MANIFEST_NAME).unlink(missing_ok=True)
 
 
 def is_sealed(folder: str | os.PathLike) -> bool:
-    """Whether there is a manifest; whether the files fit it, [`verify`] tells."""
+    """Whether there is a manifest; whether the files match it, [`verify`] says."""
     return Path(folder, MANIFEST_NAME).is_file()
 
 
 def verify(folder: str | os.PathLike) -> list[str]:
-    """Reads every file of a sealed folder, and says what is wrong; files that the manifest does not name may be there.
+    """Reads every file that the manifest of a folder names; files that it does not name may be there.
 
     Returns:
-        A sentence a problem: no manifest, or a file that is missing, has another size, or another checksum.
+        A sentence per problem: no manifest, or a file that is missing, has another size, or another checksum.
     """
     folder = Path(folder)
     if not is_sealed(folder):
-        return [f"it is not sealed: there is no {MANIFEST_NAME}, as if its save had been cut off."]
+        return [f"it is not sealed: there is no manifest ({MANIFEST_NAME}), as if its save had been cut off."]
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -103,11 +97,11 @@ def _problem(folder: Path, name: str, size: int, crc32: int) -> str | None:
             return f"{name} is missing."
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes, but {size:,} were written."
-        return (
-            None if checksum(path) == crc32 else f"{name} has changed: its checksum is not the one of what was saved."
-        )
+        if checksum(path) != crc32:
+            return f"{name} has changed: its checksum is not the one of what was saved."
     except (OSError, ValueError) as error:
         return f"{name} cannot be read: {error}."
+    return None
 
 
 def _checksum_of_entries(files: Any) -> int:
@@ -115,7 +109,7 @@ def _checksum_of_entries(files: Any) -> int:
 
 
 def checksum(path: str | os.PathLike) -> int:
-    """CRC-32 of a file; it finds damage, not malice."""
+    """CRC-32 of a file; it reveals damage, not malice."""
     value = 0
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
@@ -143,18 +137,18 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """All checkpoints of an output folder, whole or not, by their steps."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=checkpoint_step)
+    """All checkpoints of an output folder, valid or not, by their steps."""
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if _CHECKPOINT.fullmatch(p.name) and p.is_dir()]
+    return sorted(folders, key=checkpoint_step)
 
 
 def last_valid_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, dict[Path, list[str]]]:
-    """The newest checkpoint of an output folder that [`verify`] has nothing against.
+    """The newest checkpoint of an output folder in which [`verify`] sees no problem.
 
     Returns:
         `(checkpoint, passed_over)`: `None` if there is no valid one; and the newer ones, each with its problems.
     """
-    passed_over = {}
+    passed_over: dict[Path, list[str]] = {}
     for checkpoint in reversed(checkpoints(output_dir)):
         problems = verify(checkpoint)
         if not problems:
@@ -163,17 +157,17 @@ def last_valid_checkpoint(output_dir: str | os.PathLike) -> tuple[Path | None, d
     return None, passed_over
 
 
-def choose_checkpoint(wanted: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | None:
+def choose_checkpoint(resume: str | os.PathLike | bool | None, output_dir: str | os.PathLike) -> str | None:
     """The checkpoint that `resume_from_checkpoint` means; `True` is the newest valid one, with a warning of others.
 
-    One that is named may be unsealed (another program may have written it), which is warned about.
+    One that is named may be without a manifest (another program may have written it), which is warned about.
 
     Raises:
-        InputError: There is no valid checkpoint, or the one that was named is damaged; with what is wrong.
+        InputError: There is no valid checkpoint, or the one that was named is damaged; the message says how.
     """
-    if not wanted:
+    if not resume:
         return None
-    if wanted is True:
+    if resume is True:
         checkpoint, passed_over = last_valid_checkpoint(output_dir)
         reasons = [f"{path.name}: {' '.join(problems)}" for path, problems in passed_over.items()]
         if checkpoint is None:
@@ -186,40 +180,40 @@ def choose_checkpoint(wanted: str | os.PathLike | bool | None, output_dir: str |
         if reasons:
             logger.warning(f"Resuming from {checkpoint.name}, the newest valid checkpoint.")
         return str(checkpoint)
-    if not Path(wanted).is_dir():
-        raise InputError(f"`resume_from_checkpoint` is {str(wanted)!r}, but there is no such folder.")
-    problems = verify(wanted)
-    if problems and is_sealed(wanted):
+    if not Path(resume).is_dir():
+        raise InputError(f"`resume_from_checkpoint` is {str(resume)!r}, but there is no such folder.")
+    problems = verify(resume)
+    if problems and is_sealed(resume):
         raise InputError(
-            f"`resume_from_checkpoint` is {str(wanted)!r}, which is damaged: {' '.join(problems)} Name an earlier "
+            f"`resume_from_checkpoint` is {str(resume)!r}, which is damaged: {' '.join(problems)} Name an earlier "
             "checkpoint, or give true (on the command line: last) for the newest valid one."
         )
     if problems:
-        logger.warning(f"{wanted} has no {MANIFEST_NAME}: whether it is whole cannot be told.")
-    return str(wanted)
+        logger.warning(f"{resume} has no manifest ({MANIFEST_NAME}): whether it is complete cannot be checked.")
+    return str(resume)
 
 
 def rotate_checkpoints(
     output_dir: str | os.PathLike, step: int, limit: int | None, best: str | os.PathLike | None = None
 ) -> None:
-    """Deletes checkpoints beyond `limit`: first those of later steps, which a run left that this one went back behind.
+    """Deletes checkpoints beyond `limit`: first those of later steps, which a run left that went on from before them.
 
-    By their steps and not by time: a clock may be set back. Each goes aside first: a half-deleted one, where a run is
-    killed at that moment, must not look like a damaged checkpoint. The next rotation deletes the rest.
+    By their steps and not by time: a clock may be set back. Each is renamed first, so that a half-deleted one, where a
+    run is killed at that moment, does not look like a damaged checkpoint. The next rotation deletes the rest.
 
     Args:
         output_dir: With the checkpoints.
-        step: Of the newest one, which stays, and is sealed.
+        step: Of the newest one, which stays.
         limit: How many stay; all if `None` or below 1.
         best: One that stays as well.
     """
     if limit is None or limit < 1:
         return
-    found = sorted(checkpoints(output_dir), key=lambda path: (checkpoint_step(path) <= step, checkpoint_step(path)))
-    same = best and os.path.realpath(best)
-    kept = [path for path in found if checkpoint_step(path) == step or os.path.realpath(path) == same]
-    others = [path for path in found if path not in kept]
-    for path in others[: max(0, len(found) - max(limit, len(kept)))]:
+    folders = sorted(checkpoints(output_dir), key=lambda path: (checkpoint_step(path) <= step, checkpoint_step(path)))
+    best = best and os.path.realpath(best)
+    kept = [path for path in folders if checkpoint_step(path) == step or os.path.realpath(path) == best]
+    others = [path for path in folders if path not in kept]
+    for path in others[: max(0, len(folders) - max(limit, len(kept)))]:
         with contextlib.suppress(OSError):
             path.replace(path.with_name(f".{path.name}{_DELETED}"))
     for path in Path(output_dir).glob(f".checkpoint-*{_DELETED}"):
@@ -233,81 +227,40 @@ def rotate_checkpoints(
 def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
     """Keeps other runs out of an output folder, which is made if it is not there.
 
-    The operating system's lock: it ends with the process, however that ends. Where there are none (Windows, some
-    network drives), nothing is locked.
+    The operating system's lock: it ends with the process, however that ends.
 
     Raises:
         InputError: Another run holds it, or the folder cannot be written to.
     """
-    folder = os.path.realpath(output_dir)
-    path = Path(folder, LOCK_NAME)
-    if folder in _locked:
-        raise InputError(f"`output_dir` {str(output_dir)!r} is in use by another run of this process.")
+    path = Path(os.path.realpath(output_dir), LOCK_NAME)
+    lock = FileLock(path, timeout=0)
     try:
-        os.makedirs(folder, exist_ok=True)
-        descriptor = _lock(path)
-    except BlockingIOError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
         raise InputError(
             f"`output_dir` {str(output_dir)!r} is in use by another run{_holder(path)}: wait for its end, or choose "
             "another folder."
         ) from None
-    except OSError as error:
-        raise InputError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
-    _locked.add(folder)
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.ENOTSUP):
+            raise InputError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
+        # A file system without locks.
+        logger.warning(f"{path.parent} cannot be locked ({error}): take care that no other run writes to it.")
     try:
+        with contextlib.suppress(OSError):  # Windows lets nobody write to a locked file
+            path.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
         yield
     finally:
-        _locked.discard(folder)
-        if descriptor is not None:
-            with contextlib.suppress(OSError):  # what ended the run may have taken the folder, too
-                path.unlink()
-            os.close(descriptor)
-
-
-def _lock(path: Path) -> int | None:
-    """An open lock file, locked by this process alone; `None` where the file system has no locks."""
-    if fcntl is None:
-        return None
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # A record lock: unlike flock's, worker processes do not inherit it, and cannot outlive the run with it.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
-                return descriptor
-        except FileNotFoundError:
-            pass  # the run before ended in between, and took its file away: lock the next one
-        except (BlockingIOError, PermissionError) as error:
-            os.close(descriptor)
-            raise BlockingIOError from error
-        except OSError as error:
-            os.close(descriptor)
-            logger.warning(f"{path.parent} cannot be locked ({error}): take care that no other run writes to it.")
-            return None
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # what ended the run may have removed the folder, too
+            path.unlink()
+        lock.release()
 
 
 def _holder(path: Path) -> str:
     try:
         holder: Any = json.loads(path.read_text(encoding="utf-8"))
-        return f" (process {holder['pid']} on {holder['host']})"
+        pid, host = holder["pid"], holder["host"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
-
-
-__all__ = [
-    "LOCK_NAME",
-    "MANIFEST_NAME",
-    "checkpoint_step",
-    "checkpoints",
-    "choose_checkpoint",
-    "is_sealed",
-    "last_valid_checkpoint",
-    "rotate_checkpoints",
-    "run_lock",
-    "seal",
-    "unseal",
-    "verify",
-]
+    return " of this process" if (pid, host) == (os.getpid(), socket.gethostname()) else f" (process {pid} on {host})"

@@ -15,9 +15,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 from clmae import FAMILIES
 from clmae.evaluation.finetuning import ClassificationTrainer, FinetuningArguments, LinearLarsArguments, finetune
 from clmae.training.data import make_image_processor
-from clmae.training.sealing import verify
+from clmae.training.integrity import verify
 
 from .samples import PLAIN, coloured_images
+
+pytestmark = pytest.mark.slow  # all of it trains
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_killed_run_goes_on_from_its_newest_whole_checkpoint(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_every_test_image_is_judged(saved, dataset, arguments):
+def test_every_test_image_is_evaluated(saved, dataset, arguments):
     fields = dict(per_device_train_batch_size=12, per_device_eval_batch_size=8, eval_strategy="epoch")
     fields["validation_share"] = 0.25  # 36 images are trained on: whole batches
     whole = finetune(saved, dataset, arguments(**fields), baselines=False)
