@@ -231,13 +231,16 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
         noise: Tensor | None,
         errors: Tensor,
         ids_predicted: Tensor | None,
+        compute_masker_loss: bool = False,
         contrast: bool = False,
         withhold: bool = False,
         **options: Any,
     ) -> dict[str, Any]:
-        """L_pos and its accuracy, L_con and its projections."""
+        """CL-MAE's, L_pos and its accuracy, L_con and its projections."""
         tokens = hidden_states[:, 1:]
-        terms = super().task_terms(hidden_states, chosen, noise, errors, ids_predicted, contrast=contrast, **options)
+        terms = super().task_terms(
+            *(hidden_states, chosen, noise, errors, ids_predicted, compute_masker_loss), contrast=contrast, **options
+        )
         if withhold:
             terms |= self.predict_positions(tokens, chosen, self.withheld_tokens(noise, chosen))
         if contrast:

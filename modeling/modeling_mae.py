@@ -336,7 +336,7 @@ class MAEDecoder(nn.Module):
             hidden_states = torch.cat([hidden_states[:, :1], tokens], dim=1)
         hidden_states = hidden_states + resize_positions(self.decoder_pos_embed, self.config.grid_size, grid_size)
         first = 1
-        if ids_predicted is not None:
+        if ids_keep is not None and ids_predicted is not None:
             patches = gather_tokens(hidden_states[:, 1:], torch.cat([ids_keep, ids_predicted], dim=1))
             hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
             first += ids_keep.shape[1]
