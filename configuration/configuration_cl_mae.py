@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from clmae.configuration.configuration_mae import MAX_LAYERS, MAEConfig, Rule, choice, integer, number
 from clmae.configuration.errors import InputError
@@ -21,7 +21,7 @@ class CLMAEConfig(MAEConfig):
     Everything of [`MAEConfig`], and the masking module, its losses and its curriculum.
 
     Args:
-        masker_objective (`str`, *optional*, defaults to `"soft"`): How the masking module learns. `"soft"`, the
+        masker_objective (`str`, *optional*, defaults to `"error"`): How the masking module learns. `"soft"`, the
             paper's: by the reconstruction loss under soft masks, in a pass of its own. `"error"`, this project's: it
             predicts each patch's error, which costs no further pass, and the visible patches are drawn with weights
             `exp(λ_CL * masker_error_scale * predicted error)`.
@@ -29,7 +29,7 @@ class CLMAEConfig(MAEConfig):
             errors, which have mean 0 and deviation 1, instead of chance.
         masker_hidden_size (`int`, *optional*): With `"error"`, the masking module's width; about half of the encoder's
             if not given. (With `"soft"` it is the encoder's.)
-        masker_num_hidden_layers (`int`, *optional*): Blocks of the masking module; 5, or 1 with `"error"`, if not
+        masker_num_hidden_layers (`int`, *optional*): Blocks of the masking module; 1, or 5 with `"soft"`, if not
             given.
         masker_num_attention_heads (`int`, *optional*, defaults to 4): Its attention heads; must divide its width.
         masker_intermediate_size (`int`, *optional*): Width of its MLP; four times its own width, or twice
@@ -59,7 +59,7 @@ class CLMAEConfig(MAEConfig):
 
     model_type = "cl_mae"
 
-    masker_objective: str = "soft"
+    masker_objective: str = "error"
     masker_error_scale: float = 3.0
     masker_hidden_size: int = None  # type: ignore[assignment]
     masker_num_hidden_layers: int = None  # type: ignore[assignment]
@@ -91,6 +91,8 @@ class CLMAEConfig(MAEConfig):
         (choice(*KL_REDUCTIONS), "kl_reduction"),
         (choice(*CURRICULUM_SHAPES), "curriculum_shape"),
     )
+
+    _earlier: ClassVar[dict[str, Any]] = {"masker_objective": "soft"}
 
     @property
     def learns_masks(self) -> bool:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
 from clmae.configuration.configuration_mae import Rule, boolean, integer, number
@@ -24,16 +24,16 @@ class CMAEConfig(CLMAEConfig):
         decoder_hidden_size (`int`, *optional*, defaults to 128): Decoder width.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 1): Decoder blocks.
         decoder_num_attention_heads (`int`, *optional*, defaults to 4): Attention heads in each decoder block.
-        contrastive_loss_weight (`float`, *optional*, defaults to 0.1): Weight of the contrast between two views of an
+        contrastive_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the contrast between two views of an
             image; 0: not computed, and one view is enough.
         contrastive_temperature (`float`, *optional*, defaults to 0.2): What similarities are divided by.
         projection_size (`int`, *optional*, defaults to 128): Width of the vectors that are compared.
         projection_hidden_size (`int`, *optional*): Width of the projector's hidden layer; four times the encoder's, at
             least 512, if not given.
-        projection_batch_norm (`bool`, *optional*, defaults to `False`): BatchNorm in the projector's hidden layer.
-        decoded_views (`int`, *optional*, defaults to 2): Views of an image that are decoded while two are contrasted, 1
+        projection_batch_norm (`bool`, *optional*, defaults to `True`): BatchNorm in the projector's hidden layer.
+        decoded_views (`int`, *optional*, defaults to 1): Views of an image that are decoded while two are contrasted, 1
             or 2; with 1 the second view trains the encoder by contrast alone.
-        position_loss_weight (`float`, *optional*, defaults to 0.1): Weight of predicting where a token came from; 0:
+        position_loss_weight (`float`, *optional*, defaults to 0.0): Weight of predicting where a token came from; 0:
             not computed.
         position_mask_ratio (`float`, *optional*, defaults to 0.75): Share of the visible tokens whose position is
             withheld, in (0, 1].
@@ -49,13 +49,13 @@ class CMAEConfig(CLMAEConfig):
     decoder_hidden_size: int = 128
     decoder_num_hidden_layers: int = 1
     decoder_num_attention_heads: int = 4
-    contrastive_loss_weight: float = 0.1
+    contrastive_loss_weight: float = 1.0
     contrastive_temperature: float = 0.2
     projection_size: int = 128
-    projection_batch_norm: bool = False
-    decoded_views: int = 2
+    projection_batch_norm: bool = True
+    decoded_views: int = 1
     projection_hidden_size: int = None  # type: ignore[assignment]  # filled in when it is made
-    position_loss_weight: float = 0.1
+    position_loss_weight: float = 0.0
     position_mask_ratio: float = 0.75
     learned_masks: bool = False
 
@@ -68,6 +68,7 @@ class CMAEConfig(CLMAEConfig):
         (integer(2), "decoded_views"),
         (boolean, "learned_masks projection_batch_norm"),
     )
+    _earlier: ClassVar[dict[str, Any]] = CLMAEConfig._earlier | {"projection_batch_norm": False, "decoded_views": 2}
     _decoder_follows_size: ClassVar[bool] = False
 
     @property

@@ -193,6 +193,7 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         (choice(*MASK_SAMPLERS), "mask_sampler"),
         (choice(*POOLINGS), "pooling"),
     )
+    _earlier: ClassVar[dict[str, Any]] = {}  # fields that files of earlier versions lack, with what those did
     _decoder_follows_size: ClassVar[bool] = True  # whether `from_size` sets the decoder too
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -222,6 +223,8 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`{name}` is no field of {cls.__name__} and has no effect; did you mean `{cls._meant(name)}`?"
             )
         fields = {name: value for name, value in config_dict.items() if name not in misspelt}
+        if "hidden_size" in fields:  # a whole file, not a person's few
+            fields = cls._earlier | fields
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             # A family that goes on from another's folder is itself, and says so when it is saved.
             fields.pop("auto_map", None)

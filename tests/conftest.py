@@ -30,7 +30,7 @@ TINY = dict(
     image_size=16,
     patch_size=4,
 )
-TINY_MASKER = dict(masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48)
+TINY_MASKER = dict(masker_objective="soft", masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48)
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,10 @@ class PictureCallback(_PeriodicCallback):
         processor = self.trainer.processing_class
         mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))
         title = f"step {state.global_step}"
-        figure = reconstruction_figure(self.trainer.model, **batch, image_mean=mean, image_std=std, title=title)
+        factor = self.trainer.curriculum_factor(state.global_step) if self.trainer.has_masking_module else None
+        figure = reconstruction_figure(
+            self.trainer.model, **batch, image_mean=mean, image_std=std, title=title, curriculum_factor=factor
+        )
         if not state.is_world_process_zero:
             return
         save_figure(figure, Path(args.output_dir) / "pictures" / f"step-{state.global_step:06d}.png")

@@ -48,11 +48,16 @@ def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_int
     visible = config.num_visible(patches)
     embedding = 2 * _linear(patches, config.patch_dim, width)  # the images need no gradient
     parts: dict[str, float] = {"encoder": embedding + 3 * sum(_encoder(config, visible + 1))}
-    parts["decoder"] = 3 * sum(_decoder(config, visible + 1))
+    decoded = 1 / 2 if views == 2 and config.decoded_views == 1 else 1.0
+    parts["decoder"] = 3 * decoded * sum(_decoder(config, visible + 1, config.prediction_ratio))
     if config.learns_masks:
         share = 1 / masker_update_interval
-        parts["masking module"] = (1 + 2 * share) * _masking_module(config)
-        parts["pass B"] = share * _pass_b(config)
+        if config.masker_objective == "error":
+            parts["masking module"] = (1 + 2 * share) * _error_predictor(config)
+            parts["masking module"] -= share * _linear(patches, width, config.masker_hidden_size)  # tokens: no gradient
+        else:
+            parts["masking module"] = (1 + 2 * share) * _masking_module(config)
+            parts["pass B"] = share * _pass_b(config)
     if config.model_type == "cmae" and config.position_loss_weight:
         parts["token positions"] = 3 * _linear(int(visible * config.position_mask_ratio), width, patches) + embedding
     if config.model_type == "cmae" and config.contrastive_loss_weight:
@@ -76,11 +81,15 @@ def _encoder(config: MAEConfig, tokens: int) -> tuple[int, int]:
     return _blocks(config.num_hidden_layers, tokens, config.hidden_size, config.intermediate_size)
 
 
-def _decoder(config: MAEConfig, tokens: int) -> tuple[int, int]:
-    """Of the encoder's `tokens`; its blocks see all patches."""
-    width, patches = config.decoder_hidden_size, config.num_patches
-    linear, attention = _blocks(config.decoder_num_hidden_layers, patches + 1, width, config.decoder_intermediate_size)
-    linear += _linear(tokens, config.hidden_size, width) + _linear(patches, width, config.patch_dim)
+def _decoder(config: MAEConfig, tokens: int, prediction_ratio: float = 1.0) -> tuple[int, int]:
+    """Of the encoder's `tokens`; its blocks see all patches, or the visible ones and those that are predicted."""
+    width, seen = config.decoder_hidden_size, config.num_patches + 1
+    predicted = config.num_patches
+    if prediction_ratio < 1:
+        predicted = max(1, round(prediction_ratio * (seen - tokens)))
+        seen = tokens + predicted
+    linear, attention = _blocks(config.decoder_num_hidden_layers, seen, width, config.decoder_intermediate_size)
+    linear += _linear(tokens, config.hidden_size, width) + _linear(predicted, width, config.patch_dim)
     return linear, attention
 
 
@@ -90,6 +99,12 @@ def _masking_module(config: MAEConfig) -> int:
     # The last block computes the class token alone, of all tokens' keys and values.
     last = _linear(patches + 1, width, 2 * width) + 4 * (patches + 1) * width + _linear(1, width, 2 * width + 2 * inner)
     return sum(blocks) + last + _linear(1, width, patches)
+
+
+def _error_predictor(config: MAEConfig) -> int:
+    patches, width = config.num_patches, config.masker_hidden_size
+    blocks = _blocks(config.masker_num_hidden_layers, patches, width, config.masker_intermediate_size)
+    return _linear(patches, config.hidden_size, width) + sum(blocks) + _linear(patches, width, 1)
 
 
 def _pass_b(config: MAEConfig) -> int:

@@ -22,23 +22,31 @@ _GREY = 0.5  # what a masked patch is drawn as
 
 @torch.no_grad()
 def reconstruct(
-    model: nn.Module, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    curriculum_factor: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """Masks and reconstructs images, under learned masks where the model has them.
 
     Args:
         model: A masked autoencoder (`MAEForPreTraining`, `CLMAEForPreTraining`, transformers' `ViTMAEForPreTraining`).
         pixel_values (`(B, C, H, W)`): Normalised images.
-        noise (`(B, N)`, *optional*): Fixes the masks of a model that does not learn them.
+        noise (`(B, N)`, *optional*): Fixes what of the masks is drawn.
+        curriculum_factor (`float`, *optional*): λ_CL of masks that are drawn by predicted errors; the curriculum's end
+            if not given.
 
     Returns:
         `mask` (`(B, 1, H, W)`, 1 = masked), `reconstruction` (`(B, C, H, W)`: visible patches as they were, masked ones
-        as predicted) and, where learned, `keep_probabilities` (`(B, h, w)`).
+        as predicted) and, where learned, `keep_probabilities` or `predicted_errors` (`(B, h, w)`).
     """
     was_training = model.training
     config: Any = model.config
     model.eval()
-    outputs = model(pixel_values=pixel_values, noise=noise)
+    factor = {}
+    if getattr(config, "learns_masks", False):
+        factor = {"curriculum_factor": config.curriculum_end if curriculum_factor is None else curriculum_factor}
+    outputs = model(pixel_values=pixel_values, noise=noise, **factor)
     model.train(was_training)
     patch_size = pair(config.patch_size)
     grid_size = pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1]
@@ -54,9 +62,9 @@ def reconstruct(
         "mask": unpatchify(pixels_of_mask, patch_size, grid_size),
         "reconstruction": unpatchify(torch.where(mask > 0, predicted, patches), patch_size, grid_size),
     }
-    keep = outputs.get("keep_probabilities")
-    if keep is not None:
-        result["keep_probabilities"] = keep.float().unflatten(1, grid_size)
+    for name in ("keep_probabilities", "predicted_errors"):
+        if outputs.get(name) is not None:
+            result[name] = outputs[name].float().unflatten(1, grid_size)
     return result
 
 
@@ -67,13 +75,14 @@ def reconstruction_figure(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     title: str | None = None,
+    curriculum_factor: float | None = None,
 ) -> Figure:
-    """A row each of originals, masked images, reconstructions and, where learned, keep probabilities.
+    """A row each of originals, masked images, reconstructions and, where masks are learned, what they are learned by.
 
     `image_mean` and `image_std` are those that `pixel_values` `(B, C, H, W)` were normalised by; without them the
     pixels are drawn as if in [0, 1].
     """
-    parts = reconstruct(model, pixel_values, noise)
+    parts = reconstruct(model, pixel_values, noise, curriculum_factor)
     mask = parts["mask"].cpu()
     images = _displayable(pixel_values, image_mean, image_std)
     reconstructions = _displayable(parts["reconstruction"], image_mean, image_std)
@@ -86,6 +95,9 @@ def reconstruction_figure(
     if "keep_probabilities" in parts:
         keep = parts["keep_probabilities"].cpu().numpy()
         rows.append(("keep probability", keep, {"vmin": 0, "vmax": 1, "cmap": "viridis"}))
+    if "predicted_errors" in parts:
+        errors = parts["predicted_errors"].cpu().numpy()
+        rows.append(("predicted error", errors, {"vmin": -2, "vmax": 2, "cmap": "viridis"}))  # in standard deviations
     columns = len(pixel_values)
     figure = Figure(figsize=(1.3 * columns + 1.2, 1.4 * len(rows) + 0.3), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -116,7 +128,7 @@ def curves_figure(log_history: list[dict[str, float]]) -> Figure:
     Only what was logged is drawn.
     """
     panels = [
-        ("losses", ["reconstruction_loss", "soft_reconstruction_loss", "eval_loss"]),
+        ("losses", ["reconstruction_loss", "soft_reconstruction_loss", "prediction_loss", "eval_loss"]),
         ("mask difficulty", ["mask_difficulty"]),
         ("curriculum factor λ_CL", ["curriculum_factor"]),
         ("keep probabilities", ["keep_mean", "keep_low", "keep_high", "keep_spread"]),

@@ -291,8 +291,10 @@ class CurriculumTrainer(BaseTrainer):
         return inputs
 
     def curriculum_factor(self, step: int) -> float:
-        """λ_CL at optimiser step `step` of this run."""
+        """λ_CL at optimiser step `step` of this run; its end where there is no run."""
         config = self.model.config
+        if not self.state.max_steps:
+            return config.curriculum_start if config.curriculum_shape == "constant" else config.curriculum_end
         return curriculum_factor(
             step, self.state.max_steps, config.curriculum_shape, config.curriculum_start, config.curriculum_end
         )
@@ -321,15 +323,15 @@ class CurriculumTrainer(BaseTrainer):
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, None, None]:
         """The batch's loss. There are no labels, and predictions of whole images are not gathered."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._complete_inputs(self._normalized(self._prepare_inputs(inputs)), training=False)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, _ = self.compute_loss(model, inputs, return_outputs=True)
             loss = loss.detach().mean()
             if self.has_masking_module:
-                pixel_values = inputs["pixel_values"]
-                learned = model(pixel_values=pixel_values, masking="learned").reconstruction_loss.mean()
+                factor = self.curriculum_factor(self.state.global_step)
+                learned = model(**inputs | {"masking": "learned"}, curriculum_factor=factor).reconstruction_loss.mean()
                 # Every image has equally many masked patches.
-                self._eval_sums += len(pixel_values) * torch.stack([learned, loss]).float()
+                self._eval_sums += len(inputs["pixel_values"]) * torch.stack([learned, loss]).float()
         return loss, None, None
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
@@ -353,7 +355,8 @@ class CurriculumTrainer(BaseTrainer):
         batch, was_training = self.held_out_batch(), self.model.training
         self.model.eval()
         with self.compute_loss_context_manager():
-            learned = self.model(pixel_values=batch["pixel_values"], masking="learned").reconstruction_loss
+            factor = self.curriculum_factor(self.state.global_step)
+            learned = self.model(**batch, masking="learned", curriculum_factor=factor).reconstruction_loss
             random = self.model(**batch, masking="random").reconstruction_loss
         self.model.train(was_training)
         return (learned / random).item()
@@ -390,8 +393,9 @@ class CurriculumTrainer(BaseTrainer):
 
 
 def _uses_noise(config: Any) -> bool:
-    """Whether a training step draws random masks, or by the same noise the tokens whose positions are withheld."""
-    return not getattr(config, "learns_masks", False) or bool(getattr(config, "position_loss_weight", 0))
+    """Whether a training step draws its masks, the tokens whose positions are withheld, or what is predicted."""
+    drawn = not getattr(config, "learns_masks", False) or config.masker_objective == "error"
+    return drawn or bool(getattr(config, "position_loss_weight", 0)) or config.prediction_ratio < 1
 
 
 def _pixel_values(sample: Any) -> Any:

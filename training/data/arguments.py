@@ -62,6 +62,9 @@ class DataArguments:
     )
     min_crop_scale: float = _option(0.2, "Smallest share of an image's area that a random crop shows, in (0, 1].")
     horizontal_flip: bool = _option(True, "Mirror half of the training images.")
+    color_jitter: bool | None = _option(
+        None, "Change the colours of the last view of an image; yes where there are two views, if not given."
+    )
     contrastive_crop: bool = _option(
         False, "Crop around the objects that the encoder finds while it trains (ContrastiveCrop)."
     )
@@ -125,6 +128,7 @@ def build_datasets(
     mean, std = args.mean_and_std(config.num_channels)
     image_size = pair(config.image_size)
     crop_ratio = args.crop_ratio or (0.875 if min(image_size) >= 160 else 1.0)
+    num_views = getattr(config, "num_views", 1)
     settings: dict[str, Any] = dict(
         image_size=image_size,
         num_channels=config.num_channels,
@@ -136,7 +140,8 @@ def build_datasets(
         crop_scale=(args.min_crop_scale, 1.0),
         horizontal_flip=args.horizontal_flip,
         crop_ratio=crop_ratio,
-        num_views=getattr(config, "num_views", 1),
+        num_views=num_views,
+        color_jitter=num_views > 1 if args.color_jitter is None else args.color_jitter,
         on_bad_image=args.on_bad_image,
     )
     (train, column), evaluation, excluded = _split(args)

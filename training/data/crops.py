@@ -21,6 +21,8 @@ _TRIES = 10
 FLIP = 4 * _TRIES
 """Position of the number that says whether a crop is mirrored."""
 _CENTRE = FLIP + 1  # of the four numbers for the place of a crop around an object
+COLOURS = 48
+"""Position of the first of the numbers for a view's colours."""
 NOISE = 64
 """Position of the first number for the patches' noise."""
 

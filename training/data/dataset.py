@@ -14,8 +14,17 @@ import torch
 
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
+from clmae.training.data.colours import NUM_DRAWS, jitter_colours
 from clmae.training.data.columns import AnyDataset, array_dtype, prepare_images
-from clmae.training.data.crops import FLIP, NOISE, Box, contrastive_crop_box, random_resized_crop_box, scale_box
+from clmae.training.data.crops import (
+    COLOURS,
+    FLIP,
+    NOISE,
+    Box,
+    contrastive_crop_box,
+    random_resized_crop_box,
+    scale_box,
+)
 from clmae.training.data.decoding import ImageDecodeError, Reduction, decode_image, undecoded
 from clmae.training.data.pixels import center_view, crop_and_resize, normalize
 from clmae.training.data.randomness import Integers, sample_state, uint64, uniform
@@ -50,6 +59,7 @@ class ImageViews:
         horizontal_flip: bool = True,
         crop_ratio: float = 1.0,
         num_views: int = 1,
+        color_jitter: bool = False,
         on_bad_image: str = "raise",
     ) -> None:
         if on_bad_image not in ON_BAD_IMAGE:
@@ -73,9 +83,11 @@ class ImageViews:
         self.train, self.seed = train, seed
         self.crop_scale, self.horizontal_flip, self.crop_ratio = crop_scale, horizontal_flip, crop_ratio
         self.num_views = num_views if train else 1
+        self.color_jitter = color_jitter
         self.crop_boxes: torch.Tensor | None = None
         self.on_bad_image = on_bad_image
         self._noise_positions = uint64(np.arange(NOISE, NOISE + num_patches))
+        self._colour_positions = uint64(np.arange(COLOURS, COLOURS + NUM_DRAWS))
 
     @property
     def num_bad_images(self) -> int:
@@ -100,6 +112,11 @@ class ImageViews:
 
     def _noise(self, state: Integers) -> torch.Tensor:
         return torch.from_numpy(uniform(state, self._noise_positions).astype(np.float32))
+
+    def _jittered(self, pixels: torch.Tensor, states: np.ndarray, peak: float) -> torch.Tensor:
+        """Views `(B, C, H, W)` in 0..peak with other colours, by their states `(B, 1)`."""
+        draws = uniform(states, self._colour_positions).astype(np.float32)
+        return jitter_colours(pixels, torch.from_numpy(draws).to(pixels.device), peak)
 
     # -- one sample -------------------------------------------------------------------------------------------------
 
@@ -130,8 +147,12 @@ class ImageViews:
             crops = self._draw(height, width, epoch, key, index)
         elif size != (height, width):
             crops = [(scale_box(box, size, (height, width)), flipped) for box, flipped in crops]
-        views = [(crop_and_resize(image, box, self.image_size), flipped) for box, flipped in crops]
-        return [pixels.flip(-1) if flipped else pixels for pixels, flipped in views]
+        views = [crop_and_resize(image, box, self.image_size) for box, _ in crops]
+        views = [pixels.flip(-1) if flipped else pixels for pixels, (_, flipped) in zip(views, crops, strict=True)]
+        if self.color_jitter:
+            state = uint64([[self._state(epoch, key, len(views) - 1)]])
+            views[-1] = self._jittered(views[-1][None], state, 255 if views[-1].dtype == torch.uint8 else 1)[0]
+        return views
 
     def _draw(self, height: int, width: int, epoch: int, key: int, index: int) -> list[tuple[Box, bool]]:
         object_box = None if self.crop_boxes is None else self.crop_boxes[index].tolist()
@@ -182,6 +203,7 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
             memory, at first the whole image; `ContrastiveCropCallback` moves them to the objects.
         device_resident: Whether `CurriculumTrainer` keeps all images on its device, and makes batches there (see
             [`ResidentImageDataset`]).
+        color_jitter: Whether the last view of a training sample has other colours (see [`jitter_colours`]).
         on_bad_image: `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
     Raises:

@@ -60,6 +60,10 @@ class ResidentImageDataset(ImageDataset):
         drawn = (rows, torch.from_numpy(boxes), torch.from_numpy(flips), self._noise(state[:, None]))
         rows, on_device, flipped, noise = (values.to(self.device, non_blocking=True) for values in drawn)
         pixels = crop_and_resize_batch(self.images[rows], on_device, flipped, self.image_size)
+        if self.color_jitter:
+            last = slice(self.num_views - 1, None, self.num_views)
+            peak = 255 if self.images.dtype == torch.uint8 else 1
+            pixels[last] = self._jittered(pixels[last], state[last, None], peak)
         pixels = normalize(pixels, *self._moments)
         if self.num_views > 1:
             pixels, noise = (values.unflatten(0, (-1, self.num_views)) for values in (pixels, noise))
