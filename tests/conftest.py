@@ -30,7 +30,17 @@ TINY = dict(
     image_size=16,
     patch_size=4,
 )
-TINY_MASKER = dict(masker_objective="soft", masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48)
+TINY_MASKER = dict(
+    masker_objective="soft", masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48
+)
+# All of its tasks, in the form that is easiest to compute by hand.
+TINY_CMAE = dict(
+    masker_objective="soft",
+    contrastive_loss_weight=0.1,
+    position_loss_weight=0.1,
+    projection_batch_norm=False,
+    decoded_views=2,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +55,7 @@ def tiny_config() -> Callable[..., clmae.MAEConfig]:
     """`tiny_config(family, **fields)`: 16 patches of 4 pixels, 32 wide, 2 blocks in each network."""
 
     def make(family: str = "mae", **fields) -> clmae.MAEConfig:
-        masker = TINY_MASKER if family == "cl_mae" else {}
+        masker = {"cl_mae": TINY_MASKER, "cmae": TINY_CMAE}.get(family, {})
         return clmae.FAMILIES[family][0](**{**TINY, **masker, **fields})
 
     return make

@@ -56,14 +56,26 @@ BAD_CMAE = [
     (dict(position_loss_weight=INF), ("`position_loss_weight`", "inf", "[0, inf)")),
     (dict(contrastive_temperature=0), ("`contrastive_temperature`", "0", "(0, inf)")),
     (dict(position_mask_ratio=0.0), ("`position_mask_ratio`", "0.0", "(0, 1]")),
-    (dict(position_mask_ratio=0.01), ("`position_mask_ratio`", "0.01", "49 visible patches", "take at least 0.0205")),
-    (dict(mask_sampler="grid"), ("`position_mask_ratio`", "0.75", "'grid'", "set `position_mask_ratio` to 1")),
+    (
+        dict(position_loss_weight=0.1, position_mask_ratio=0.01),
+        ("`position_mask_ratio`", "0.01", "49 visible patches", "take at least 0.0205"),
+    ),
+    (
+        dict(position_loss_weight=0.1, mask_sampler="grid"),
+        ("`position_mask_ratio`", "0.75", "'grid'", "set `position_mask_ratio` to 1"),
+    ),
     (dict(projection_hidden_size=-1), ("`projection_hidden_size`", "-1", "int of at least 1")),
     (dict(learned_masks=1), ("`learned_masks`", "1", "give true or false")),
 ]
 BAD_CL_MAE = [
     (dict(masker_num_hidden_layers=0), ("`masker_num_hidden_layers`", "0", "int of at least 1")),
-    (dict(masker_num_attention_heads=5), ("`hidden_size`", "768", "`masker_num_attention_heads` = 5", "take 780")),
+    (
+        dict(masker_objective="soft", masker_num_attention_heads=5),
+        ("`hidden_size`", "768", "`masker_num_attention_heads` = 5", "take 780"),
+    ),
+    (dict(masker_hidden_size=50), ("`masker_hidden_size`", "50", "`masker_num_attention_heads` = 4", "take 48")),
+    (dict(masker_objective="soft", masker_hidden_size=48), ("`masker_hidden_size`", "48", "768", "leave it out")),
+    (dict(masker_objective="errors"), ("`masker_objective`", "'errors'", "soft, error")),
     (dict(masker_layer_norm_eps=0.0), ("`masker_layer_norm_eps`", "0.0", "(0, 1]")),
     (dict(gauss_loss_weight=-1), ("`gauss_loss_weight`", "-1", "[0, inf)")),
     (dict(kl_loss_weight=-0.5), ("`kl_loss_weight`", "-0.5", "[0, inf)")),
@@ -147,7 +159,7 @@ def test_preset_fields_can_be_overridden():
 
 
 def test_defaults_are_the_papers_but_for_the_curriculum():
-    config = CLMAEConfig()
+    config = CLMAEConfig(masker_objective="soft")
     expected = dict(
         **dict(mask_ratio=0.75, mask_sampler="random", layer_norm_eps=1e-6, soft_masking="attention"),
         **dict(masker_num_hidden_layers=5, masker_num_attention_heads=4, masker_layer_norm_eps=1e-5),
@@ -155,6 +167,25 @@ def test_defaults_are_the_papers_but_for_the_curriculum():
         **dict(diversity_scale=0.1, curriculum_shape="linear", curriculum_start=1.0, curriculum_end=-1.0),
     )
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_the_masking_module_follows_its_objective():
+    config = CLMAEConfig(hidden_size=96, num_attention_heads=4)
+    assert (config.masker_objective, config.masker_num_hidden_layers) == ("error", 1)
+    assert (config.masker_hidden_size, config.masker_intermediate_size) == (48, 96)
+
+
+@pytest.mark.parametrize("family", [CLMAEConfig, CMAEConfig])
+def test_files_of_earlier_versions_keep_what_they_said(family, tmp_path):
+    written = family().to_dict()
+    later = {"masker_objective", "masker_error_scale", "masker_hidden_size", "prediction_ratio"}
+    later |= {"projection_batch_norm", "decoded_views"}
+    earlier = {name: value for name, value in written.items() if name not in later}
+    config = family.from_dict(earlier | {"masker_num_hidden_layers": 5})
+    assert (config.masker_objective, config.masker_hidden_size, config.prediction_ratio) == ("soft", 768, 1.0)
+    assert family.from_dict(written).masker_objective == "error"
+    if family is CMAEConfig:
+        assert (config.projection_batch_norm, config.decoded_views) == (False, 2)
 
 
 def test_kl_weight_follows_the_reduction():

@@ -23,7 +23,7 @@ def build(tiny_config, make_images):
 
     def make(family: str = "mae", head: str = "pretraining", **fields: Any) -> tuple[nn.Module, dict[str, Any]]:
         masker = {"masker_num_hidden_layers": 1, "masker_num_attention_heads": 2} if family != "mae" else {}
-        name = family.removesuffix("-learned")
+        name = family.partition("-")[0]
         config = tiny_config(name, **{**masker, **FAMILIES[family], **fields})
         model = perturb(clmae.FAMILIES[name][HEADS[head][0]](config)).eval()
         images = make_images(config, 4)

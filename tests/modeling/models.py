@@ -19,9 +19,16 @@ HEADS = {
     "classifier": (3, AutoModelForImageClassification),
     "backbone": (4, AutoBackbone),
 }
-FAMILIES = {"mae": {}, "cl_mae": {}, "cmae": {}, "cmae-learned": {"learned_masks": True}}
-# Learned masks of a CMAE are its pretraining's alone.
-CASES = [(family, head) for family in FAMILIES for head in HEADS if family != "cmae-learned" or head == "pretraining"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mae": {},
+    "cl_mae": {},
+    "cl_mae-error": {"masker_objective": "error"},
+    "cmae": {},
+    "cmae-learned": {"learned_masks": True},
+    "cmae-error": {"learned_masks": True, "masker_objective": "error", "decoded_views": 1, "prediction_ratio": 0.5},
+}
+# Variants of a family differ in pretraining alone.
+CASES = [(family, head) for family in FAMILIES for head in HEADS if "-" not in family or head == "pretraining"]
 every_model = pytest.mark.parametrize(("family", "head"), CASES)
 every_autoencoder = pytest.mark.parametrize("family", FAMILIES)
 every_family = pytest.mark.parametrize("family", list(clmae.FAMILIES))
