@@ -21,6 +21,9 @@ FAMILIES = {
     "cmae-one-view": ("cmae", {"contrastive_loss_weight": 0.0}),
     "cmae-no-tasks": ("cmae", {"contrastive_loss_weight": 0.0, "position_loss_weight": 0.0}),
     "cmae-learned": ("cmae", {"learned_masks": True}),
+    "mae-partial": ("mae", {"prediction_ratio": 0.4}),
+    "cl_mae-error": ("cl_mae", {"masker_objective": "error"}),
+    "cmae-error": ("cmae", {"learned_masks": True, "masker_objective": "error", "decoded_views": 1}),
 }
 SMALL = dict(
     **dict(hidden_size=384, num_hidden_layers=3, num_attention_heads=6, intermediate_size=1536),

@@ -28,17 +28,27 @@ CONFIG = dict(
     image_size=16,
     patch_size=4,
 )
-MASKER = dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=48)
+MASKER = dict(
+    masker_objective="soft", masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=48
+)
+TASKS = dict(contrastive_loss_weight=0.1, position_loss_weight=0.1, projection_batch_norm=False, decoded_views=2)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "mae": {},
+    "cl_mae": MASKER,
+    "cl_mae-error": dict(masker_num_attention_heads=2),
+    "cmae": MASKER | TASKS,
+    "cmae-error": dict(learned_masks=True, masker_num_attention_heads=2, prediction_ratio=0.5),
+}
 QUIET = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", dataloader_pin_memory=False)
 SHORT = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=1e-3, warmup_steps=0)
 SILENT = dict(logging_steps=1, difficulty_steps=0, picture_steps=0)
 
 
 def tiny_model(family: str = "cl_mae", **fields: Any) -> nn.Module:
-    """A model of 16 patches of 4 pixels; always the same weights."""
+    """A model of 16 patches of 4 pixels, of a family or one of its `VARIANTS`; always the same weights."""
     torch.manual_seed(0)
-    config, _, model, *_ = clmae.FAMILIES[family]
-    return model(config(**{**CONFIG, **({} if family == "mae" else MASKER), **fields}))
+    config, _, model, *_ = clmae.FAMILIES[family.partition("-")[0]]
+    return model(config(**{**CONFIG, **VARIANTS[family], **fields}))
 
 
 def pil_dataset(count: int, size: int = 20) -> datasets.Dataset:

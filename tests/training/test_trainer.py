@@ -30,6 +30,7 @@ from clmae.training.flops import step_flops
 
 from .runs import (
     CONFIG,
+    VARIANTS,
     assert_equal_weights,
     image_dataset,
     logged,
@@ -311,12 +312,12 @@ def reconstruction_loss(model, samples, **kwargs):
     return model.eval()(**batch, **kwargs).reconstruction_loss.item()
 
 
-@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
+@pytest.mark.parametrize("family", VARIANTS)
 def test_evaluation_is_the_loss_under_the_datasets_noise(tmp_path, family):
     dataset = image_dataset(10, train=False)
     trainer = tiny_trainer(tmp_path, family, eval_dataset=dataset, max_steps=2, logging_steps=100)
     trainer.train()
-    masking = {"masking": "random"} if family == "cl_mae" else {}
+    masking = {"masking": "random"} if trainer.has_masking_module else {}
     samples = [dataset[i] for i in range(10)]
     expected = reconstruction_loss(trainer.model, samples, **masking)
     # Far enough from what leaving out the last, partial batch would give, or training's masks.
@@ -364,7 +365,7 @@ def test_mask_difficulty_by_hand(tmp_path):
         assert trainer.model.training is training
     trainer.train()
     samples = [dataset[i] for i in range(5)]
-    difficulty = logged(trainer, "mask_difficulty")
+    difficulty = list(logged(trainer, "mask_difficulty").values())
     assert list(difficulty) == [0, 3, 6, 7]
     assert list(logged(trainer, "loss")) == list(logged(trainer, "reconstruction_loss")) == [2, 4, 6]  # none is lost
     for step, model in ((0, initial), (7, trainer.model)):
@@ -639,7 +640,7 @@ def test_bf16(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
+@pytest.mark.parametrize("family", VARIANTS)
 def test_torch_compile(tmp_path, family):
     torch._dynamo.reset()
     options = dict(torch_compile=True, torch_compile_backend="eager", max_steps=3)
@@ -851,6 +852,8 @@ def whole_runs(tmp_path_factory):
         ("mae", 6, 0, False, 1),
         ("cmae", 6, 0, False, 1),
         ("cmae", 2, 2, True, 2),
+        ("cl_mae-error", 6, 0, False, 1),
+        ("cmae-error", 2, 2, True, 2),
     ],
 )
 def test_resumed_runs_end_bit_by_bit_as_whole_ones(
@@ -882,11 +885,25 @@ def test_resume_of_data_without_noise(tmp_path):
     assert_equal_weights(weights(resumed.model), weights(whole.model))
 
 
+@pytest.mark.slow
+def test_masks_by_predicted_errors_are_easier_then_harder(tmp_path):
+    """A partner's masks are easier than random ones, an adversary's harder; patches differ in how hard they are."""
+    model = tiny_model("cl_mae-error", norm_pix_loss=False)
+    options = dict(max_steps=200, learning_rate=3e-3, difficulty_steps=20, per_device_train_batch_size=16)
+    trainer = tiny_trainer(tmp_path, model, train_dataset=image_dataset(64), **options)
+    trainer.train()
+    difficulty = list(logged(trainer, "mask_difficulty").values())
+    assert min(difficulty[1:6]) < 0.98
+    assert difficulty[-1] > 1.02
+    assert trainer.evaluate()["eval_mask_difficulty"] > 1.02
+    assert all(loss < 1.5 for loss in list(logged(trainer, "prediction_loss").values())[-20:])
+
+
 # -- saving ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae"])
+@pytest.mark.parametrize("family", VARIANTS)
 def test_saved_model_is_loaded_by_the_auto_classes(tmp_path, family):
     processor = make_image_processor(16, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     trainer = tiny_trainer(tmp_path, family, processing_class=processor, max_steps=2, save_strategy="steps")
