@@ -297,7 +297,12 @@ class Injury(NamedTuple):
 
 def stop(number: signal.Signals, count: int) -> Injury:
     """By a signal. Saves and evaluations are most of a run's time, and so most of what is interrupted."""
-    return Injury(f"{number.name} at a random moment", lambda run, *_: os.kill(run.pid, number), count=count)
+
+    def inflict(run: Any, *_: Any) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and counts as late
+            os.kill(run.pid, number)
+
+    return Injury(f"{number.name} at a random moment", inflict, count=count)
 
 
 # fmt: off

@@ -75,7 +75,8 @@ class Case:
         compiled: Encoder, decoder and masking module by `torch.compile`; the whole model where masks are random.
         interval: `masker_update_interval`; a time is the mean over so many steps.
         checkpointing: Gradient checkpointing.
-        soft_masking: How pass B hides patches.
+        masker: How masks are learned: `"error"` or `"soft"` (`masker_objective`); `"tokens"`: the authors' soft masks.
+        prediction_ratio: Share of the masked patches that are decoded.
     """
 
     family: str
@@ -86,7 +87,8 @@ class Case:
     compiled: bool = False
     interval: int = 1
     checkpointing: bool = False
-    soft_masking: str = "attention"
+    masker: str = "error"
+    prediction_ratio: float = 1.0
 
     @property
     def options(self) -> str:
@@ -94,14 +96,16 @@ class Case:
         words = [self.family, self.attention, self.precision]
         words += ["compiled"] * self.compiled + ["checkpointing"] * self.checkpointing
         words += [f"interval {self.interval}"] * (self.interval > 1)
-        return ", ".join(words + [f"soft masking by {self.soft_masking}"] * (self.soft_masking != "attention"))
+        words += [f"masks by {self.masker}"] * (self.masker != "error")
+        return ", ".join(words + [f"prediction ratio {self.prediction_ratio:g}"] * (self.prediction_ratio < 1))
 
     @property
     def config(self) -> MAEConfig:
         """As our own configuration, transformers' too: for the FLOPs."""
-        values = dict(SHAPES[self.shape])
+        values = {**SHAPES[self.shape], "prediction_ratio": self.prediction_ratio}
         if self.family == "cl_mae":
-            values["soft_masking"] = self.soft_masking
+            values["masker_objective"] = "error" if self.masker == "error" else "soft"
+            values["soft_masking"] = "tokens" if self.masker == "tokens" else "attention"
         if self.family == "cmae":  # it has a small decoder whatever the encoder
             values = {name: value for name, value in values.items() if not name.startswith("decoder_")}
         return FAMILIES["mae" if self.family == VIT_MAE else self.family][0](**values)
@@ -259,7 +263,7 @@ class AliveBytes(TorchDispatchMode):
         return out
 
 
-def counted_bytes(case: Case, with_pass_b: bool = True) -> tuple[int, int]:
+def counted_bytes(case: Case) -> tuple[int, int]:
     """State between steps, and the peak of a step, without a device: tensors have shapes but no numbers.
 
     With the operations of a CPU, whose `sdpa` keeps as little as a GPU's does; an allocator's gaps do not count.
@@ -267,8 +271,6 @@ def counted_bytes(case: Case, with_pass_b: bool = True) -> tuple[int, int]:
     with FakeTensorMode(), AliveBytes() as bytes_:
         step = Step(case, torch.device("cpu"))
         step()  # which makes the optimiser's state
-        if not with_pass_b:
-            step.case = replace(case, interval=step.count + 1)
         state = bytes_.peak = bytes_.alive
         step()
     return state, bytes_.peak
@@ -350,9 +352,18 @@ def group_to_markdown(group: str, rows: pd.DataFrame) -> str:
 
 def cost_tables() -> str:
     """A ViT-B/16's step by part, and what the papers' ImageNet recipes cost by it: two tables."""
-    cases = {"MAE": ("mae", 1), **{f"CL-MAE, interval {k}": ("cl_mae", k) for k in (1, 2, 4)}, "CMAE": ("cmae", 1)}
+    case = Case("mae", "ViT-B/16", 256)
+    soft = replace(case, family="cl_mae", masker="soft")
+    cases = {
+        "MAE": case,
+        "MAE, half predicted": replace(case, prediction_ratio=0.5),
+        "CL-MAE": replace(case, family="cl_mae"),
+        "CL-MAE, soft masks": soft,
+        "soft, interval 4": replace(soft, interval=4),
+        "CMAE": replace(case, family="cmae"),
+    }
     parts = pd.DataFrame(
-        {n: step_flops_by_part(Case(family, "ViT-B/16", 256).config, 256, k) for n, (family, k) in cases.items()}
+        {name: step_flops_by_part(case.config, case.batch, case.interval) for name, case in cases.items()}
     )
     parts = parts.loc[[*dict.fromkeys(name for column in parts for name in parts[column].dropna().index)]] / 256
     sums = parts.sum()
@@ -363,7 +374,7 @@ def cost_tables() -> str:
     for name, flops in sums.drop("CMAE").items():  # whose paper trains on small images
         speed = SUSTAINED / flops
         with FakeTensorMode():
-            gradients = 4e-6 * sum(p.numel() for p in build_model(Case(cases[name][0], "ViT-B/16", 1)).parameters())
+            gradients = 4e-6 * sum(p.numel() for p in build_model(replace(cases[name], batch=1)).parameters())
         seen = EPOCHS * IMAGENET
         numbers = [seen * flops / 1e18, seen / speed / 3600, speed, speed * IMAGE_MB, gradients]
         costs.append([name, *(f"{number:.0f}" for number in numbers)])
@@ -375,16 +386,18 @@ def cost_tables() -> str:
 def memory_table() -> str:
     """Of the published sizes: what there is between two steps, the peak of a step, and the difference by images."""
     options = dict(attention="sdpa", precision="bf16")
+    kinds = ("mae", "error"), ("cl_mae", "error"), ("cl_mae", "soft"), ("cmae", "error")
     base = [
-        Case(family, "ViT-B/16", 256, checkpointing=c, **options)
-        for family in ("mae", "cl_mae", "cmae")
-        for c in (False, True)
+        Case(family, "ViT-B/16", 256, masker=masker, checkpointing=checkpointing, **options)
+        for family, masker in kinds
+        for checkpointing in (False, True)
     ]
     huge = [Case(family, "ViT-H/14", 64, checkpointing=True, **options) for family in ("mae", "cl_mae")]
     rows = []
-    for case, pass_b in [*((c, True) for c in base + huge), *((c, False) for c in base if c.family == "cl_mae")]:
-        state, peak = counted_bytes(case, pass_b)
-        name = f"{case.shape} {case.family}{', checkpointing' * case.checkpointing}{'' if pass_b else ', no pass B'}"
+    for case in base + huge:
+        state, peak = counted_bytes(case)
+        name = f"{case.shape} {case.family}{', soft masks' * (case.masker == 'soft')}"
+        name += ", checkpointing" * case.checkpointing
         cells = [f"{state / 1e9:.1f}", f"{peak / 1e9:.0f}", f"{(peak - state) / case.batch / 1e6:.0f}"]
         rows.append([name, case.batch, *cells])
         print(*rows[-1], file=sys.stderr, flush=True)

@@ -96,7 +96,7 @@ _ENCODER = ("embeddings.", "encoder.", "layers.", "layernorm.")
 STANDARD_HEADS = {size["hidden_size"]: size["num_attention_heads"] for size in SIZES.values()}
 STANDARD_DECODER_HEADS = {512: 16}
 # How CL-MAE's authors train the masking module, where our defaults depart from them (recipes/cl_mae_authors.yaml).
-CL_MAE_AUTHORS = dict(soft_masking="tokens", gauss_loss_weight=1.0, diversity_loss_weight=2.0)
+CL_MAE_AUTHORS = dict(masker_objective="soft", soft_masking="tokens", gauss_loss_weight=1.0, diversity_loss_weight=2.0)
 
 
 @dataclass

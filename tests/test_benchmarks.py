@@ -105,7 +105,7 @@ def test_step_benchmark_wrong_use(tmp_path, script, capsys):
 @pytest.mark.slow
 def test_memory_is_counted(script):
     step, _ = script("step")
-    case = step.Case("cl_mae", "tiny", 8, precision="bf16")
+    case = step.Case("cl_mae", "tiny", 8, precision="bf16", masker="soft")
     state, peak = step.counted_bytes(case)
     model = step.build_model(case)
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -119,7 +119,7 @@ def test_memory_is_counted(script):
     assert (bytes_.peak, bytes_.alive) == (8000, 4000)
     assert view.numel() == 1000
     _, twice = step.counted_bytes(replace(case, batch=16))
-    _, without = step.counted_bytes(case, with_pass_b=False)
+    _, without = step.counted_bytes(replace(case, masker="error"))
     _, again = step.counted_bytes(replace(case, checkpointing=True))
     assert state < again < peak < twice
     assert without < peak

@@ -116,7 +116,7 @@ def run_source(source: Source) -> Outputs:
     outputs = {"last_hidden_state": features.last_hidden_state, "pooler_output": features.pooler_output}
     if isinstance(model, MAEForPreTraining):
         model.config.mask_sampler = "random"  # the one that every library has
-        reconstruction = MAEForPreTraining.forward(model, images, noise=noise)  # random masks, whatever the family
+        reconstruction = model(images, noise=noise, **({"masking": "random"} if model.config.learns_masks else {}))
         outputs |= {"logits": reconstruction.logits, "loss": reconstruction.loss}
     return outputs
 

@@ -17,7 +17,7 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
-from clmae.training.images import center_view, decode_image, normalize, sample_generator
+from clmae.training.data import center_view, decode_image, normalize, sample_generator
 from clmae.training.pictures import reconstruction_figure, save_figure
 
 EXAMPLES = "  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png"
