@@ -1,9 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""A Hub on this machine: the part of its HTTP API that huggingface_hub's client uses for models, and such clients.
+"""A Hub on this machine: what huggingface_hub's client uses of its HTTP API for models and Spaces, and such clients.
 
-Models only, in memory, LFS by its "basic" transfer (clients run with `HF_HUB_DISABLE_XET=1`). It answers refusals as
-the Hub does: 401 to strangers for what is private or missing, 404 to others, 403 to who may not write. Connections can
-be made to break.
+In memory; the ids of Spaces begin with `spaces/`; LFS by its "basic" transfer (clients run with
+`HF_HUB_DISABLE_XET=1`). It answers refusals as the Hub does: 401 to strangers for what is private or missing, 404 to
+others, 403 to who may not write. Connections can be made to break.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def is_lfs(path: str) -> bool:
 
 @dataclass
 class Repo:
-    """A model's repository: commits in order, by their id, each with all its files."""
+    """A repository: commits in order, by their id, each with all its files."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -146,6 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parsed = urlparse(self.path)
         path, data = unquote(parsed.path), self._body()
+        path = path.replace("/api/spaces/", "/api/models/spaces/")
         request = f"{self.command} {path}"
         with self.hub.lock:
             span = self.headers.get("Range")
@@ -172,24 +173,24 @@ class _Handler(BaseHTTPRequestHandler):
             self._create(json.loads(data))
         elif found := re.fullmatch(r"/objects/(\w+)", path):
             self._store(found[1], data)
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        elif found := re.fullmatch(r"/((?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._with_repo(found[1], True, lambda repo: self._batch(json.loads(data)))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/preupload/[^/]+", path):
+        elif found := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)/preupload/[^/]+", path):
             self._with_repo(found[1], True, lambda repo: self._preupload(repo, json.loads(data)))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/[^/]+", path):
+        elif found := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)/commit/[^/]+", path):
             self._with_repo(found[1], True, lambda repo: self._commit(found[1], repo, data))
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        elif found := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._with_revision(found[1], found[2] or "main", self._info)
-        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+        elif found := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
             self._with_revision(found[1], found[2], lambda *repo: self._tree(*repo, found[3] or ""))
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"/((?:spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._with_revision(found[1], found[2], lambda *repo: self._file(*repo, found[3]))
         else:
             self._refuse(404, "NotFound")
 
     def _with_repo(self, repo_id: str, write: bool, then: Any) -> None:
         repo = self.hub.repos.get(repo_id)
-        owner = self.user == repo_id.split("/")[0]
+        owner = self.user == repo_id.split("/")[-2]
         if repo is None or (repo.private and not owner):
             self._refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
         elif write and not owner:
@@ -206,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, wanted: dict[str, Any]) -> None:
         owner = wanted.get("organization") or self.user
-        repo_id = f"{owner}/{wanted['name']}"
+        repo_id = f"{'spaces/' * (wanted.get('type') == 'space')}{owner}/{wanted['name']}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "id": repo_id, "name": repo_id}
         if self.user is None:
             self._refuse(401, "Unauthorized", "Invalid username or password.")

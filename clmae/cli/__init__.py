@@ -26,6 +26,7 @@ commands:
   export            write a model for transformers' own classes, timm or ONNX
   convert           read a checkpoint of another MAE project
   card              make the model card of an output folder
+  app               look at a model in the browser
   push              upload a model to the Hub
   verify            check that checkpoints and models are whole
   bench             how fast this machine pretrains, and which batch fits
@@ -33,7 +34,19 @@ commands:
 `clmae COMMAND --help` explains a command's options.
 """
 
-COMMANDS = ("pretrain", "evaluate", "compare", "visualize", "export", "convert", "card", "push", "verify", "bench")
+COMMANDS = (
+    "pretrain",
+    "evaluate",
+    "compare",
+    "visualize",
+    "export",
+    "convert",
+    "card",
+    "app",
+    "push",
+    "verify",
+    "bench",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import glob
+import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import EntryNotFoundError, HTTPError
 from tqdm.auto import tqdm
 
+import clmae
 from clmae.cli.card import make_card
 from clmae.cli.folders import PathsParser
 from clmae.configuration.errors import InputError
@@ -20,7 +23,25 @@ from clmae.model_cards.hub import check_card, check_folder, hub_files, upload
 
 EXAMPLES = """\
   clmae push out/cl-mae org/cl-mae-vit-b
-  clmae push out/cl-mae org/cl-mae-vit-b --private"""
+  clmae push out/cl-mae org/cl-mae-vit-b --private
+  clmae push org/cl-mae-vit-b org/cl-mae-page --space"""
+
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+SPACE_README = """\
+---
+title: {name}
+sdk: gradio
+app_file: app.py
+pinned: false
+{models}---
+
+Masks, reconstructions and features of a masked autoencoder. Made by `clmae push --space`.
+"""
+SPACE_APP = """\
+from clmae.app.page import serve
+
+serve({model!r}, host=None, port=None)  # where the Space says
+"""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,7 +53,11 @@ def run(argv: Sequence[str]) -> int:
         "login`, or set HF_TOKEN.",
         EXAMPLES,
     )
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="Folder that `clmae pretrain` wrote.")
+    parser.add_argument(
+        "output_dir",
+        metavar="OUTPUT_DIR",
+        help="Folder that `clmae pretrain` wrote; with --space also a model's Hub id.",
+    )
     parser.add_argument("repo_id", metavar="ID", help="Where on the Hub: owner/name; made if it is not there.")
     parser.add_argument("--private", action="store_true", help="Make it private; refused if it is there and public.")
     parser.add_argument("--license", help="Of the weights; the earlier card's if there is one, else apache-2.0.")
@@ -40,15 +65,25 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--force", action="store_true", help="Overwrite a card that was edited by hand, here or on the Hub."
     )
+    parser.add_argument(
+        "--space",
+        action="store_true",
+        help="Upload a Space instead, which shows the page of `clmae app` for the model.",
+    )
     args = parser.read(argv)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", args.repo_id):
+    if not REPO_ID.fullmatch(args.repo_id):
         raise InputError(f"ID {args.repo_id!r} is no name on the Hub; give owner/name.")
-    check_folder(args.output_dir, lambda names: tqdm(names, desc="checking weights", leave=False))
+    if not args.space or Path(args.output_dir).exists() or not REPO_ID.fullmatch(args.output_dir):
+        check_folder(args.output_dir, lambda names: tqdm(names, desc="checking weights", leave=False))
     if huggingface_hub.get_token() is None:
         raise InputError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
-    _write_card(args.output_dir, args.repo_id, args.license, args.force)
+    if not args.space:
+        _write_card(args.output_dir, args.repo_id, args.license, args.force)
     try:
-        _push(args.output_dir, args.repo_id, args.private, args.message, args.force)
+        if args.space:
+            _push_space(args.output_dir, args.repo_id, args.private, args.message)
+        else:
+            _push(args.output_dir, args.repo_id, args.private, args.message, args.force)
     except (HTTPError, OSError) as error:
         # The Hub's own words, which name no token; the first lines tell what happened.
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -80,6 +115,29 @@ def _push(folder: str, repo_id: str, private: bool, message: str, force: bool) -
     commit = upload(folder, repo_id, commit_message=message)
     changed = commit.oid != there.sha
     print(f"pushed to {commit.repo_url}" if changed else f"nothing has changed at {commit.repo_url}")
+
+
+def _push_space(model: str, repo_id: str, private: bool, message: str) -> None:
+    """A Space with the page for a model: one on the Hub, or a folder, whose files then go with it."""
+    folder, package = Path(model), Path(clmae.__file__).parent
+    names = hub_files(folder) if folder.is_dir() else []
+    requirements = [line for line in importlib.metadata.requires("clmae") or [] if "extra ==" not in line]
+    name, models = repo_id.split("/")[1], "" if names else f"models: [{model}]\n"
+    files: dict[str, bytes | Path] = {f"model/{file}": folder / file for file in names}
+    # The package goes along: of what a Space installs by name, anybody could be the author.
+    files |= {f"clmae/{file}": package / file for file in glob.glob("**/*.py", root_dir=package, recursive=True)}
+    files |= {
+        "README.md": SPACE_README.format(name=name, models=models).encode(),
+        "app.py": SPACE_APP.format(model="model" if names else model).encode(),
+        "requirements.txt": "\n".join([*requirements, "gradio>=6\n"]).encode(),
+    }
+    api = HfApi()
+    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+    if private and not api.space_info(repo_id).private:
+        raise InputError(f"{repo_id!r} is there already, and public: make it private on the Hub, or take another name.")
+    operations = [CommitOperationAdd(file, content) for file, content in files.items()]
+    commit = api.create_commit(repo_id, operations, commit_message=message, repo_type="space")
+    print(f"pushed {len(files)} files to {commit.repo_url}")
 
 
 def _check_remote_card(repo_id: str, folder: str) -> None:
