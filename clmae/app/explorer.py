@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -285,7 +286,7 @@ class Explorer:
                     images.append(self.read_row(row))
                     rows.append(row)
                 except InputError as error:
-                    batches.write(f"image {row} is left out: {error}")
+                    batches.write(f"image {row} is left out: {error}", file=sys.stderr)
             if images:
                 features.append(model.vit(self.preprocess(images)).pooler_output.float().cpu())
         if not features:

@@ -14,6 +14,7 @@ from clmae.configuration.errors import InputError
 
 # Before gradio is imported, which reads them then.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["GRADIO_RUN_HISTORY"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio as gr
@@ -251,16 +252,26 @@ def make_page(explorer: Explorer) -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, host: str | None = "127.0.0.1", port: int | None = 7860, share: bool = False) -> str:
-    """Serves the page in a thread; its address.
+def serve(
+    model: str,
+    dataset: str | None = None,
+    split: str = "train",
+    *,
+    host: str | None = "127.0.0.1",
+    port: int | None = 7860,
+    share: bool = False,
+) -> None:
+    """Makes the page of a model, says where it is, and serves it until interrupted.
 
     Args:
+        model, dataset, split: As [`Explorer`]'s.
         host, port: `None`: as the environment says (`GRADIO_SERVER_NAME`, `GRADIO_SERVER_PORT`).
         share: Also give it a public address, through gradio's servers.
 
     Raises:
-        InputError: The port is taken.
+        InputError: Model or dataset cannot be loaded, or the port is taken.
     """
+    page = make_page(Explorer(model, dataset, split))
     font = ["Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]  # the system's; none is fetched
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="slate", font=font, font_mono=["Consolas", "monospace"])
     page.queue(default_concurrency_limit=1, max_size=64)
@@ -275,16 +286,9 @@ def launch(page: gr.Blocks, host: str | None = "127.0.0.1", port: int | None = 7
             ssr_mode=False,
             quiet=True,
             footer_links=[],
-            run_history=False,
             prevent_thread_lock=True,
         )
     except OSError as error:
         raise InputError(f"--port {port} cannot be used: {error}") from error
-    return public or local
-
-
-def serve(model: str, dataset: str | None = None, **options: Any) -> None:
-    """Makes the page for a model and serves it until interrupted; `options` of [`launch`]."""
-    page = make_page(Explorer(model, dataset))
-    launch(page, **options)
+    print(f"the page is at {public or local} (Ctrl+C ends it)", flush=True)
     page.block_thread()

@@ -36,10 +36,7 @@ def run(argv: Sequence[str]) -> int:
     if not 1 <= args.port <= 65535:
         raise InputError(f"--port is {args.port}; give a number from 1 to 65535.")
     # Imported only now: the help and the checks above do not wait for torch and gradio.
-    from clmae.app.explorer import Explorer
-    from clmae.app.page import launch, make_page
+    from clmae.app.page import serve
 
-    page = make_page(Explorer(args.model, args.dataset, args.split))
-    print(f"the page is at {launch(page, port=args.port, share=args.share)} (Ctrl+C ends it)", flush=True)
-    page.block_thread()
+    serve(args.model, args.dataset, args.split, port=args.port, share=args.share)
     return 0

@@ -319,13 +319,16 @@ def address(run_folder, photos):
     """Where `clmae app` serves its page, from a process of its own; which Ctrl+C ends well."""
     command = [sys.executable, "-m", "clmae", "app", str(run_folder), "--dataset", str(photos)]
     command += ["--port", str(free_port())]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    assert "the page is at http://127.0.0.1:" in line, line
-    yield re.search(r"http://\S+", line)[0]
-    assert process.poll() is None  # it still runs
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert "the page is at http://127.0.0.1:" in line, line
+            yield re.search(r"http://\S+", line)[0]
+            assert process.poll() is None  # it still runs
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
