@@ -57,7 +57,7 @@ class Picture(NamedTuple):
 
 @dataclass
 class Analysis:
-    """What a model says of an image before anything is masked; `N` patches in a grid `(h, w)`.
+    """What a model says of an image before anything is masked.
 
     Attributes:
         keep: Keep probabilities `(N,)` in (0, 1); `None` for a model without a masking module.
@@ -66,7 +66,6 @@ class Analysis:
         components: `(N, 3)` in [0, 1]: the first three principal components of the patch tokens.
     """
 
-    grid: tuple[int, int]
     keep: np.ndarray | None
     learned_mask: np.ndarray | None
     attention: np.ndarray
@@ -130,11 +129,14 @@ class Explorer:
         except (OSError, ValueError) as error:
             raise InputError(f"MODEL {model!r} has no image processor that can be loaded: {error}") from error
         self.num_channels: int = config.num_channels
-        self.patch_size = pair(config.patch_size)
-        self.dataset, self.column = (
-            load_image_dataset(dataset, split, max_samples=MAX_FEATURES) if dataset else (None, "")
-        )
-        self.features, self.rows = self._encode_dataset() if dataset else (None, [])
+        self.patch_size: tuple[int, int] = pair(config.patch_size)
+        self.grid: tuple[int, int] = config.grid_size
+        self.dataset: Any = None  # a `datasets.Dataset`
+        self.rows: list[int] = []  # of the dataset, those that can be decoded
+        self.features: torch.Tensor | None = None  # theirs, (n, D), of length 1
+        if dataset is not None:
+            self.dataset, self.column = load_image_dataset(dataset, split, max_samples=MAX_FEATURES)
+            self.features = self._encode()
         self.examples = self._choose_examples()
         first = self.preprocess(self.examples[:1])
         self.learns_masks = self.analyze(first, len(self.checkpoints) - 1).keep is not None
@@ -199,9 +201,7 @@ class Explorer:
         outputs = model(pixel_values)
         keep = outputs.get("keep_probabilities")
         encoded = model.vit(pixel_values, output_attentions=True)
-        rows, columns = (n // p for n, p in zip(pixel_values.shape[-2:], self.patch_size, strict=True))
         return Analysis(
-            grid=(rows, columns),
             keep=None if keep is None else keep[0].float().cpu().numpy(),
             learned_mask=None if keep is None else outputs.mask[0].bool().cpu().numpy(),
             attention=encoded.attentions[-1][0].float().mean(0)[1:, 1:].cpu().numpy(),
@@ -212,8 +212,7 @@ class Explorer:
     def random_mask(self, pixel_values: torch.Tensor, seed: int, checkpoint: int) -> np.ndarray:
         """`(N,)` bool, true = masked, as `config.mask_sampler` draws it."""
         model = self.model(checkpoint)
-        num_patches = math.prod(n // p for n, p in zip(pixel_values.shape[-2:], self.patch_size, strict=True))
-        noise = torch.rand(1, num_patches, generator=torch.Generator().manual_seed(seed))
+        noise = torch.rand(1, math.prod(self.grid), generator=torch.Generator().manual_seed(seed))
         return model.vit(pixel_values, noise=noise.to(self.device)).mask[0].bool().cpu().numpy()
 
     @torch.inference_mode()
@@ -232,11 +231,10 @@ class Explorer:
             mean over the masked ones is the reconstruction loss.
         """
         model = self.model(checkpoint)
-        grid = tuple(n // p for n, p in zip(pixel_values.shape[-2:], self.patch_size, strict=True))
         ids_keep = torch.from_numpy(np.flatnonzero(~mask)).to(self.device)[None]
         tokens = model.vit.embeddings(pixel_values)
         visible = torch.cat([tokens[:, :1], tokens[:, 1:][:, ids_keep[0]]], dim=1)
-        predicted = model.decoder(model.vit(inputs_embeds=visible).last_hidden_state, ids_keep, grid).float()
+        predicted = model.decoder(model.vit(inputs_embeds=visible).last_hidden_state, ids_keep, self.grid).float()
         patches, normalized = patchify(pixel_values, self.patch_size), model.config.norm_pix_loss
         errors = patch_errors(predicted, patch_targets(pixel_values, self.patch_size, normalized))
         if normalized:
@@ -244,7 +242,7 @@ class Explorer:
             mean, std = patch_moments(patches)
             predicted = predicted * std + mean
         hidden = torch.from_numpy(mask).to(self.device)[None, :, None]
-        return unpatchify(torch.where(hidden, predicted, patches), self.patch_size, grid), errors[0].cpu().numpy()
+        return unpatchify(torch.where(hidden, predicted, patches), self.patch_size, self.grid), errors[0].cpu().numpy()
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -275,23 +273,24 @@ class Explorer:
         return [decode_image(Image.fromarray(photo), self.num_channels) for photo in load_sample_images().images]
 
     @torch.inference_mode()
-    def _encode_dataset(self) -> tuple[torch.Tensor, list[int]]:
-        """Unit features `(n, D)` of the dataset's images, and their rows; what cannot be decoded is left out."""
-        model, features, rows = self.model(len(self.checkpoints) - 1), [], []
-        batches = tqdm(range(0, len(self.dataset), 64), desc="features of the dataset", unit="batch")
+    def _encode(self) -> torch.Tensor:
+        """Features of the images that can be decoded, whose `rows` it sets; the others are named, and left out."""
+        dataset = self.dataset
+        model, features = self.model(len(self.checkpoints) - 1), []
+        batches = tqdm(range(0, len(dataset), 64), desc="features of the dataset", unit="batch")
         for start in batches:
             images = []
-            for row in range(start, min(start + 64, len(self.dataset))):
+            for row in range(start, min(start + 64, len(dataset))):
                 try:
                     images.append(self.read_row(row))
-                    rows.append(row)
+                    self.rows.append(row)
                 except InputError as error:
                     batches.write(f"image {row} is left out: {error}", file=sys.stderr)
             if images:
                 features.append(model.vit(self.preprocess(images)).pooler_output.float().cpu())
         if not features:
             raise InputError("`dataset` holds no image that can be decoded.")
-        return torch.nn.functional.normalize(torch.cat(features), dim=1), rows
+        return torch.nn.functional.normalize(torch.cat(features), dim=1)
 
     @torch.inference_mode()
     def neighbors(self, pixel_values: torch.Tensor) -> list[tuple[int, float, str]]:
@@ -325,7 +324,8 @@ class Session:
         self.checkpoint = len(explorer.checkpoints) - 1
         self.masking = "learned" if explorer.learns_masks else "random"
         self.seed = 0
-        self.patch: int | None = None
+        rows, columns = explorer.grid
+        self.patch = (rows // 2) * columns + columns // 2
         self.open(explorer.examples[0])
 
     def open(self, image: np.ndarray) -> None:
@@ -341,10 +341,7 @@ class Session:
     def _look(self, pixel_values: torch.Tensor, checkpoint: int) -> None:
         analysis = self.explorer.analyze(pixel_values, checkpoint)
         self.pixel_values, self.checkpoint, self.analysis = pixel_values, checkpoint, analysis
-        if self.masking != "own" or len(self.mask) != math.prod(analysis.grid):
-            self.choose_masking(self.masking)
-        if self.patch is None:
-            self.patch = (analysis.grid[0] // 2) * analysis.grid[1] + analysis.grid[1] // 2
+        self.choose_masking(self.masking)
 
     def choose_masking(self, masking: str) -> None:
         """`"learned"`, `"random"` or `"own"`, which begins with the mask that is there."""
@@ -359,6 +356,10 @@ class Session:
         self.seed += 1
         self.choose_masking("random")
 
+    def choose_patch(self, patch: int) -> None:
+        """Another patch whose attention is shown."""
+        self.patch = patch
+
     def toggle(self, patch: int) -> None:
         """Masks a patch or shows it."""
         self.masking, self.mask[patch] = "own", not self.mask[patch]
@@ -369,7 +370,7 @@ class Session:
 
     def patch_at(self, x: float, y: float) -> int:
         """The patch at a point of a picture, in the picture's pixels."""
-        rows, columns = self.analysis.grid
+        rows, columns = self.explorer.grid
         width, height = self._canvas(np.zeros((rows, columns, 3))).size
         row, column = int(y * rows / height), int(x * columns / width)
         return min(max(row, 0), rows - 1) * columns + min(max(column, 0), columns - 1)
@@ -378,7 +379,7 @@ class Session:
 
     def pictures(self) -> dict[str, Picture]:
         """All pictures by their names; `keep` only where masks are learned."""
-        explorer, analysis, (rows, columns) = self.explorer, self.analysis, self.analysis.grid
+        explorer, analysis, (rows, columns) = self.explorer, self.analysis, self.explorer.grid
         pixels, hidden = explorer.to_pixels(self.pixel_values), self.mask.reshape(rows, columns)
         reconstruction, errors = explorer.reconstruct(self.pixel_values, self.mask, self.checkpoint)
         patch_height, patch_width = explorer.patch_size
@@ -402,7 +403,7 @@ class Session:
             ),
             "attention": Picture(
                 self._canvas(_heat(attention, "viridis"), mark=True),
-                f"From {place}; last block, mean over heads. {_scale('viridis', '0', f'{attention.max():.2g}')}",
+                f"Of {place}; last block, all heads. {_scale('viridis', '0', f'{attention.max():.2g}')}",
             ),
             "components": Picture(
                 self._canvas(analysis.components.reshape(rows, columns, 3)),
@@ -417,7 +418,7 @@ class Session:
 
     def _canvas(self, pixels: np.ndarray, mark: bool = False, lines: bool = False) -> Image.Image:
         """Pixels of the image, or one for each patch, `(…, …, 3)` in [0, 1], as a picture of [`PICTURE_SIZE`]."""
-        (rows, columns), (patch_height, patch_width) = self.analysis.grid, self.explorer.patch_size
+        (rows, columns), (patch_height, patch_width) = self.explorer.grid, self.explorer.patch_size
         zoom = max(1, round(PICTURE_SIZE / max(rows * patch_height, columns * patch_width)))
         high, wide = patch_height * zoom, patch_width * zoom
         image = Image.fromarray(np.round(pixels * 255).astype(np.uint8))

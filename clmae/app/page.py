@@ -33,21 +33,31 @@ TITLES = {
 PATCH_CHOOSERS = ("image", "attention", "components")  # a click there chooses the patch whose attention is shown
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
-#head h1 { font-size: 1.45rem; font-weight: 650; margin: 0; }
-#head p, .note p { color: var(--body-text-color-subdued); margin: .1rem 0 0; font-size: .9rem; }
-.note h2 { font-size: .95rem; font-weight: 600; margin: 0; }
-.note p { font-size: .8rem; line-height: 1.3; }
-.panel .note p { height: 3.9em; }
+#head, .note, #head *, .note * { padding: 0 !important; margin: 0; }
+#head h1 { font-size: 1.45rem; font-weight: 650; }
+#head p, .note p { color: color-mix(in srgb, var(--body-text-color) 75%, transparent); font-size: .9rem; }
+.note h2 { font-size: .95rem; font-weight: 600; }
+.note p { font-size: .8rem; line-height: 1.3; margin-top: .15rem; }
+.tall p { height: 2.6em; }
 .message { background: #b3261e; color: white; border-radius: 6px; padding: .5rem .8rem; overflow-wrap: anywhere; }
-.panel { gap: .3rem !important; }
 .picture { border: 0 !important; background: none !important; }
-.picture img { image-rendering: pixelated; border-radius: 4px; }
+.picture img { border-radius: 4px; }
+.picture .icon-button-wrapper { display: none; }
+.picture .thumbnail-item { height: auto; aspect-ratio: 1; }
 .clickable img { cursor: crosshair; }
+#masking { padding: 8px; }
+#masking .wrap { gap: 5px; }
+#masking label { padding: 3px 6px; font-size: .8rem; }
+#masking label span { margin-left: 4px; }
+.buttons { gap: 5px !important; }
+.buttons button { font-size: .8rem; white-space: nowrap; padding: 4px 6px; }
+#upload .wrap { font-size: .85rem; padding: .3rem 0; }
+#upload .icon-wrap { display: none; }
 #examples .grid-wrap, #neighbors .grid-wrap { padding: 0 !important; min-height: 0 !important; }
-#examples .grid-container { grid-template-columns: repeat(4, 1fr) !important; gap: 4px; padding: 0 }
-#neighbors .grid-container { grid-template-columns: repeat(3, 1fr) !important; gap: 4px; padding: 0 }
-#examples .caption-label { display: none; }
-#neighbors .caption-label { font-size: .7rem; padding: 1px 4px; max-width: 100%; }
+#examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); }
+.picture .grid-container { grid-template-rows: none; grid-auto-rows: auto; gap: 4px; padding: 0; }
+#neighbors .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+#neighbors .caption-label { font-size: .65rem; padding: 0 3px; max-width: 100%; }
 .legend { white-space: nowrap; }
 .scale { display: inline-block; width: 4.5em; height: .6em; border-radius: 2px; vertical-align: baseline; }
 footer { display: none !important; }
@@ -60,6 +70,7 @@ def _note(title: str, caption: str = "") -> str:
 
 def _message(text: str) -> Any:
     """The update of the message's place; without a text there is none."""
+    text = text[:1].upper() + text[1:]
     return gr.update(value=f'<div class="message" role="alert">{html.escape(text)}</div>', visible=bool(text))
 
 
@@ -77,179 +88,195 @@ def _gallery(name: str, pictures: list[Any] | None = None) -> gr.Gallery:
     )
 
 
-def make_page(explorer: Explorer) -> gr.Blocks:
-    """The page, not yet served."""
-    names = [name for name in TITLES if name != "keep" or explorer.learns_masks]
-    maskings = [*(["learned"] if explorer.learns_masks else []), "random", "own"]
-    last = len(explorer.checkpoints) - 1
-    notes: dict[str, gr.HTML] = {}
-    images: dict[str, gr.Image] = {}
+class Page:
+    """The page of an [`Explorer`]; `blocks` is what gradio serves."""
 
-    def panel(name: str) -> None:
-        classes = ["picture", "clickable"] if name in (*PATCH_CHOOSERS, "mask") else ["picture"]
-        with gr.Column(min_width=190, elem_classes="panel"):
-            notes[name] = gr.HTML(_note(TITLES[name]), elem_classes="note", padding=False)
-            images[name] = gr.Image(
+    def __init__(self, explorer: Explorer):
+        self.explorer = explorer
+        self.names = [name for name in TITLES if name != "keep" or explorer.learns_masks]
+        self.notes: dict[str, gr.HTML] = {}
+        self.images: dict[str, gr.Image] = {}
+        name = html.escape(os.path.basename(explorer.name.rstrip("/")))
+        with gr.Blocks(title=f"clmae: {name}", analytics_enabled=False, delete_cache=(900, 3600)) as self.blocks:
+            self.session = gr.State(None)
+            gr.HTML(f"<h1>{name}</h1><p>{explorer.describe()}</p>", elem_id="head", padding=False)
+            self.message = gr.HTML(elem_id="message", visible=False, padding=False)
+            with gr.Row(equal_height=False):
+                with gr.Column(scale=1, min_width=250):
+                    self._add_image_controls()
+                    self._add_mask_controls()
+                with gr.Column(scale=4):
+                    with gr.Row(equal_height=False):
+                        for name in ("image", "mask", "reconstruction", "error"):
+                            self._add_picture(name)
+                    with gr.Row(equal_height=False):
+                        for name in ("keep", "attention", "components"):
+                            if name in self.names:
+                                self._add_picture(name)
+                        self._add_neighbors()
+            self._connect()
+
+    # -- layout -------------------------------------------------------------------------------------------------------
+
+    def _add_image_controls(self) -> None:
+        limits = f"{', '.join(FORMATS)}; up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels."
+        gr.HTML(_note("Your image", limits), elem_classes="note", padding=False)
+        self.upload = gr.File(show_label=False, type="filepath", height=110, elem_id="upload")
+        gr.HTML(_note("Or an example"), elem_classes="note", padding=False)
+        self.examples = _gallery("examples", [thumbnail(image) for image in self.explorer.examples])
+
+    def _add_mask_controls(self) -> None:
+        maskings = [*(["learned"] if self.explorer.learns_masks else []), "random", "own"]
+        self.masking = gr.Radio(
+            [(masking.capitalize(), masking) for masking in maskings],
+            value=maskings[0],
+            label="Which patches are masked",
+            info="Own: click in the picture of the mask.",
+            elem_id="masking",
+        )
+        with gr.Row(elem_classes="buttons"):
+            self.redraw = gr.Button("New random", size="sm", min_width=60, elem_id="redraw")
+            self.mask_all = gr.Button("Mask all", size="sm", min_width=60, elem_id="mask-all")
+            self.show_all = gr.Button("Show all", size="sm", min_width=60, elem_id="show-all")
+        last = len(self.explorer.checkpoints) - 1
+        self.checkpoint = gr.Slider(
+            0,
+            max(last, 1),
+            value=last,
+            step=1,
+            label="Checkpoint",
+            info=self.explorer.describe_checkpoint(last),
+            visible=last > 0,
+            elem_id="checkpoint",
+        )
+
+    def _add_picture(self, name: str) -> None:
+        with gr.Column(min_width=190):
+            self.notes[name] = gr.HTML(_note(TITLES[name]), elem_classes=["note", "tall"], padding=False)
+            self.images[name] = gr.Image(
                 show_label=False,
                 container=False,
                 format="png",
                 interactive=False,
                 buttons=[],
                 elem_id=f"picture-{name}",
-                elem_classes=classes,
+                elem_classes=["picture", "clickable"] if name in (*PATCH_CHOOSERS, "mask") else ["picture"],
                 alt_text=TITLES[name],
             )
 
-    with gr.Blocks(title=f"clmae: {explorer.name}", analytics_enabled=False, delete_cache=(900, 3600)) as page:
-        session = gr.State(None)
-        gr.HTML(
-            f"<h1>{html.escape(os.path.basename(explorer.name.rstrip('/')))}</h1><p>{explorer.describe()}</p>",
-            elem_id="head",
-            padding=False,
-        )
-        message = gr.HTML(elem_id="message", visible=False, padding=False)
-        with gr.Row(equal_height=False):
-            with gr.Column(scale=1, min_width=230):
-                limits = f"{', '.join(FORMATS)}; up to {MAX_BYTES >> 20} MB and {MAX_PIXELS // 10**6} megapixels."
-                gr.HTML(_note("Your image", limits), elem_classes="note", padding=False)
-                upload = gr.File(show_label=False, type="filepath", height=110, elem_id="upload")
-                gr.HTML(_note("Or an example"), elem_classes="note", padding=False)
-                examples = _gallery("examples", [thumbnail(image) for image in explorer.examples])
-                masking = gr.Radio(
-                    [(label.capitalize(), label) for label in maskings],
-                    value=maskings[0],
-                    label="Which patches are masked",
-                    info="Own: click patches in the picture of the mask.",
-                    elem_id="masking",
-                )
-                with gr.Row():
-                    redraw = gr.Button("New random mask", size="sm", min_width=60, elem_id="redraw")
-                    mask_all = gr.Button("Mask all", size="sm", min_width=60, elem_id="mask-all")
-                    show_all = gr.Button("Show all", size="sm", min_width=60, elem_id="show-all")
-                checkpoint = gr.Slider(
-                    0,
-                    max(last, 1),
-                    value=last,
-                    step=1,
-                    label="Checkpoint",
-                    info=explorer.describe_checkpoint(last),
-                    visible=last > 0,
-                    elem_id="checkpoint",
-                )
-            with gr.Column(scale=4):
-                for row in (("image", "mask", "reconstruction", "error"), ("keep", "attention", "components")):
-                    with gr.Row(equal_height=False):
-                        for name in row:
-                            if name in names:
-                                panel(name)
-                        if row[0] == "keep":
-                            visible = explorer.features is not None
-                            with gr.Column(min_width=190, visible=visible, elem_classes="panel"):
-                                caption = (
-                                    f"Of {len(explorer.rows):,} images of the dataset, by the features of the end of "
-                                    "the run; with cosine similarity. Click one to open it."
-                                )
-                                gr.HTML(_note("Nearest images", caption), elem_classes="note", padding=False)
-                                neighbors = _gallery("neighbors")
+    def _add_neighbors(self) -> None:
+        caption = f"Of {len(self.explorer.rows):,} images, by cosine similarity of features. Click one to open it."
+        with gr.Column(min_width=190, visible=self.explorer.features is not None):
+            gr.HTML(_note("Nearest images", caption), elem_classes=["note", "tall"], padding=False)
+            self.neighbors = _gallery("neighbors")
 
-        outputs = [session, message, upload, masking, checkpoint, neighbors]
-        outputs += [component for name in names for component in (notes[name], images[name])]
+    # -- events -------------------------------------------------------------------------------------------------------
 
-        def show(state: Session, image_changed: bool) -> dict[Any, Any]:
-            """Updates of all components."""
-            updates: dict[Any, Any] = {session: state, message: _message(""), masking: state.masking}
-            if image_changed:
-                updates[upload] = None
-                updates[neighbors] = [
-                    (thumbnail(explorer.read_row(row)), f"{name} {similarity:.3f}".strip())
-                    for row, similarity, name in state.neighbors
-                ]
-            updates[checkpoint] = gr.update(value=state.checkpoint, info=explorer.describe_checkpoint(state.checkpoint))
-            for name, picture in state.pictures().items():
-                updates[notes[name]] = _note(TITLES[name], picture.caption)
-                updates[images[name]] = picture.image
-            return updates
-
-        def respond(state: Session | None, act: Callable[[Session], None], opens: bool = False) -> dict[Any, Any]:
-            """Acts on the session and shows it, or says why it could not."""
-            try:
-                if state is None:  # a new visitor, or one whose session was forgotten
-                    state, opens = Session(explorer), True
-                act(state)
-                return show(state, opens)
-            except InputError as error:
-                text = str(error)
-            except MemoryError:
-                text = "this machine has too little memory for that: take a smaller image."
-            except Exception as error:  # the page goes on, whatever one event ran into
-                logger.exception("an event of the page failed")
-                text = f"the program failed ({type(error).__name__}); the terminal says where."
-            updates: dict[Any, Any] = {session: state, message: _message(text)}
-            if state is not None:
-                updates |= {masking: state.masking, checkpoint: state.checkpoint}
-            return updates | ({upload: None} if opens else {})
-
-        # One function an event: gradio reads from the annotation that an event has a place.
-        def start(state: Session | None):
-            return respond(state, lambda session: None)
-
-        def open_upload(state: Session | None, path: str):
-            return respond(state, lambda session: session.open(read_upload(path, explorer.num_channels)), opens=True)
-
-        def open_example(state: Session | None, event: gr.SelectData):
-            return respond(state, lambda session: session.open(explorer.examples[event.index]), opens=True)
-
-        def open_neighbor(state: Session | None, event: gr.SelectData):
-            def act(session: Session) -> None:
-                session.open(explorer.read_row(session.neighbors[event.index][0]))
-
-            return respond(state, act, opens=True)
-
-        def choose_patch(state: Session | None, event: gr.SelectData):
-            return respond(state, lambda session: setattr(session, "patch", session.patch_at(*event.index)))
-
-        def toggle(state: Session | None, event: gr.SelectData):
-            return respond(state, lambda session: session.toggle(session.patch_at(*event.index)))
-
-        def choose_masking(state: Session | None, value: str):
-            return respond(state, lambda session: session.choose_masking(value))
-
-        def choose_checkpoint(state: Session | None, value: int):
-            return respond(state, lambda session: session.choose_checkpoint(int(value)))
-
-        def redraw_mask(state: Session | None):
-            return respond(state, Session.draw_random_mask)
-
-        def mask_everything(state: Session | None):
-            return respond(state, lambda session: session.fill(True))
-
-        def show_everything(state: Session | None):
-            return respond(state, lambda session: session.fill(False))
-
+    def _connect(self) -> None:
+        outputs = [self.session, self.message, self.upload, self.masking, self.checkpoint, self.neighbors]
+        outputs += [*self.notes.values(), *self.images.values()]
+        choosers = [self.images[name].select for name in PATCH_CHOOSERS]
         events: list[tuple[Callable, Callable, list[Any]]] = [
-            (page.load, start, []),
-            (upload.upload, open_upload, [upload]),
-            (examples.select, open_example, []),
-            (neighbors.select, open_neighbor, []),
-            (images["mask"].select, toggle, []),
-            (masking.input, choose_masking, [masking]),
-            (checkpoint.release, choose_checkpoint, [checkpoint]),
-            (redraw.click, redraw_mask, []),
-            (mask_all.click, mask_everything, []),
-            (show_all.click, show_everything, []),
-            *[(images[name].select, choose_patch, []) for name in names if name in PATCH_CHOOSERS],
+            (self.blocks.load, self.start, []),
+            (self.upload.upload, self.open_upload, [self.upload]),
+            (self.examples.select, self.open_example, []),
+            (self.neighbors.select, self.open_neighbor, []),
+            (self.images["mask"].select, self.toggle, []),
+            (self.masking.input, self.choose_masking, [self.masking]),
+            (self.checkpoint.input, self.choose_checkpoint, [self.checkpoint]),
+            (self.redraw.click, self.draw_random_mask, []),
+            (self.mask_all.click, self.mask_everything, []),
+            (self.show_all.click, self.show_everything, []),
+            *[(select, self.choose_patch, []) for select in choosers],
         ]
         for trigger, function, inputs in events:
             trigger(
                 function,
-                [session, *inputs],
+                [self.session, *inputs],
                 outputs,
                 api_visibility="private",
                 concurrency_id="model",
                 show_progress="hidden",
-                trigger_mode="multiple",
+                # While a slider is dragged only where it ends counts; every click counts.
+                trigger_mode="always_last" if inputs == [self.checkpoint] else "multiple",
             )
-    return page
+
+    def _respond(self, session: Session | None, act: Callable[[Session], None], opens: bool = False) -> dict[Any, Any]:
+        """Acts on the session; updates of the page that show it, or say why that could not be done."""
+        updates: dict[Any, Any] = {}
+        try:
+            if session is None:  # a new visitor, or one whose session was forgotten
+                session, opens = Session(self.explorer), True
+                updates[self.checkpoint] = session.checkpoint
+            act(session)
+            updates |= self._show(session, opens)
+            text = ""
+        except InputError as error:
+            text = str(error)
+        except MemoryError:
+            text = "this machine has too little memory for that: take a smaller image."
+        except Exception as error:  # the page goes on, whatever one event ran into
+            logger.exception("an event of the page failed")
+            text = f"the program failed ({type(error).__name__}); the terminal says where."
+        if text and session is not None:
+            updates |= {self.masking: session.masking, self.checkpoint: session.checkpoint}
+        if opens:
+            updates[self.upload] = None
+        return updates | {self.session: session, self.message: _message(text)}
+
+    def _show(self, session: Session, image_changed: bool) -> dict[Any, Any]:
+        updates: dict[Any, Any] = {
+            self.masking: session.masking,
+            self.checkpoint: gr.update(info=self.explorer.describe_checkpoint(session.checkpoint)),
+        }
+        if image_changed:
+            updates[self.neighbors] = [
+                (thumbnail(self.explorer.read_row(row)), f"{name} {similarity:.3f}".strip())
+                for row, similarity, name in session.neighbors
+            ]
+        for name, picture in session.pictures().items():
+            updates[self.notes[name]] = _note(TITLES[name], picture.caption)
+            updates[self.images[name]] = picture.image
+        return updates
+
+    # gradio reads from the annotations which functions want an event's place.
+
+    def start(self, session: Session | None) -> dict[Any, Any]:
+        return self._respond(session, lambda session: None, opens=True)
+
+    def open_upload(self, session: Session | None, path: str) -> dict[Any, Any]:
+        channels = self.explorer.num_channels
+        return self._respond(session, lambda session: session.open(read_upload(path, channels)), opens=True)
+
+    def open_example(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.open(self.explorer.examples[event.index]), opens=True)
+
+    def open_neighbor(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+        def act(session: Session) -> None:
+            session.open(self.explorer.read_row(session.neighbors[event.index][0]))
+
+        return self._respond(session, act, opens=True)
+
+    def choose_patch(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.choose_patch(session.patch_at(*event.index)))
+
+    def toggle(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.toggle(session.patch_at(*event.index)))
+
+    def choose_masking(self, session: Session | None, masking: str) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.choose_masking(masking))
+
+    def choose_checkpoint(self, session: Session | None, index: float) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.choose_checkpoint(int(index)))
+
+    def draw_random_mask(self, session: Session | None) -> dict[Any, Any]:
+        return self._respond(session, Session.draw_random_mask)
+
+    def mask_everything(self, session: Session | None) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.fill(True))
+
+    def show_everything(self, session: Session | None) -> dict[Any, Any]:
+        return self._respond(session, lambda session: session.fill(False))
 
 
 def serve(
@@ -271,7 +298,7 @@ def serve(
     Raises:
         InputError: Model or dataset cannot be loaded, or the port is taken.
     """
-    page = make_page(Explorer(model, dataset, split))
+    page = Page(Explorer(model, dataset, split)).blocks
     font = ["Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]  # the system's; none is fetched
     theme = gr.themes.Base(primary_hue="orange", neutral_hue="slate", font=font, font_mono=["Consolas", "monospace"])
     page.queue(default_concurrency_limit=1, max_size=64)
