@@ -39,6 +39,7 @@ CSS = """
 .note h2 { font-size: .95rem; font-weight: 600; }
 .note p { font-size: .8rem; line-height: 1.3; margin-top: .15rem; }
 .tall p { height: 2.6em; }
+#message:not(:has(.message)) { display: none; }
 .message { background: #b3261e; color: white; border-radius: 6px; padding: .5rem .8rem; overflow-wrap: anywhere; }
 .picture { border: 0 !important; background: none !important; }
 .picture img { border-radius: 4px; }
@@ -68,10 +69,8 @@ def _note(title: str, caption: str = "") -> str:
     return f"<h2>{title}</h2>" + (f"<p>{caption}</p>" if caption else "")
 
 
-def _message(text: str) -> Any:
-    """The update of the message's place; without a text there is none."""
-    text = text[:1].upper() + text[1:]
-    return gr.update(value=f'<div class="message" role="alert">{html.escape(text)}</div>', visible=bool(text))
+def _message(text: str) -> str:
+    return f'<div class="message" role="alert">{html.escape(text[:1].upper() + text[1:])}</div>' if text else ""
 
 
 def _gallery(name: str, pictures: list[Any] | None = None) -> gr.Gallery:
@@ -100,7 +99,7 @@ class Page:
         with gr.Blocks(title=f"clmae: {name}", analytics_enabled=False, delete_cache=(900, 3600)) as self.blocks:
             self.session = gr.State(None)
             gr.HTML(f"<h1>{name}</h1><p>{explorer.describe()}</p>", elem_id="head", padding=False)
-            self.message = gr.HTML(elem_id="message", visible=False, padding=False)
+            self.message = gr.HTML(elem_id="message", padding=False)
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=250):
                     self._add_image_controls()
@@ -161,7 +160,6 @@ class Page:
                 buttons=[],
                 elem_id=f"picture-{name}",
                 elem_classes=["picture", "clickable"] if name in (*PATCH_CHOOSERS, "mask") else ["picture"],
-                alt_text=TITLES[name],
             )
 
     def _add_neighbors(self) -> None:
