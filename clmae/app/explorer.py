@@ -431,7 +431,7 @@ class Session:
                 draw.line((0, y, image.width, y), (255, 255, 255, 70))
         if mark:
             left, top = self.patch % columns * wide, self.patch // columns * high
-            draw.rectangle((left, top, left + wide - 1, top + high - 1), outline=MARK, width=max(2, zoom // 3))
+            draw.rectangle((left, top, left + wide - 1, top + high - 1), outline=MARK, width=max(3, zoom // 3))
         return image
 
 

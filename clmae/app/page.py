@@ -109,10 +109,15 @@ class Page:
                         for name in ("image", "mask", "reconstruction", "error"):
                             self._add_picture(name)
                     with gr.Row(equal_height=False):
-                        for name in ("keep", "attention", "components"):
-                            if name in self.names:
-                                self._add_picture(name)
+                        names = [name for name in ("keep", "attention", "components") if name in self.names]
+                        for name in names:
+                            self._add_picture(name)
+                        if explorer.features is not None:
+                            names.append("neighbors")
                         self._add_neighbors()
+                        for _ in range(4 - len(names)):  # so that all rows have columns of one width
+                            with gr.Column(min_width=190):
+                                gr.HTML()
             self._connect()
 
     # -- layout -------------------------------------------------------------------------------------------------------
@@ -314,6 +319,6 @@ def serve(
             prevent_thread_lock=True,
         )
     except OSError as error:
-        raise InputError(f"--port {port} cannot be used: {error}") from error
+        raise InputError(f"--port {port} cannot be used, another program may have it: give another number.") from error
     print(f"the page is at {public or local} (Ctrl+C ends it)", flush=True)
     page.block_thread()

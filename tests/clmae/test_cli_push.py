@@ -202,6 +202,7 @@ def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
     assert len(hub.requests) == requests
 
 
+@pytest.mark.slow
 def test_space(hub, push, folder, repo_id, tmp_path):
     (folder / "trainer_state.json").unlink()
     code, output = push(folder, repo_id, "--space")
