@@ -305,12 +305,12 @@ class Explorer:
         similarities[similarities > 1 - 1e-5] = -2  # the image itself
         best = similarities.topk(min(MAX_NEIGHBORS, len(similarities)))
         label = self.dataset.features.get("label")
-        found = []
+        nearest = []
         for similarity, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             row = self.rows[index]
             name = label.int2str(self.dataset[row]["label"]) if isinstance(label, datasets.ClassLabel) else ""
-            found += [(row, similarity, name)] if similarity > -2 else []
-        return found
+            nearest += [(row, similarity, name)] if similarity > -2 else []
+        return nearest
 
 
 class Session:

@@ -109,13 +109,12 @@ class Page:
                         for name in ("image", "mask", "reconstruction", "error"):
                             self._add_picture(name)
                     with gr.Row(equal_height=False):
-                        names = [name for name in ("keep", "attention", "components") if name in self.names]
-                        for name in names:
-                            self._add_picture(name)
-                        if explorer.features is not None:
-                            names.append("neighbors")
+                        for name in ("keep", "attention", "components"):
+                            if name in self.names:
+                                self._add_picture(name)
                         self._add_neighbors()
-                        for _ in range(4 - len(names)):  # so that all rows have columns of one width
+                        num_absent = (not explorer.learns_masks) + (explorer.features is None)
+                        for _ in range(num_absent):  # so that all rows have columns of one width
                             with gr.Column(min_width=190):
                                 gr.HTML()
             self._connect()
