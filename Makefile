@@ -1,4 +1,5 @@
-# make test: lint, types and all tests   make quick: the fast tests   make types: mypy   make demo: a small CL-MAE
+# make test: lint, types and all tests   make test-app: those that need gradio   make quick: the fast tests
+# make types: mypy   make demo: a small CL-MAE
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # that made training ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install test quick types demo
+.PHONY: install test test-app quick types demo
 
 install: $(VENV)/.installed
 
@@ -21,6 +22,14 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# gradio needs an older Pillow than the other tests run with: a second environment, which finds the rest in the first.
+test-app: install
+	$(PYTHON) -m venv $(VENV)-app
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
+		$$($(VENV)-app/bin/python -c "import site; print(site.getsitepackages()[0])")/main.pth
+	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check "gradio>=6"
+	PYTHONPATH=. $(VENV)-app/bin/python -m pytest -rs tests/clmae/test_app.py -k TestPage
 
 quick: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

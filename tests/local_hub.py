@@ -1,9 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""A Hub on this machine: the part of its HTTP API that huggingface_hub's client uses for models, and such clients.
+"""A Hub on this machine: what huggingface_hub's client uses of its HTTP API for models and Spaces, and such clients.
 
-Models only, in memory, LFS by its "basic" transfer (clients run with `HF_HUB_DISABLE_XET=1`). It answers refusals as
-the Hub does: 401 to strangers for what is private or missing, 404 to others, 403 to who may not write. Connections can
-be made to break.
+In memory; the ids of Spaces begin with `spaces/`; LFS by its "basic" transfer (clients run with
+`HF_HUB_DISABLE_XET=1`). It answers refusals as the Hub does: 401 to strangers for what is private or missing, 404 to
+others, 403 to who may not write. Connections can be made to break.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def is_lfs(path: str) -> bool:
 
 @dataclass
 class Repo:
-    """A model's repository: commits in order, by their id, each with all its files."""
+    """A repository: commits in order, by their id, each with all its files."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -146,6 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         parsed = urlparse(self.path)
         path, data = unquote(parsed.path), self._body()
+        path = path.replace("/api/spaces/", "/api/models/spaces/")
         request = f"{self.command} {path}"
         with self.hub.lock:
             span = self.headers.get("Range")
@@ -172,23 +173,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._create(json.loads(data))
         elif match := re.fullmatch(r"/objects/(\w+)", path):
             self._store(match[1], data)
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+        elif match := re.fullmatch(r"/((?:spaces/)?[^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             self._with_repo(match[1], True, lambda repo: self._batch(json.loads(data)))
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+", path):
+        elif match := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)/(preupload|commit)/[^/]+", path):
             act = self._preupload if match[2] == "preupload" else self._commit
             self._with_repo(match[1], True, lambda repo: act(match[1], repo, data))
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
+        elif match := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             self._with_revision(match[1], match[2] or "main", self._info)
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+        elif match := re.fullmatch(r"/api/models/((?:spaces/)?[^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
             self._with_revision(match[1], match[2], lambda *repo: self._tree(*repo, match[3] or ""))
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(r"/((?:spaces/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._with_revision(match[1], match[2], lambda *repo: self._file(*repo, match[3]))
         else:
             self._refuse(404, "NotFound")
 
     def _with_repo(self, repo_id: str, write: bool, then: Any) -> None:
         repo = self.hub.repos.get(repo_id)
-        owner = self.user == repo_id.split("/")[0]
+        owner = self.user == repo_id.split("/")[-2]
         if repo is None or (repo.private and not owner):
             self._refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
         elif write and not owner:
@@ -205,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _create(self, request: dict[str, Any]) -> None:
         owner = request.get("organization") or self.user
-        repo_id = f"{owner}/{request['name']}"
+        repo_id = f"{'spaces/' * (request.get('type') == 'space')}{owner}/{request['name']}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "id": repo_id, "name": repo_id}
         if self.user is None:
             self._refuse(401, "Unauthorized", "Invalid username or password.")

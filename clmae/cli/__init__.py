@@ -18,6 +18,7 @@ COMMANDS = {
     "export": "write a model for transformers' own classes, timm or ONNX",
     "convert": "read a checkpoint of another MAE project",
     "card": "make the model card of an output folder",
+    "app": "look at a model in the browser",
     "push": "upload a model to the Hub",
     "verify": "check that checkpoints and models are whole",
     "bench": "measure how fast this machine pretrains, and which batch size fits",

@@ -6,6 +6,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -28,7 +31,7 @@ def folder(tmp_path, tiny_config):
     path = tmp_path / "out"
     torch.manual_seed(next(NUMBERS))  # the Hub knows a file of any repository by its content
     MAEForPreTraining(tiny_config("mae")).save_pretrained(path)
-    BitImageProcessor(size={"shortest_edge": 16}).save_pretrained(path)
+    BitImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(path)
     history = [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]
     (path / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": history}))
     (path / "checkpoint-3").mkdir()
@@ -229,3 +232,43 @@ def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
     assert push(folder, "just-a-name")[0] == 2
     assert snapshot(folder) == before
     assert len(hub.requests) == requests
+
+
+@pytest.mark.slow
+def test_space(hub, push, folder, repo_id, tmp_path):
+    (folder / "trainer_state.json").unlink()
+    code, output = push(folder, repo_id, "--space")
+    assert code == 0, output
+    assert f"files to {hub.url}/spaces/{repo_id}" in output
+    assert not (folder / "README.md").exists()  # no model card is made for it
+    files = hub.repos[f"spaces/{repo_id}"].files
+    assert files["README.md"].startswith(b"---\ntitle: push-")
+    assert b"\nsdk: gradio\n" in files["README.md"]
+    assert b"gradio>=6" in files["requirements.txt"]
+    assert b"torch>=" in files["requirements.txt"]
+    assert b"clmae" not in files["requirements.txt"]
+    assert not [name for name in files if "checkpoint" in name or "training_args" in name]
+    for name, content in files.items():
+        (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "space" / name).write_bytes(content)
+    # As a Space runs it: nothing of the repository, and `serve` up to the page.
+    script = "from clmae.app import Explorer; import clmae; print(Explorer('model').describe(), clmae.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "space", env=environment, capture_output=True, text=True
+    )
+    assert result.stdout.startswith("MAE, "), result.stderr
+    assert str(tmp_path) in result.stdout
+    assert "serve('model', host=None, port=None)" in files["app.py"].decode()
+
+
+def test_space_of_a_model_on_the_hub(hub, push, folder, repo_id):
+    assert push("org/some-model", repo_id, "--space", "--private")[0] == 0
+    repo = hub.repos[f"spaces/{repo_id}"]
+    assert repo.private
+    assert "serve('org/some-model', host=None, port=None)" in repo.files["app.py"].decode()
+    assert b"\nmodels: [org/some-model]\n---\n" in repo.files["README.md"]
+    assert not [name for name in repo.files if name.startswith("model/")]
+    assert repo_id not in hub.repos
+    assert push("no/such/folder", repo_id, "--space")[0] == 2
+    assert push(folder, repo_id, "--space", token="hf_other_token")[0] == 2
