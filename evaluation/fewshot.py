@@ -82,19 +82,11 @@ def few_shot_probe(
     l2_grid = check_l2_grid(l2_grid)
     if not one_shot_l2 > 0:
         raise InputError(f"`one_shot_l2` is {one_shot_l2}; give a number above 0.")
-    if not shots or min(shots) < 1:
-        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images per class, 1 or more.")
     if num_draws < 1:
         raise InputError(f"`num_draws` is {num_draws}; give 1 or more.")
     device = train_features.device
     classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
-    smallest_class = int(labels.bincount().min())
-    possible = sorted({n for n in shots if n <= smallest_class})
-    if not possible:
-        raise InputError(
-            f"`shots` is {tuple(shots)}, but the smallest class has {smallest_class} training images; give at most "
-            "that many, or leave out that class."
-        )
+    possible = _possible_shots(shots, smallest_class=int(labels.bincount().min()))
     test, truth = test_features.to(device, torch.float32), test_labels.to(device)
     seeds = [seed + draw for draw in range(num_draws)]
     accuracies: dict[int, list[float]] = {n: [] for n in possible}
@@ -116,6 +108,19 @@ def few_shot_probe(
             weights[n].append(l2)
             correct[n] += is_right / num_draws
     return FewShotResult(accuracies, weights, seeds, [n for n in shots if n not in possible], correct)
+
+
+def _possible_shots(shots: Sequence[int], smallest_class: int) -> list[int]:
+    """Those that every class has, in order."""
+    if not shots or min(shots) < 1:
+        raise InputError(f"`shots` is {tuple(shots)}; give numbers of images per class, 1 or more.")
+    possible = sorted({n for n in shots if n <= smallest_class})
+    if not possible:
+        raise InputError(
+            f"`shots` is {tuple(shots)}, but the smallest class has {smallest_class} training images; give at most "
+            "that many, or leave out that class."
+        )
+    return possible
 
 
 __all__ = ["FEW_SHOT_L2_GRID", "NUM_DRAWS", "ONE_SHOT_L2", "SHOTS", "FewShotResult", "few_shot_probe"]

@@ -40,7 +40,6 @@ def module_name(path: Path) -> str:
 
 
 SOURCES = {module_name(path): path.read_text() for layer in LAYERS for path in sorted(python_files(layer))}
-UNTIL_MERGED = pytest.mark.xfail(strict=False, reason="until the redesigns of modeling, training and evaluation meet")
 SCRIPTS = {str(path): path.read_text() for folder in ("benchmarks", "recipes") for path in python_files(folder)}
 
 
@@ -149,14 +148,13 @@ def needed(sources: dict[str, str]) -> set[str]:
     packages = {name.split(".")[0] for text in sources.values() for name in imported(text)}
     packages -= {"clmae", *sys.stdlib_module_names, *(Path(path).stem for path in SCRIPTS)}
     distributions = installed()
-    return {distributions[package][0].lower().replace("_", "-") for package in packages}
+    return {distributions.get(package, [package])[0].lower().replace("_", "-") for package in packages}
 
 
 def test_what_the_package_imports_is_declared():
-    assert needed(SOURCES) - declared("export") == set()
+    assert needed(SOURCES) - declared("export") - declared("app") == set()
 
 
-@UNTIL_MERGED
 def test_what_is_declared_is_imported():
     assert declared("export") - needed(SOURCES) == NOT_IMPORTED
 
@@ -179,25 +177,21 @@ def definitions(kind: type, sources: dict[str, str]) -> dict[str, int]:
     return {f"{name}.{node.name}": code_lines(node, text) for name, text, node in nodes if isinstance(node, kind)}
 
 
-@UNTIL_MERGED
 def test_no_function_is_longer_than_60_lines():
     functions = definitions((ast.FunctionDef, ast.AsyncFunctionDef), SOURCES)
     assert {name: lines for name, lines in functions.items() if lines > 60} == {}
 
 
-@UNTIL_MERGED
 def test_the_trainer_is_small():
     assert definitions(ast.ClassDef, SOURCES)["clmae.training.trainer.CurriculumTrainer"] <= 350
 
 
-@UNTIL_MERGED
 def test_the_trainer_overrides_at_most_two_private_methods():
     chain = [owner for owner in CurriculumTrainer.__mro__ if owner.__module__.startswith("clmae.")]
     private = {name for owner in chain for name, value in vars(owner).items() if name[0] == "_" and callable(value)}
     assert len({name for name in private if not name.startswith("__") and hasattr(transformers.Trainer, name)}) <= 2
 
 
-@UNTIL_MERGED
 def test_no_model_is_asked_for_the_parts_of_a_family():
     pattern = re.compile(r"""(?:has|get)attr\([^()]*,\s*["'](?:masking_module|position_head)["']""")
     assert {name: hits for name, text in SOURCES.items() if (hits := pattern.findall(text))} == {}

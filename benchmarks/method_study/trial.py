@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cl_soft_cooldown": dict(masks="soft", interval=4, cooldown=0.8),
     "error_1": dict(masks="error", beta=1.0),
     "error_3": dict(masks="error", beta=3.0),
+    "error_1_cooldown": dict(masks="error", beta=1.0, cooldown=0.8),
     "error_3_cooldown": dict(masks="error", beta=3.0, cooldown=0.8),
     "error_3_raw": dict(masks="error", beta=3.0, raw_errors=True),
     "error_3_task": dict(masks="error", beta=3.0, error_task=True),
