@@ -25,7 +25,7 @@ class CLMAEConfig(MAEConfig):
             paper's: by the reconstruction loss under soft masks, in a pass of its own. `"error"`, this project's: it
             predicts each patch's error, which costs no further pass, and the visible patches are drawn with weights
             `exp(λ_CL * masker_error_scale * predicted error)`.
-        masker_error_scale (`float`, *optional*, defaults to 3.0): With `"error"`, how far masks follow the predicted
+        masker_error_scale (`float`, *optional*, defaults to 1.0): With `"error"`, how far masks follow the predicted
             errors, which have mean 0 and deviation 1, instead of chance.
         masker_hidden_size (`int`, *optional*): With `"error"`, the masking module's width; about half of the encoder's
             if not given. (With `"soft"` it is the encoder's.)
@@ -52,7 +52,7 @@ class CLMAEConfig(MAEConfig):
             the run: `"linear"`, `"cosine"`, or `"constant"` (stays at `curriculum_start`).
         curriculum_start (`float`, *optional*, defaults to 1.0): λ_CL at the first step; positive is a partner.
         curriculum_end (`float`, *optional*, defaults to -1.0): λ_CL at the last step; negative is an adversary.
-        curriculum_cooldown (`float`, *optional*, defaults to 0.2): Last share of the run, in [0, 1), whose masks are
+        curriculum_cooldown (`float`, *optional*, defaults to 0.0): Last share of the run, in [0, 1), whose masks are
             random and whose masking module rests; the curriculum ends where it begins.
 
     Raises:
@@ -62,7 +62,7 @@ class CLMAEConfig(MAEConfig):
     model_type = "cl_mae"
 
     masker_objective: str = "error"
-    masker_error_scale: float = 3.0
+    masker_error_scale: float = 1.0
     masker_hidden_size: int = None  # type: ignore[assignment]
     masker_num_hidden_layers: int = None  # type: ignore[assignment]
     masker_num_attention_heads: int = 4
@@ -78,7 +78,7 @@ class CLMAEConfig(MAEConfig):
     curriculum_shape: str = "linear"
     curriculum_start: float = 1.0
     curriculum_end: float = -1.0
-    curriculum_cooldown: float = 0.2
+    curriculum_cooldown: float = 0.0
 
     _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
         *MAEConfig._rules,
