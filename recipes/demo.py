@@ -107,8 +107,8 @@ def write_report(table: pd.DataFrame, seconds: float) -> None:
         *((f"{name}: masks and reconstructions", f"pictures/{path.name}", name) for name, path in pictures.items()),
     ]
     intro = (
-        f"4,000 MNIST digits, pretrained without their labels by `recipes/demo.yaml`; with evaluation {seconds:.0f} s. In "
-        "brackets: 95 % intervals."
+        "4,000 MNIST digits, pretrained without their labels by `recipes/demo.yaml` and evaluated, in "
+        f"{seconds:.0f} s. In brackets: 95 % intervals."
     )
     difficulty = (
         "The curriculum factor goes from partner (+1) to adversary (-1). Mask difficulty is the reconstruction loss "
