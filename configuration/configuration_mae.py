@@ -216,14 +216,14 @@ class MAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         cls._check_unknown(kwargs)
         cls._check_entries(config_dict)
-        # Of a later version or another program, say: kept, as all that is unknown; only a person's words are refused.
+        # Of a later version or another program, say: kept, as all that is unknown; only keyword arguments are refused.
         misspelt = {name: value for name, value in config_dict.items() if cls._meant(name)}
         for name in misspelt:
             logger.warning(
                 f"`{name}` is no field of {cls.__name__} and has no effect; did you mean `{cls._meant(name)}`?"
             )
         fields = {name: value for name, value in config_dict.items() if name not in misspelt}
-        if "hidden_size" in fields:  # a whole file, not a person's few
+        if config_dict.get("model_type") == cls.model_type:  # a file of the family itself
             fields = cls._earlier | fields
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             # A family that goes on from another's folder is itself, and says so when it is saved.

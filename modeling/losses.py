@@ -79,15 +79,19 @@ def diversity_loss(keep: torch.Tensor, scale: float) -> torch.Tensor:
     return torch.exp(-scale * torch.pdist(keep)).mean()
 
 
-def error_prediction_loss(predictions: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def error_prediction_loss(
+    predictions: torch.Tensor, errors: torch.Tensor, mask: torch.Tensor, across_processes: bool = True
+) -> torch.Tensor:
     """`L_err = Σ mask·(ê − z)² / Σ mask`, with z the logarithm of the errors e, standardised over the masked patches.
 
-    Of all processes together. `predictions` ê, `errors` and `mask` are `(B, N)`; the gradient is for ê alone.
+    Of all processes together, if `across_processes`. `predictions` ê, `errors` and `mask` are `(B, N)`; the gradient is
+    for ê alone.
     """
+    total_of = sum_across_processes if across_processes else lambda values: values
     targets = (errors.detach() + 1e-6).log()
-    count, total = sum_across_processes(torch.stack([mask.sum(), (targets * mask).sum()]))
+    count, total = total_of(torch.stack([mask.sum(), (targets * mask).sum()]))
     deviations = targets - total / count
-    variance = sum_across_processes((deviations.square() * mask).sum()) / count
+    variance = total_of((deviations.square() * mask).sum()) / count
     return masked_mean((predictions - deviations / (variance.sqrt() + 1e-6)).square(), mask)
 
 

@@ -56,6 +56,16 @@ def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
+def finer_digits(noise: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in [0, 1), independent of the order of the uniform `noise`: its digits below 2^-12.
+
+    Half precision has none, and other numbers are drawn.
+    """
+    if noise.dtype in (torch.float16, torch.bfloat16):
+        return torch.rand(noise.shape, device=noise.device)
+    return (noise * 2**12).frac()
+
+
 def select_patches(values: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
     """Of each patch's values `(B, N)` or `(B, N, width)`, those at the indices `ids` `(B, P)`; all with `None`."""
     if ids is None:
@@ -123,6 +133,7 @@ __all__ = [
     "SAMPLERS",
     "Masking",
     "block_scores",
+    "finer_digits",
     "gather_tokens",
     "grid_scores",
     "gumbel_scores",

@@ -45,10 +45,10 @@ _MIN_TOKENS = 8192  # of a part of pass B: enough to keep a GPU busy
 class CLMAEForPreTrainingOutput(MAEForPreTrainingOutput):
     """What [`CLMAEForPreTraining`] returns: [`MAEForPreTrainingOutput`] and the masking module's side.
 
-    The loss terms stand before their weights, and are `None` where pass B was not computed.
+    The loss terms stand before their weights, and are `None` where they were not computed.
 
     Args:
-        loss (`torch.FloatTensor`, a scalar): `L_rec + L_mask`, or `L_rec` alone without pass B.
+        loss (`torch.FloatTensor`, a scalar): L_rec, and the weighted terms below that were computed.
         soft_reconstruction_loss (`torch.FloatTensor`, a scalar): L_soft, reconstruction under the soft mask.
         gauss_loss (`torch.FloatTensor`, a scalar): L_gauss, distance of the keep probabilities from 0 and 1.
         kl_loss (`torch.FloatTensor`, a scalar): L_kl, departure from the mask ratio.
@@ -102,7 +102,7 @@ class MaskingModule(nn.Module):
             hidden_states = layer(hidden_states)
         # The last block computes the class token alone: 5 % of a step (width 192, 6 blocks, on a CPU).
         logits = self.head(self.layernorm(last(hidden_states, num_queries=1)[:, 0]))
-        # What stands in for the head (quantised, say) may compute in less.
+        # A replacement of the head (quantised, say) may compute in lower precision.
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
 
 
@@ -191,10 +191,10 @@ class LearnedMasks(MAEForPreTraining):
                 `"random"` ones by `config.mask_sampler`.
             curriculum_factor (`float` or 0-d `torch.Tensor`, *optional*): λ_CL. A tensor does not make a compiled
                 model recompile as it changes. `config.curriculum_start` if not given.
-            compute_masker_loss (`bool`, *optional*): Whether to do pass B; if not given: in training with learned
-                masks.
+            compute_masker_loss (`bool`, *optional*): Whether to train the masking module; if not given: in training
+                with learned masks.
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one (with
-                `masking="random"`: the masking module has one output per patch).
+                `masking="random"`: soft masks have one output per patch).
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -238,8 +238,9 @@ class LearnedMasks(MAEForPreTraining):
         by_errors = config.masker_objective == "error"
         if grid_size != config.grid_size and not by_errors:
             raise InputError(
-                f"`masking='learned'` needs images of {config.image_size} pixels: the masking module has one "
-                f"output for each of {config.num_patches} patches. Resize the images, or pass `masking='random'`."
+                f"The masking module needs images of {config.image_size} pixels: it has one output for each of "
+                f"{config.num_patches} patches. Resize the images, or pass `masking='random'` and no "
+                "`compute_masker_loss`."
             )
         with torch.set_grad_enabled(compute_masker_loss and torch.is_grad_enabled()):
             outputs = self.masking_module(tokens[:, 1:].detach())
@@ -288,7 +289,7 @@ class LearnedMasks(MAEForPreTraining):
             predictions, mask = (
                 select_patches(values[rows], ids_predicted) for values in (chosen.predicted_errors, chosen.mask)
             )
-            terms |= {"prediction_loss": error_prediction_loss(predictions, errors, mask)}
+            terms |= {"prediction_loss": error_prediction_loss(predictions, errors, mask, self.training)}
         return terms
 
     def masker_terms(

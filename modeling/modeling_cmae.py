@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from clmae.configuration.configuration_cmae import CMAEConfig
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import contrastive_loss, gather_across_processes
-from clmae.modeling.masking import Masking, gather_tokens
+from clmae.modeling.masking import Masking, finer_digits, gather_tokens
 from clmae.modeling.modeling_cl_mae import CLMAEForPreTrainingOutput, CLMAEPreTrainedModel, LearnedMasks
 from clmae.modeling.modeling_mae import MAEBackbone, MAEForImageClassification, MAEModel, check_pixel_values
 
@@ -174,7 +174,8 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             **kwargs,
             return_dict=True,
         )
-        for name in ("logits", "mask", "ids_restore", "keep_probabilities", "predicted_errors") if several else ():
+        rows = ("logits", "mask", "ids_restore", "ids_predicted", "keep_probabilities", "predicted_errors")
+        for name in rows if several else ():
             if name in outputs:
                 outputs[name] = outputs[name].unflatten(0, (shape[0], -1))
         return outputs
@@ -202,7 +203,7 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
         The finer digits of the noise `(B, N)` draw them, so that one noise fixes everything.
         """
         assert noise is not None  # `forward` has drawn it
-        digits = (noise.gather(1, chosen.ids_keep) * 2**12).frac()  # the visible tokens' noise itself is small
+        digits = finer_digits(noise).gather(1, chosen.ids_keep)  # the visible tokens' noise itself is small
         return digits.argsort(dim=1)[:, : int(digits.shape[1] * self.config.position_mask_ratio)]
 
     def visible_tokens(

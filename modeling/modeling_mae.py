@@ -25,7 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from clmae.configuration.configuration_mae import MAEConfig, pair
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
-from clmae.modeling.masking import SAMPLERS, Masking, gather_tokens, keep_lowest, select_patches
+from clmae.modeling.masking import SAMPLERS, Masking, finer_digits, gather_tokens, keep_lowest, select_patches
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
@@ -415,6 +415,11 @@ class MAEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm1d):
+            for ones in (module.weight, module.running_var):
+                init.ones_(ones)
+            for zeros in (module.bias, module.running_mean, module.num_batches_tracked):
+                init.zeros_(zeros)
         elif isinstance(module, MAEEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             init.copy_(module.position_embeddings, sincos_positions(self.config.hidden_size, self.config.grid_size))
@@ -636,7 +641,7 @@ class MAEForPreTraining(MAEPreTrainedModel):
         if not self.training or self.config.prediction_ratio == 1:
             return None
         num_masked = chosen.mask.shape[1] - chosen.ids_keep.shape[1]
-        draws = torch.rand_like(chosen.mask) if noise is None else (noise * 2**12).frac()
+        draws = torch.rand_like(chosen.mask) if noise is None else finer_digits(noise)
         return (draws - chosen.mask).argsort(dim=1)[:, : max(1, round(self.config.prediction_ratio * num_masked))]
 
     def decoded_rows(self, **options: Any) -> slice:

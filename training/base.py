@@ -66,7 +66,7 @@ class BaseTrainer(Trainer):
     - A loss or a gradient that is nan or inf stops the run before anything of it is saved (see [`FiniteCallback`]).
     - The order of an [`ImageDataset`], and the keys of its samples, are functions of seed and epoch.
     - Evaluation and prediction take all images, also where training leaves out an epoch's last batch.
-    - Weight decay is on all that [`is_decayed`].
+    - Weight decay applies to the parameters for which [`is_decayed`] is true.
     - To the Hub goes what [`hub_files`] names: no data, logs or training arguments.
 
     Raises:
@@ -160,7 +160,7 @@ class BaseTrainer(Trainer):
     # -- optimiser and data ---------------------------------------------------------------------------------------
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The parameters that [`is_decayed`]."""
+        """The parameters for which [`is_decayed`] is true."""
         return [name for name, parameter in model.named_parameters() if is_decayed(parameter)]
 
     @property

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from clmae.configuration.errors import InputError
 from clmae.modeling import MAEPreTrainedModel
 from clmae.training.data import ImageDataset, StreamingImageDataset
+
+logger = logging.get_logger(__name__)
 
 
 def check_setup(trainer: Any) -> None:
@@ -64,6 +67,11 @@ def check_setup(trainer: Any) -> None:
             "`deepspeed`) cannot do; use DDP, or crop at random.",
         ),
         (
+            trainer.is_deepspeed_enabled and getattr(trainer.args, "max_skipped_steps", 0),
+            "`max_skipped_steps` has no effect under `deepspeed`, which takes a step before its gradients can be seen: "
+            "leave it out.",
+        ),
+        (
             not crops and inner_crops,
             f"`train_dataset` is a {type(dataset).__name__} of a dataset with `contrastive_crop`: its boxes would "
             "never be computed; choose the images before (`datasets.Dataset.select`), or crop at random.",
@@ -72,6 +80,11 @@ def check_setup(trainer: Any) -> None:
     for applies, message in problems:
         if applies:
             raise InputError(message)
+    if isinstance(getattr(dataset, "dataset", None), ImageDataset):
+        logger.warning(
+            f"`train_dataset` is a {type(dataset).__name__} of an `ImageDataset`, which shows an image by "
+            "the same crop and noise at every epoch: choose the images before (`datasets.Dataset.select`)."
+        )
 
 
 def check_samples(train_dataset: Any, eval_dataset: Any, pixel_values_of: Callable[[Any], Any], remedy: str) -> None:

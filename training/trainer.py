@@ -185,14 +185,14 @@ class CurriculumTrainer(BaseTrainer):
     # -- data -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's loader, whose workers leave a SIGTERM to the run; none where the images are on the device.
+        """The Trainer's loader, whose workers ignore SIGTERM; without workers where the images are on the device.
 
-        Of an [`ImageDataset`] or a [`StreamingImageDataset`], and without an given collator, a batch has uint8
+        Of an [`ImageDataset`] or a [`StreamingImageDataset`], and without a collator of your own, a batch has uint8
         `pixel_values` (see [`~clmae.training.data.unnormalized`]), which `compute_loss` normalises.
         """
         dataset, config = self.train_dataset, self.accelerator.dataloader_config
         dispatch, is_part = config.dispatch_batches, getattr(dataset, "is_part", False)
-        if is_part:  # accelerate would have the first process read for all, or all of them everything
+        if is_part:  # accelerate would have the first process read for all, or make every process read everything
             config.dispatch_batches = False
         self.train_dataset = unnormalized(dataset) if self._normalizes else dataset
         try:

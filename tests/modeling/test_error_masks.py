@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+import clmae
 from clmae.modeling.losses import error_prediction_loss, masked_mean, patch_errors, patch_targets
 from clmae.modeling.masking import gumbel_scores, keep_lowest, random_scores
 
@@ -18,7 +19,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture
 def build(tiny_config):
     """`build(family, **fields)`: an autoencoder in training mode whose masks are drawn by predicted errors."""
-    import clmae
 
     def make(family="cl_mae", **fields):
         torch.manual_seed(0)
@@ -191,3 +191,41 @@ def test_one_decoded_view(build, make_images):
     first = model.eval()(pixel_values[:, 0], noise=noise[:, 0])
     assert torch.isclose(outputs.reconstruction_loss, first.reconstruction_loss, rtol=1e-5)
     assert torch.isclose(outputs.loss, outputs.reconstruction_loss + outputs.contrastive_loss)
+
+
+# -- siblings of the families -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["cl_mae", "cmae"])
+def test_a_family_that_goes_on_from_a_mae_is_what_its_configuration_says(tmp_path, tiny_config, make_images, family):
+    """Not what a file of an earlier version would be; and every part that the MAE lacks is initialised."""
+    clmae.MAEForPreTraining(tiny_config("mae")).save_pretrained(tmp_path)
+    configuration, _, kind, *_ = clmae.FAMILIES[family]
+    model = kind.from_pretrained(tmp_path).train()
+    fresh = configuration(**tiny_config("mae").to_diff_dict() | {"model_type": family})
+    names = ("masker_objective", "curriculum_cooldown", "masker_num_hidden_layers", "masker_hidden_size")
+    assert [getattr(model.config, name) for name in names] == [getattr(fresh, name) for name in names]
+    pixel_values = make_images(model.config, 8)
+    loss = model(pixel_values.unflatten(0, (4, 2)) if family == "cmae" else pixel_values).loss
+    assert loss.isfinite()
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    if family == "cmae":
+        assert (model.config.projection_batch_norm, model.config.decoded_views) == (True, 1)
+        assert torch.equal(model.projector.norm.weight, torch.ones_like(model.projector.norm.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_patches_are_predicted_by_chance_whatever_the_noises_type(build, dtype):
+    model = build("mae", prediction_ratio=0.25)
+    noise = torch.rand(2000, model.config.num_patches, generator=torch.Generator().manual_seed(0)).to(dtype)
+    chosen = model.choose_mask(torch.zeros(2000, 1 + model.config.num_patches, 1), noise, model.config.grid_size)
+    ids = model.predicted_patches(chosen, noise)
+    share = torch.zeros_like(chosen.mask).scatter(1, ids, 1.0).sum(0) / chosen.mask.sum(0)
+    assert (share - ids.shape[1] / chosen.mask[0].sum()).abs().max() < 0.06
+
+
+def test_all_that_has_a_row_for_each_view_has_two(build, make_images):
+    model = build("cmae", prediction_ratio=0.5, contrastive_loss_weight=0.0)
+    outputs = model(make_images(model.config, 6).unflatten(0, (3, 2)))
+    rows = ("logits", "mask", "ids_restore", "ids_predicted", "predicted_errors")
+    assert all(outputs[name].shape[:2] == (3, 2) for name in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
@@ -31,8 +31,8 @@ from clmae.training.data.randomness import Integers, sample_state, uint64, unifo
 from clmae.training.data.sources import check_count
 
 ON_BAD_IMAGE = ("raise", "skip")
-# Pixels, in line, of which a view's pixel is made at least where a JPEG is decoded at reduced size. On photographs at
-# 64 pixels the views then differ from those of the whole image by 1.9/255 on average; with 1 it is 5.9.
+# Least number of source pixels per pixel of a view, along a side, where a JPEG is decoded at reduced size. On
+# photographs at 64 pixels the views then differ from those of the whole image by 1.9/255 on average; with 1 it is 5.9.
 _DETAIL = 2.0
 
 
@@ -231,6 +231,10 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
 
     def __len__(self) -> int:
         return len(self.bad_images)
+
+    def __iter__(self) -> Iterator[Any]:
+        """The first epoch's samples. (Python's own iteration would go on: larger keys are later epochs.)"""
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, key: int) -> Any:
         epoch, index = divmod(int(key), len(self))

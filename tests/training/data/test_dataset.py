@@ -378,3 +378,8 @@ def test_what_is_held_out_of_a_stream_is_not_trained_on(tmp_path, workers):
     assert seen == {noise_of(0, 0, key).numpy().tobytes() for key in all_keys - held_out}
     args = DataArguments(dataset=str(tmp_path), streaming=True, num_held_out=5, max_train_samples=8)
     assert len(list(build_datasets(args, config)[0])) == 8
+
+
+def test_iterating_a_dataset_ends():
+    dataset = ImageDataset(memory(4), "image", **SETTINGS)
+    assert len(list(dataset)) == 4
