@@ -6,15 +6,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
-import matplotlib
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -68,7 +68,6 @@ class EmbedData(NamedTuple):
 
     images: LabelledImages
     columns: dict[str, datasets.Dataset]
-    features: datasets.Features
 
 
 def run(argv: Sequence[str]) -> int:
@@ -97,12 +96,12 @@ def run(argv: Sequence[str]) -> int:
         written = []
         try:
             _write_parts(model, data, args, folder)
-            written = _merge(folder, Path(args.output), data.features, args.plot, len(data.images))
+            written = _merge(folder, Path(args.output), len(data.images), args.plot)
         except KeyboardInterrupt:
             print("Stopped. The same command goes on from here.")
             raise
         finally:
-            if written or not _part(folder, 0).is_file():  # nothing to go on with
+            if written or not _parts(folder):  # nothing to go on with
                 shutil.rmtree(folder, ignore_errors=True)
     print(f"wrote {', '.join(map(str, written))}: {len(data.images)} images")
     return 0
@@ -132,8 +131,8 @@ def _load_model(name: str, device: str | None) -> PreTrainedModel:
 
 
 def _load_data(model: str, source: str, args: EmbedArguments) -> EmbedData:
-    options = dict(config_name=args.dataset_config_name, image_column=args.image_column)
-    dataset, image_column = load_image_dataset(source, args.split, **options)
+    config_name, image_column = args.dataset_config_name, args.image_column
+    dataset, image_column = load_image_dataset(source, args.split, config_name=config_name, image_column=image_column)
     index = take_samples(datasets.Dataset.from_dict({"index": np.arange(len(dataset))}), args.max_samples)
     dataset = take_samples(dataset, args.max_samples)
     label_column = _label_column(dataset, args.label_column)
@@ -141,17 +140,15 @@ def _load_data(model: str, source: str, args: EmbedArguments) -> EmbedData:
         processor, num_channels = load_image_processor(model)
     except OSError as error:
         raise InputError(f"MODEL {model!r} has no image processor: {error}") from error
-    options = dict(image_column=image_column, num_channels=num_channels)
-    images = LabelledImages(dataset, processor, **options, ignore_labels=True)
+    options: dict[str, Any] = dict(image_column=image_column, num_channels=num_channels, ignore_labels=True)
+    images = LabelledImages(dataset, processor, **options)
     columns = {"index": index}
     flat = dataset.select_columns([image_column]).flatten()
     if flat.column_names[-1] == f"{image_column}.path" and flat[0][f"{image_column}.path"]:
         columns = {"path": flat.select_columns([f"{image_column}.path"])}
     if label_column is not None:
         columns["label"] = dataset.select_columns([label_column])
-    features = {name: next(iter(column.features.values())) for name, column in columns.items()}
-    columns = {name: column.with_format("arrow") for name, column in columns.items()}
-    return EmbedData(images, columns, datasets.Features(features))
+    return EmbedData(images, {name: column.with_format("arrow") for name, column in columns.items()})
 
 
 def _label_column(dataset: datasets.Dataset, name: str | None) -> str | None:
@@ -183,7 +180,7 @@ def _describe(model: PreTrainedModel, data: EmbedData, args: EmbedArguments) -> 
 def _keep_request(request: dict[str, Any], folder: Path, output: str) -> None:
     """Writes what the parts are made of, or checks that it is what was written; InputError if it is not."""
     earlier = read_json(folder / "request.json")
-    if earlier is None or not _part(folder, 0).is_file():
+    if earlier is None or not _parts(folder):
         write_whole(folder / "request.json", json.dumps(request, indent=2) + "\n")
     elif earlier != request:
         changed = ", ".join(name for name in request if request[name] != earlier.get(name))
@@ -193,15 +190,15 @@ def _keep_request(request: dict[str, Any], folder: Path, output: str) -> None:
         )
 
 
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"{number:06}.parquet"
+def _parts(folder: Path) -> list[Path]:
+    """The parts that are there, in order; each is whole, and none before it is missing."""
+    return sorted(folder.glob("*.parquet"))
 
 
 def _write_parts(model: PreTrainedModel, data: EmbedData, args: EmbedArguments, folder: Path) -> None:
     """Encodes the images of the parts that are not there."""
     rows = args.batch_size * max(1, PART_ROWS // args.batch_size)  # the same batches, wherever it begins
-    number = next(i for i in range(len(data.images) + 1) if not _part(folder, i).is_file())
-    start, size = number * rows, len(data.images)
+    start, size = sum(pq.read_metadata(part).num_rows for part in _parts(folder)), len(data.images)
     options = {name: getattr(args, name) for name in ("feature", "layer", "bf16", "batch_size", "num_workers")}
     batches = []
     for features, _ in stream_features(model, data.images, start=start, **options):
@@ -213,16 +210,17 @@ def _write_parts(model: PreTrainedModel, data: EmbedData, args: EmbedArguments, 
         batches.append(features)
         end = start + sum(map(len, batches))
         if end == min(start + rows, size):
-            _write_part(_part(folder, number), torch.cat(batches).numpy(), data, slice(start, end))
-            batches, start, number = [], end, number + 1
+            _write_part(folder / f"{start:012}.parquet", torch.cat(batches).numpy(), data, slice(start, end))
+            batches, start = [], end
 
 
 def _write_part(path: Path, values: np.ndarray, data: EmbedData, rows: slice) -> None:
     width = values.shape[1]
-    vector = datasets.List(datasets.Value("float32"), length=width)
+    features: dict[str, Any] = {name: next(iter(column.features.values())) for name, column in data.columns.items()}
+    features["features"] = datasets.List(datasets.Value("float32"), length=width)
     columns: dict[str, Any] = {name: column[rows].column(0) for name, column in data.columns.items()}
     columns["features"] = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), width)
-    schema = datasets.Features({**data.features, "features": vector}).arrow_schema  # with the names of classes
+    schema = datasets.Features(features).arrow_schema  # with the names of classes
     with replacing(path) as temporary:
         pq.write_table(pa.table(columns, schema=schema), temporary, use_dictionary=False)
 
@@ -230,80 +228,56 @@ def _write_part(path: Path, values: np.ndarray, data: EmbedData, rows: slice) ->
 # -- the file ---------------------------------------------------------------------------------------------------------
 
 
-def _merge(folder: Path, output: Path, features: datasets.Features, plot: str | None, size: int) -> list[Path]:
+def _merge(folder: Path, output: Path, size: int, plot: str | None) -> list[Path]:
     """Makes one file of the parts, and a picture; the paths written."""
-    shown = set(np.linspace(0, size - 1, min(size, MAX_POINTS)).astype(int).tolist())
-    points: list[pa.Table] = []
-
-    def tables() -> Iterator[pa.Table]:
-        start, number = 0, 0
-        while start < size:
-            table = pq.read_table(_part(folder, number))
-            if plot is not None:
-                points.append(table.take([i for i in range(len(table)) if start + i in shown]))
-            yield table
-            start, number = start + len(table), number + 1
-
-    merged, beside = folder / "merged", folder / "merged.csv"  # `folder` is beside `output`, so that a rename is enough
-    written = [output]
+    parts, merged, written = _parts(folder), folder / "merged", [output]
     if output.suffix == ".parquet":
-        with pq.ParquetWriter(merged, pq.read_schema(_part(folder, 0)), use_dictionary=False) as writer:
-            for table in tables():
-                writer.write_table(table)
+        with pq.ParquetWriter(merged, pq.read_schema(parts[0]), use_dictionary=False) as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(part))
     else:
-        _write_npy(tables(), size, merged, beside, features)
         written.append(output.with_suffix(".csv"))
-        os.replace(beside, written[-1])
-    os.replace(merged, output)
+        with replacing(written[1]) as csv, merged.open("wb") as file:
+            shape = size, pq.read_schema(parts[0]).field("features").type.list_size
+            np.lib.format.write_array_header_1_0(file, dict(descr="<f4", fortran_order=False, shape=shape))
+            for part in parts:
+                table = pq.read_table(part)
+                file.write(_values(table).astype("<f4", copy=False).tobytes())
+                _named(table).to_csv(csv, index=False, mode="a", header=part == parts[0], lineterminator="\n")
+    os.replace(merged, output)  # on the same disk, because `folder` is beside it
     if plot is not None:
-        figure = features_figure(pa.concat_tables(points), features, plot)
-        written.append(save_figure(figure, output.with_suffix(".png")))
+        step = math.ceil(size / MAX_POINTS)
+        points = pa.concat_tables(table.take(np.arange(0, len(table), step)) for table in map(pq.read_table, parts))
+        written.append(save_figure(features_figure(points, plot), output.with_suffix(".png")))
     return written
 
 
-def _write_npy(
-    tables: Iterator[pa.Table], size: int, npy_path: Path, csv_path: Path, features: datasets.Features
-) -> None:
-    with npy_path.open("wb") as npy, csv_path.open("w", encoding="utf-8", newline="") as csv:
-        for i, table in enumerate(tables):
-            values = _vectors(table)
-            if not i:
-                header = dict(descr="<f4", fortran_order=False, shape=(size, values.shape[1]))
-                np.lib.format.write_array_header_1_0(npy, header)
-            npy.write(values.astype("<f4", copy=False).tobytes())
-            _named(table.drop_columns("features"), features).to_csv(csv, index=False, header=not i, lineterminator="\n")
-
-
-def _vectors(table: pa.Table) -> np.ndarray:
+def _values(table: pa.Table) -> np.ndarray:
     """Features `(n, d)`."""
     return table["features"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
 
 
-def _named(table: pa.Table, features: datasets.Features) -> pd.DataFrame:
+def _named(table: pa.Table) -> pd.DataFrame:
     """Paths and labels, classes by their names; a number that is no class (-1) stays a number."""
-    frame = table.to_pandas()
-    names = getattr(features.get("label"), "names", None)
+    names = getattr(datasets.Features.from_arrow_schema(table.schema).get("label"), "names", [])
+    frame = table.drop_columns("features").to_pandas()
     if names:
         frame["label"] = [names[i] if i in range(len(names)) else i for i in table["label"].to_pylist()]
     return frame
 
 
-def features_figure(table: pa.Table, features: datasets.Features, method: str) -> Figure:
-    """A point for each image, by PCA or UMAP of its features, coloured by its class if it has one."""
-    values = _vectors(table)
+def features_figure(table: pa.Table, method: str) -> Figure:
+    """A point for each image, by PCA or UMAP of its features, coloured by its label if it has one."""
     reducer = PCA(2, random_state=0) if method == "pca" else importlib.import_module("umap").UMAP(random_state=0)
-    places = reducer.fit_transform(values)
+    x, y = reducer.fit_transform(_values(table)).T
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
-    axes.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2", title=f"{len(values)} images")
-    labels = _named(table.select(["label"]), features)["label"].astype(str) if "label" in features else None
-    if labels is None or labels.nunique() > max(20, len(labels) // 10):  # as many as images: these are no classes
-        axes.scatter(*places.T, s=6)
-        return figure
-    codes, names = pd.factorize(labels, sort=True)
-    colours = matplotlib.colormaps["tab20" if len(names) <= 20 else "hsv"].resampled(len(names))
-    for i, name in enumerate(names):
-        axes.scatter(*places[codes == i].T, s=6, color=colours(i), label=name)
-    if len(names) <= 20:
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=2)
+    axes.set(xlabel=f"{method.upper()} 1", ylabel=f"{method.upper()} 2", title=f"{len(x)} images")
+    rows = _named(table)
+    codes, names = pd.factorize(rows["label"].astype(str) if "label" in rows else np.zeros(len(x)), sort=True)
+    colours = 10 if len(names) <= 10 else 20  # of the map; of more classes some share one
+    points = axes.scatter(x, y, s=6, c=codes % colours, cmap=f"tab{colours}", vmin=0, vmax=colours - 1)
+    if 1 < len(names) <= colours:
+        handles, _ = points.legend_elements(num=[*range(len(names))])
+        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
