@@ -26,6 +26,7 @@ from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTForImageCl
 from clmae.cli import embed, main
 from clmae.evaluation.features import LabelledImages, extract_features
 from clmae.training.data import load_image_dataset, make_image_processor
+from clmae.training.integrity import run_lock
 
 NAMES = ["blue", "green", "red"]
 
@@ -289,6 +290,15 @@ def test_wrong_use(model, labelled, error, options, message):
 def test_umap_is_asked_for_before_anything_is_read(error, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
     assert "pip install umap-learn" in error("embed", "no/model", "no/data", "--output=f.npy", "--plot=umap")
+
+
+def test_one_process_at_a_time(model, labelled, error, monkeypatch):
+    argv = ["embed", model, labelled, "--output=f.npy"]
+    with run_lock("f.npy.parts"):
+        assert "`output` 'f.npy.parts' is in use by another run" in error(*argv)
+        assert Path("f.npy.parts").is_dir()  # it is the other's
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "start it without torchrun" in error(*argv)
 
 
 def test_features_that_are_not_finite(model, labelled, error):
