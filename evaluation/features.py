@@ -51,6 +51,7 @@ class LabelledImages(Dataset):
         num_channels: 1, 3 or 4, or what the arrays in the dataset have: the model's `num_channels`.
         class_names: For classes that are words, which number each word is: the training set's `class_names`, so that a
             test set is numbered alike. In alphabetical order, if not given.
+        ignore_labels: Whatever the dataset says of classes, the label of each image is its index.
 
     Attributes:
         labels: All classes, `(n,)` int64, >= 0.
@@ -70,14 +71,18 @@ class LabelledImages(Dataset):
         label_column: str | None = None,
         num_channels: int = 3,
         class_names: Sequence[str] | None = None,
+        ignore_labels: bool = False,
     ) -> None:
         if not isinstance(dataset, datasets.Dataset):
             raise InputError(f"`dataset` is of type {type(dataset).__name__}; give a `datasets.Dataset` (no stream).")
         if not len(dataset):
             raise InputError("`dataset` is empty: there is no image in it.")
         dataset, self.image_column = load_image_dataset(dataset, image_column=image_column)
-        self.label_column = find_class_column(dataset, label_column)
-        self.labels, self.class_names = read_classes(dataset, self.label_column, class_names)
+        self.label_column = None if ignore_labels else find_class_column(dataset, label_column)
+        if self.label_column is None:
+            self.labels, self.class_names = torch.arange(len(dataset)), None
+        else:
+            self.labels, self.class_names = read_classes(dataset, self.label_column, class_names)
         self._array_dtype = array_dtype(dataset.features[self.image_column])
         self.dataset = dataset.select_columns([self.image_column])  # so that no other column is read
         if self._array_dtype is not None:
@@ -242,6 +247,41 @@ def extract_features(
         InputError: An unknown feature or layer, or one that the model does not give.
     """
     feature = feature or default_feature(model, layer)
+    request: dict[str, Any] = {"feature": feature, "layer": layer, "bf16": bf16}
+    if reading.get("cache_dir") is not None:
+        request["model"] = model_fingerprint(model)
+    with _encoder(model, feature, layer, bf16) as encode:
+        return _features(dataset, encode, request, **reading)
+
+
+def stream_features(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    *,
+    start: int = 0,
+    bf16: bool = False,
+    feature: str | None = None,
+    layer: int | None = None,
+    **reading: Any,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The features and labels of [`extract_features`], a batch at a time: memory does not grow with their number.
+
+    Args:
+        start: Index of the first image. Batches begin there: a multiple of `batch_size` leaves them as they are.
+        model, dataset, bf16, feature, layer, reading: As there, without `cache_dir`; this process encodes all images.
+
+    Raises:
+        InputError: As there.
+    """
+    with _encoder(model, feature or default_feature(model, layer), layer, bf16) as encode:
+        yield from _batches(dataset, encode, range(start, len(dataset)), **reading)  # type: ignore[arg-type]  # see there
+
+
+@contextmanager
+def _encoder(
+    model: PreTrainedModel, feature: str, layer: int | None, bf16: bool
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """From `pixel_values` to features `(B, d)`, on the model's device."""
     if feature not in FEATURES:
         raise InputError(f"`feature` is {feature!r}; choose one of {', '.join(FEATURES)}.")
     if layer is not None and feature == "pooler_output":
@@ -258,11 +298,8 @@ def extract_features(
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             return _pool(model, model(pixel_values, **inputs), num_patches, feature, layer)
 
-    request: dict[str, Any] = {"feature": feature, "layer": layer, "bf16": bf16}
-    if reading.get("cache_dir") is not None:
-        request["model"] = _model_fingerprint(model)
     with _frozen(model, is_masking):
-        return _features(dataset, encode, request, **reading)
+        yield encode
 
 
 def raw_pixels(dataset: Dataset, **reading: Any) -> tuple[Tensor, Tensor]:
@@ -331,22 +368,33 @@ def _features(
     return features, labels
 
 
-def _collect(
-    dataset: Dataset,
-    encode: Callable[[Tensor], Tensor],
-    batch_size: int = 256,
-    num_workers: int = 0,
-    progress: bool = True,
-) -> tuple[Tensor, Tensor]:
+def _collect(dataset: Dataset, encode: Callable[[Tensor], Tensor], **reading: Any) -> tuple[Tensor, Tensor]:
     """Each process encodes its part of the images, and gets all of them."""
-    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value < least:
-            raise InputError(f"`{name}` is {value}; give {least} or more.")
     size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not promise a length; these have one
     if not size:
         raise InputError("`dataset` is empty: there is no image in it.")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    features, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]  # of a part without images
     part = torch.arange(size).tensor_split(world)[rank].tolist()
+    for batch_features, batch_labels in _batches(dataset, encode, part, **reading):
+        features.append(batch_features)
+        labels.append(batch_labels)
+    parts = _from_all_processes((torch.cat(features), torch.cat(labels)))
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+def _batches(
+    dataset: Dataset,
+    encode: Callable[[Tensor], Tensor],
+    part: Sequence[int],
+    batch_size: int = 256,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features `(B, d)` float32 and labels `(B,)` of the images `part`, in order, on the CPU."""
+    for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise InputError(f"`{name}` is {value}; give {least} or more.")
     loader = DataLoader(
         Subset(dataset, part),
         batch_size,
@@ -354,15 +402,13 @@ def _collect(
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # without one, a loader draws from the global random state
     )
-    features, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]  # of a part without images
     bar = tqdm(total=len(part), desc="features", unit="img", disable=not progress or not is_first_process())
-    with torch.no_grad(), bar:
-        for pixel_values, batch_labels in loader:
-            features.append(encode(pixel_values).float().cpu())
-            labels.append(batch_labels)
-            bar.update(len(batch_labels))
-    parts = _from_all_processes((torch.cat(features), torch.cat(labels)))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    with bar:
+        for pixel_values, labels in loader:
+            with torch.no_grad():  # not around `yield`, which would switch off the caller's gradients
+                features = encode(pixel_values).float().cpu()
+            yield features, labels
+            bar.update(len(labels))
 
 
 def is_first_process() -> bool:
@@ -390,7 +436,7 @@ def _read_cache(path: Path, size: int) -> Tensor | None:
     return torch.from_numpy(array) if is_right else None
 
 
-def _model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """A hash of architecture, configuration and the values of all weights, wherever they were loaded from."""
     config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
@@ -518,7 +564,9 @@ __all__ = [
     "extract_features",
     "find_class_column",
     "is_first_process",
+    "model_fingerprint",
     "random_encoder",
     "raw_pixels",
     "read_classes",
+    "stream_features",
 ]

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.confidence import INTERVALS, Interval, class_score_intervals, mean_interval, share_interval
@@ -401,13 +401,10 @@ def load_labelled_images(
     Raises:
         InputError: There is no such model, split or column; both splits are the same images, or their classes differ.
     """
-    config = read_model_config(model_path)  # what is wrong is reported before anything is loaded
+    read_model_config(model_path)  # what is wrong is reported before anything is loaded
     columns = dict(label_column=label_column, image_column=image_column)
     *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, **columns)
-    num_channels = getattr(config, "num_channels", 3)
-    # The PIL backend equals torchvision's Resize and CenterCrop bit by bit, by which published numbers are made.
-    backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
-    processor = AutoImageProcessor.from_pretrained(model_path, backend=backend)
+    processor, num_channels = load_image_processor(model_path)
     options: dict[str, Any] = dict(num_channels=num_channels, **columns)
     train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **options)
     # A test set of words is numbered as the training set, without whose names it cannot be.
@@ -429,6 +426,14 @@ def load_labelled_images(
         "max_test_samples": max_test_samples,
     }
     return train, test, settings
+
+
+def load_image_processor(model_path: str | os.PathLike) -> tuple[BaseImageProcessor, int]:
+    """How a saved model sees images: its image processor, and how many channels they have."""
+    num_channels = getattr(read_model_config(model_path), "num_channels", 3)
+    # The PIL backend equals torchvision's Resize and CenterCrop bit by bit, by which published numbers are made.
+    backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
+    return AutoImageProcessor.from_pretrained(model_path, backend=backend), num_channels
 
 
 def _load_splits(
@@ -508,5 +513,6 @@ __all__ = [
     "classifier_scores",
     "describe_run",
     "evaluate_model",
+    "load_image_processor",
     "load_labelled_images",
 ]

@@ -224,8 +224,8 @@ def rotate_checkpoints(
 
 
 @contextlib.contextmanager
-def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
-    """Keeps other runs out of an output folder, which is made if it is not there.
+def run_lock(output_dir: str | os.PathLike, argument: str = "output_dir") -> Iterator[None]:
+    """Keeps other runs out of an output folder, which is made if it is not there; messages call it `argument`.
 
     The operating system's lock: it ends with the process, however that ends.
 
@@ -239,12 +239,12 @@ def run_lock(output_dir: str | os.PathLike) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"`output_dir` {str(output_dir)!r} is in use by another run{_holder(path)}: wait for its end, or choose "
+            f"`{argument}` {str(output_dir)!r} is in use by another run{_holder(path)}: wait for its end, or choose "
             "another folder."
         ) from None
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.ENOTSUP):
-            raise InputError(f"`output_dir` {str(output_dir)!r} cannot be written to: {error}.") from error
+            raise InputError(f"`{argument}` {str(output_dir)!r} cannot be written to: {error}.") from error
         # A file system without locks.
         logger.warning(f"{path.parent} cannot be locked ({error}): take care that no other run writes to it.")
     try:

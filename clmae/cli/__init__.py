@@ -14,6 +14,7 @@ COMMANDS = {
     "pretrain": "pretrain a masked autoencoder on images",
     "evaluate": "evaluate an encoder: k-NN, linear, few-shot, fine-tuning …",
     "compare": "pretrain by several recipes under equal conditions, and evaluate each",
+    "embed": "turn images into features: parquet or npy",
     "visualize": "draw masks and reconstructions",
     "export": "write a model for transformers' own classes, timm or ONNX",
     "convert": "read a checkpoint of another MAE project",

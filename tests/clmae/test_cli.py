@@ -27,6 +27,8 @@ HELP = {
     "compare": "--recipes --output_dir --seeds --budgets --protocols --images_seen --num_points --eval_dataset "
     "--eval_config_name --eval_train_split --eval_test_split --eval_image_column --eval_label_column "
     "--eval_max_train_samples --eval_max_test_samples --eval_feature",
+    "embed": "MODEL DATA --output --split --max_samples --image_column --label_column --feature --layer --batch_size "
+    "--num_workers --bf16 --device --plot",
     "visualize": "--model --images --output --seed",
     "export": "SRC DST --to",
     "convert": "SRC DST --num_attention_heads --decoder_num_attention_heads --masker_num_attention_heads --image_size "
@@ -103,6 +105,7 @@ MODEL_COMMANDS = {
     "evaluate knn": ("`model`", ["evaluate", "knn", "--dataset", "nowhere/at/all", "--model"]),
     "evaluate finetune": ("`model`", ["evaluate", "finetune", "--dataset", "nowhere/at/all", "--model"]),
     "evaluate linear-lars": ("`model`", ["evaluate", "linear-lars", "--dataset", "nowhere/at/all", "--model"]),
+    "embed": ("MODEL", ["embed", "--output=out/f.npy", "nowhere/at/all"]),
     "visualize": ("`model`", ["visualize", "--images", "none.png", "--model"]),
     "export": ("SRC", ["export", "--to", "vit", "out/exported"]),
 }
@@ -125,7 +128,7 @@ def test_a_model_that_is_not_there(error, command):
         ("broken", "config.json"),
     ):
         # Before anything is said of the images.
-        message = error(*([*argv[:-1], path, argv[-1]] if command == "export" else [*argv, path]))
+        message = error(*([*argv[:-1], path, argv[-1]] if command in ("embed", "export") else [*argv, path]))
         assert message.startswith(f"{name} {path!r} cannot be loaded: ")
         assert reason in message
         assert not Path("out").exists()
