@@ -1,4 +1,5 @@
-# make test: lint, types and all tests   make quick: the fast tests   make types: mypy   make demo: a small CL-MAE
+# make test: lint, types and all tests   make quick: the fast tests   make types: mypy
+# make docs: the documentation site -> outputs/site   make demo: a small CL-MAE
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 # that made training ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install test quick types demo
+.PHONY: install test quick types docs demo
 
 install: $(VENV)/.installed
 
@@ -27,6 +28,9 @@ quick: install
 
 types: install
 	$(BIN)/python -m mypy
+
+docs: install
+	$(BIN)/mkdocs build
 
 demo: install
 	$(BIN)/python recipes/demo.py
