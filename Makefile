@@ -1,5 +1,5 @@
 # make test: lint, types and all tests   make test-app: those that need gradio   make quick: the fast tests
-# make types: mypy   make demo: a small CL-MAE
+# make types: mypy   make docs: the documentation site -> outputs/site   make demo: CL-MAE on handwritten digits
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # that made training ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install test test-app quick types demo
+.PHONY: install test test-app quick types docs demo
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,9 @@ quick: install
 
 types: install
 	$(BIN)/python -m mypy
+
+docs: install
+	$(BIN)/mkdocs build
 
 demo: install
 	$(BIN)/python recipes/demo.py

@@ -12,17 +12,27 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 import clmae.cli
+from clmae.cli.evaluate import NAMES
 
 ROOT = Path(__file__).parents[1]
 LINK = re.compile(r"\]\(([^)#:\s]+)")
 
 
 def help_of(*arguments: str) -> str:
-    """What `clmae ARGUMENTS --help` prints."""
+    """What `clmae ARGUMENTS` prints, which asks for a help."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        clmae.cli.main([*arguments, "--help"])
+        clmae.cli.main(arguments)
     return output.getvalue().strip()
+
+
+def commands() -> list[str]:
+    """All commands; `evaluate` once for each of its protocols."""
+    return [
+        f"{command} {protocol}".strip()
+        for command in clmae.cli.COMMANDS
+        for protocol in (NAMES if command == "evaluate" else ("",))
+    ]
 
 
 def linked_files() -> set[Path]:
@@ -43,9 +53,9 @@ def on_files(files: Files, config: Any, **kwargs: Any) -> Files:
     """Adds the linked files and the reference of the command line."""
     for path in linked_files():
         files.append(File.generated(config, path.as_posix(), abs_src_path=str(ROOT / path)))
-    lines = ["# Command line", "", "```text", help_of(), "```"]
-    for command in clmae.cli.COMMANDS:
-        lines += ["", f"## clmae {command}", "", "```text", help_of(command), "```"]
+    lines = ["# Command line", "", "```text", help_of("--help"), "```"]
+    for command in commands():
+        lines += ["", f"## clmae {command}", "", "```text", help_of(*command.split(), "--help-all"), "```"]
     files.append(File.generated(config, "cli.md", content="\n".join(lines) + "\n"))
     return files
 

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from clmae import __version__
 from clmae.cli.options import nearest
 from clmae.configuration.errors import InputError
 
@@ -35,7 +36,7 @@ examples:
 commands:
 {chr(10).join(f"  {name:<17} {text}" for name, text in COMMANDS.items())}
 
-`clmae COMMAND --help` explains a command's options.
+`clmae COMMAND --help` explains a command's options, `clmae --version` prints the version.
 """
 
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"clmae {__version__}")
+        return 0
     name, *rest = argv
     try:
         if name not in COMMANDS:

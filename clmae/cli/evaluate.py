@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers.hf_argparser import HfArg
 
-from clmae.cli.options import CommandParser, nearest, protocol_options, rarely_used
+from clmae.cli.options import MOST_USED, CommandParser, nearest, protocol_options
 from clmae.configuration.errors import InputError
 from clmae.evaluation.features import is_first_process
 from clmae.evaluation.finetuning import PROTOCOLS as TRAINED
@@ -44,7 +44,11 @@ EXAMPLE_OPTIONS = {
     "partial": ("--trained_blocks 4",),
     "linear-lars": ("", "--feature mean --num_train_epochs 20"),
 }
-TRAINING = "training (of transformers' TrainingArguments, the most used)"
+# What `--help` explains of the protocols that train, beside their data; `--help-all` explains all.
+SHOWN = {
+    *("output_dir", "num_train_epochs", "per_device_train_batch_size", "base_learning_rate", *MOST_USED),
+    *("layer_decay", "trained_blocks", "drop_path_rate", "mixup_alpha", "cutmix_alpha", "feature", "eval_strategy"),
+}
 
 
 @dataclass
@@ -120,10 +124,10 @@ def _evaluate_frozen(protocol: str, argv: Sequence[str]) -> tuple[EvaluateArgume
 
 
 def _evaluate_trained(protocol: str, argv: Sequence[str]) -> tuple[EvaluateArguments, EvaluationResult]:
-    groups: dict[str, type] = {"options": TrainedArguments, TRAINING: TRAINED[protocol]}
-    hidden = rarely_used(TRAINED[protocol], "load_best_model_at_end")
+    groups: dict[str, type] = {"options": TrainedArguments, "training": TRAINED[protocol]}
+    shown = SHOWN | {field.name for field in fields(TrainedArguments)}
     description = "of a pretrained encoder, beside the same from random initialisation"
-    options, args = _read(protocol, argv, description, groups, hidden)
+    options, args = _read(protocol, argv, description, groups, shown)
     _check_training(protocol, args)
     if options.output is not None and args.output_dir == type(args).output_dir:
         args.output_dir = str(Path(options.output).with_suffix(""))
@@ -135,11 +139,11 @@ def _evaluate_trained(protocol: str, argv: Sequence[str]) -> tuple[EvaluateArgum
 
 
 def _read(
-    protocol: str, argv: Sequence[str], description: str, groups: dict[str, type], hidden: Iterable[str] = ()
+    protocol: str, argv: Sequence[str], description: str, groups: dict[str, type], shown: set[str] | None = None
 ) -> tuple[Any, Any]:
     examples = "\n".join(EXAMPLE.format(protocol, more).rstrip() for more in EXAMPLE_OPTIONS.get(protocol, ("",)))
     prog = f"clmae evaluate {protocol}"
-    parser = CommandParser(prog, f"{TITLES[protocol]} {description}.", examples, groups, hidden=hidden)
+    parser = CommandParser(prog, f"{TITLES[protocol]} {description}.", examples, groups, shown=shown)
     options, chosen = parser.read(argv)
     if options.output is not None and Path(options.output).suffix != ".json":
         raise InputError(f"`output` is {options.output!r}; give the name of a .json file.")

@@ -16,16 +16,23 @@ from types import GenericAlias
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from clmae.configuration.errors import InputError
 
-# Of transformers' TrainingArguments, those that every `--help` explains; `--help_all` explains all.
+# Of transformers' TrainingArguments, those that `--help` explains for every command that trains, in fewer words.
 MOST_USED = {
-    *("max_steps", "gradient_accumulation_steps", "bf16", "torch_compile", "gradient_checkpointing", "use_cpu", "seed"),
-    *("dataloader_num_workers", "eval_strategy", "save_steps", "report_to", "resume_from_checkpoint"),
+    "max_steps": "Train for so many steps, instead of num_train_epochs.",
+    "gradient_accumulation_steps": "Batches per optimizer step.",
+    "bf16": "Compute in bfloat16; weights stay float32.",
+    "torch_compile": "Compile the model, for speed on a GPU.",
+    "use_cpu": "Train on the CPU even where there is a GPU.",
+    "seed": "Seed of everything random.",
+    "dataloader_num_workers": "Processes that read images; 0: the main process.",
+    "save_steps": "Save a checkpoint every that many steps.",
+    "report_to": "none, all, or some of tensorboard, wandb, ...",
+    "resume_from_checkpoint": "last (or true): go on from the newest whole checkpoint.",
 }
-NEVER_SHOWN = {"label_names", "remove_unused_columns", "logging_nan_inf_filter"}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -83,7 +90,7 @@ class CommandParser(HfArgumentParser):
         prog, description, examples: For the help.
         groups: Dataclasses of options, by their titles in the help; others are added by `add_argument`.
         takes_recipe: Whether the command takes `--config RECIPE.yaml`.
-        hidden: Options that `--help` leaves out and `--help_all` explains.
+        shown: The options that `--help` explains, in a sentence each; `--help-all` explains all. `None`: both do.
         refused: For a command that passes options on to `clmae pretrain`: those that it sets by itself, and what to do
             instead. All other unknown options are passed on, `--config` among them.
     """
@@ -96,7 +103,7 @@ class CommandParser(HfArgumentParser):
         groups: Mapping[str, Any] | None = None,
         *,
         takes_recipe: bool = True,
-        hidden: Iterable[str] = (),
+        shown: Iterable[str] | None = None,
         refused: Mapping[str, str] | None = None,
     ):
         for title, group in (groups or {}).items():
@@ -112,7 +119,7 @@ class CommandParser(HfArgumentParser):
             allow_abbrev=False,
         )
         self.takes_recipe = bool(groups) and takes_recipe and refused is None  # those that are passed on go on with it
-        self.hidden, self.refused = set(hidden), refused
+        self.shown, self.refused = None if shown is None else set(shown), refused
 
     def error(self, message: str) -> NoReturn:
         """Where argparse would print the usage and exit."""
@@ -152,10 +159,14 @@ class CommandParser(HfArgumentParser):
         for action in self._actions:
             # HfArgumentParser adds `--no_x` beside every `--x` that defaults to true.
             complement = any(option.startswith("--no_") for option in action.option_strings)
-            if complement or (action.dest in self.hidden and not everything):
+            if self.shown is not None:
+                action.help = MOST_USED.get(action.dest, action.help)
+            if complement or not (everything or self.shown is None or action.dest in self.shown):
                 action.help = argparse.SUPPRESS
-        if self.hidden and not everything:
-            self.epilog = "--help_all explains every option, all of transformers' TrainingArguments among them."
+            elif self.shown is not None and not everything:
+                action.help = re.split(r"(?<=\.) (?=[A-Z\"])", action.help or "")[0]
+        if self.shown is not None and not everything:
+            self.epilog = "--help-all explains every option."
         self.print_help()
         raise SystemExit(0)
 
@@ -200,13 +211,6 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 # -- dataclasses of options -------------------------------------------------------------------------------------------
 
 _NOT_OPTIONS = {"apply_layernorm", "reshape_hidden_states"}  # of backbones only
-
-
-def rarely_used(arguments: type, *shown: str) -> set[str]:
-    """The fields of a class of `TrainingArguments` that `--help` leaves out: not ours, `MOST_USED` or `shown`."""
-    owners = [owner for owner in arguments.__mro__ if owner.__module__.startswith("clmae.")]
-    ours = {name for owner in owners for name in inspect.get_annotations(owner)}
-    return {field.name for field in dataclasses.fields(TrainingArguments)} - ours - MOST_USED - {*shown} | NEVER_SHOWN
 
 
 def config_options(config_class: type, names: Iterable[str] | None = None) -> type:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers.hf_argparser import HfArg
 
 from clmae import FAMILIES
-from clmae.cli.options import CommandParser, config_options, given, nearest, peek, rarely_used, read_recipe
+from clmae.cli.options import MOST_USED, CommandParser, config_options, given, nearest, peek, read_recipe
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import SIZES
 from clmae.configuration.errors import InputError
@@ -24,8 +24,14 @@ EXAMPLES = """\
   clmae pretrain --config recipes/cl_mae_cifar10.yaml --output_dir out/cifar --num_train_epochs 50
   clmae pretrain --config recipes/cl_mae_cifar10.yaml --output_dir out/cifar --resume_from_checkpoint last"""
 
-TRAINING = "training (of transformers' TrainingArguments, the most used)"
-SHOWN = ("output_dir", "eval_steps", "save_strategy", "push_to_hub", "hub_model_id", "run_name")
+# What `--help` explains; `--help-all` explains all.
+SHOWN = {
+    *("family", "model_size"),
+    *("dataset", "max_train_samples", "min_crop_scale", "contrastive_crop"),
+    *("output_dir", "num_train_epochs", "per_device_train_batch_size", "base_learning_rate", *MOST_USED),
+    *("image_size", "patch_size", "mask_ratio", "masker_objective", "curriculum_end"),
+    *("learned_masks", "contrastive_loss_weight"),
+}
 
 
 @dataclass
@@ -77,7 +83,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[MAEConfig, DataArguments, Pretr
     groups = {
         "family": FamilyArguments,
         "data": DataArguments,
-        TRAINING: PretrainingArguments,
+        "training": PretrainingArguments,
         f"model (fields of {config_class.__name__})": config_options(config_class),
     }
     family, data, args, model_options = parts = CommandParser(
@@ -85,7 +91,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[MAEConfig, DataArguments, Pretr
         "Pretrain a masked autoencoder on images. A recipe (--config) is a YAML file of these options.",
         EXAMPLES,
         groups,
-        hidden=rarely_used(PretrainingArguments, *SHOWN),
+        shown=SHOWN,
     ).read(argv)
     config = config_class.from_size(family.model_size, **given(model_options))
     return config, data, args, {f.name: getattr(part, f.name) for part in parts for f in fields(part)}

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
+import clmae
 from clmae.cli import COMMANDS, main
 
-# The options of each command (of `clmae pretrain`: some of each group), all of which its help explains.
+# The options of each command (of `clmae pretrain`: some of each group), all of which its whole help explains.
 COMMON = "--model --dataset --dataset_config_name --train_split --test_split --image_column --label_column --output "
 COMMON += "--max_train_samples --max_test_samples --baselines "
 FROZEN = COMMON + "--feature --layer --feature_cache --batch_size --num_workers --bf16 --seed "
 TRAINED = COMMON + "--labels_per_class --label_fraction --base_learning_rate --resume_from_checkpoint --min_crop_scale "
+LONG = ("evaluate finetune", "evaluate partial", "evaluate linear-lars")  # take every field of TrainingArguments
 PRETRAIN = "--family --model_size --dataset --mask_ratio --output_dir --seed --push_to_hub --picture_steps "
 HELP = {
     "pretrain": PRETRAIN + "--masker_num_hidden_layers --masker_update_interval --curriculum_end",
@@ -50,24 +52,34 @@ def help_of(capsys, command, flag="--help"):
 
 @pytest.mark.parametrize("command", HELP)
 def test_help_explains_every_option_after_examples(capsys, command):
-    text = help_of(capsys, command)
+    text = help_of(capsys, command, "--help-all")
     assert text.index("examples:") < text.index(f"\n  clmae {command.split()[0]} ")
     lines = [line.split() for line in text[text.index("examples:") :].splitlines() if line.startswith("  ")]
     assert set(HELP[command].split()) <= {words[0] for words in lines if words}
     assert text.count("\n  --seed ") <= 1
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate finetune"])
-def test_help_all_explains_all_of_transformers(capsys, command):
-    short, everything = help_of(capsys, command), help_of(capsys, command, "--help_all")
-    assert "--adam_epsilon" in everything
-    assert not any(f"\n  {name} " in short for name in ("--adam_epsilon", "--label_names", "--adafactor"))
+@pytest.mark.parametrize("command", [command for command in HELP if command.startswith(("pretrain", *LONG))])
+def test_help_is_short_and_help_all_explains_every_field(capsys, command):
+    short, everything = help_of(capsys, command), help_of(capsys, command, "--help-all")
+    assert short.count("\n") < 60
+    for name in ("--dataset", "--num_train_epochs", "--resume_from_checkpoint"):
+        assert f"\n  {name} " in short
+        assert f"\n  {name} " in everything
+    for name in ("--adam_epsilon", "--weight_decay", "--label_names"):
+        assert f"\n  {name} " not in short
+        assert f"\n  {name} " in everything
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"clmae {clmae.__version__}\n"
 
 
 def test_help_of_the_family_that_was_named(capsys):
     text = help_of(capsys, "pretrain --family=mae")
     assert "fields of MAEConfig" in text
-    assert "--masker_num_hidden_layers" not in text
+    assert "--masker_objective" not in text
 
 
 @pytest.mark.parametrize(("argv", "code"), [([], 2), (["-h"], 0), (["--help"], 0)])

@@ -198,8 +198,9 @@ def test_resume_passes_over_a_damaged_checkpoint_or_says_that_none_is_left(error
     shutil.copytree(trained("mae"), "out")
     os.truncate("out/checkpoint-4/optimizer.pt", 10)
     argv = ["--config", recipe("mae"), "--dataset", photos, "--output_dir", "out", "--max_steps", "4"]
-    message = error("pretrain", *argv, "--resume_from_checkpoint", "last")
-    assert "no valid checkpoint: checkpoint-4: optimizer.pt has 10 bytes" in message
+    for newest in ("last", "true"):
+        message = error("pretrain", *argv, "--resume_from_checkpoint", newest)
+        assert "no valid checkpoint: checkpoint-4: optimizer.pt has 10 bytes" in message
     message = error("pretrain", *argv, "--resume_from_checkpoint", "out/checkpoint-4")
     assert "optimizer.pt has 10 bytes" in message
 

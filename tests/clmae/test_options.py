@@ -115,7 +115,7 @@ def test_nearest():
 @pytest.mark.parametrize("flag", ["-h", "--help", "--help_all", "--help-all"])
 def test_help_comes_before_complaints(capsys, flag, recipe):
     with pytest.raises(SystemExit) as stop:
-        parse_both("--config", recipe("leggs: 3"), flag, hidden={"hidden_room"})
+        parse_both("--config", recipe("leggs: 3"), flag, shown={"name", "legs", "awake", "rooms"})
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert text.startswith("usage: zoo keep [--config RECIPE.yaml]")
@@ -123,7 +123,7 @@ def test_help_comes_before_complaints(capsys, flag, recipe):
     assert places == sorted(places)
     assert "How many. [4]" in text
     assert ("Rarely used." in text) == ("all" in flag)
-    assert ("--help_all explains" in text) == ("all" not in flag)
+    assert ("--help-all explains" in text) == ("all" not in flag)
     assert "--no_awake" not in text
 
 
