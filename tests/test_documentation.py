@@ -42,6 +42,7 @@ NOT_RUN = (
     *("git clone ", "make ", "pip install ", "torchrun ", "accelerate launch ", "RECIPE=recipes/"),
     *(
         "clmae push ",
+        "clmae app ",
         "clmae convert mae_pretrain_vit_base.pth ",
         "python benchmarks/study.py ",
         "for scale in ",

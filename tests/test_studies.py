@@ -26,7 +26,7 @@ from .training.runs import pil_dataset
 pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE = dict(model_size="tiny", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16)
-MASKER = {"masker_num_hidden_layers": 1, "masker_num_attention_heads": 2}
+MASKER = {"masker_objective": "soft", "masker_num_hidden_layers": 1, "masker_num_attention_heads": 2}
 TINY = {
     **dict(reference="cl_mae", compared_with="mae", baselines=["random", "raw", "scratch"], measure=True),
     "recipes": {

@@ -185,7 +185,7 @@ class ContrastiveCropCallback(RunComponent):
 
     def save(self, folder: str) -> None:
         """Puts the boxes into a checkpoint; the finished model needs none."""
-        if self.trainer.in_checkpoint:
+        if folder != self.trainer.args.output_dir:
             boxes, epoch = self.trainer.train_dataset.crop_boxes.clone(), torch.tensor(self.refreshed_epoch)
             save_file({"boxes": boxes, "refreshed_epoch": epoch}, Path(folder) / self.file_name)
 

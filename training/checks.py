@@ -80,6 +80,10 @@ def check_setup(trainer: Any) -> None:
     for applies, message in problems:
         if applies:
             raise InputError(message)
+    _warn_of_wrapper(dataset)
+
+
+def _warn_of_wrapper(dataset: Any) -> None:
     if isinstance(getattr(dataset, "dataset", None), ImageDataset):
         logger.warning(
             f"`train_dataset` is a {type(dataset).__name__} of an `ImageDataset`, which shows an image by "

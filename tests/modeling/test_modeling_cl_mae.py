@@ -393,11 +393,12 @@ def test_a_mae_folder_starts_a_cl_mae(build, make_images, tiny_config, tmp_path)
     model, info = CLMAEForPreTraining.from_pretrained(
         tmp_path, output_loading_info=True, masker_num_hidden_layers=2, masker_num_attention_heads=2
     )
+    assert model.config.masker_objective == "error"
     assert {key.split(".")[0] for key in info["missing_keys"]} == {"masking_module"}
     assert not info["unexpected_keys"]
     state = model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
-    assert model(make_images(model.config)).keep_probabilities.std() > 0.01  # the module is initialised
+    assert model(make_images(model.config)).predicted_errors.std() > 0.01  # the module is initialised
 
 
 def test_a_cl_mae_folder_starts_a_mae(build, make_images, tmp_path):
