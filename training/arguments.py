@@ -189,3 +189,8 @@ class PretrainingArguments(ScaledRateArguments):
         self._check_int("num_probe_images", 1)
         for name in ("difficulty_steps", "picture_steps", "max_skipped_steps"):
             self._check_int(name, 0)
+        if self.max_skipped_steps and self.deepspeed:
+            raise InputError(
+                "`max_skipped_steps` has no effect under `deepspeed`, which takes a step before its gradients can be "
+                "seen: leave it out."
+            )

@@ -67,11 +67,6 @@ def check_setup(trainer: Any) -> None:
             "`deepspeed`) cannot do; use DDP, or crop at random.",
         ),
         (
-            trainer.is_deepspeed_enabled and getattr(trainer.args, "max_skipped_steps", 0),
-            "`max_skipped_steps` has no effect under `deepspeed`, which takes a step before its gradients can be seen: "
-            "leave it out.",
-        ),
-        (
             not crops and inner_crops,
             f"`train_dataset` is a {type(dataset).__name__} of a dataset with `contrastive_crop`: its boxes would "
             "never be computed; choose the images before (`datasets.Dataset.select`), or crop at random.",
