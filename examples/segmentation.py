@@ -97,7 +97,7 @@ def pretrain(folder: Path, num_images: int, epochs: float) -> None:
     trainer.save_model()
 
 
-def segment(encoder: Path, pretrained: bool, folder: Path, num_images: int, epochs: float) -> float:
+def segment(encoder: Path, pretrained: bool, folder: Path, num_images: int, num_test: int, epochs: float) -> float:
     """Trains UperNet on labelled images, and returns its mIoU (0 to 100) on the test images."""
     stages = dict(out_features=["stage1", "stage2", "stage3", "stage4"])
     backbone = MAEBackbone.from_pretrained(encoder, **stages)
@@ -130,7 +130,7 @@ def segment(encoder: Path, pretrained: bool, folder: Path, num_images: int, epoc
         model=model,
         args=arguments,
         train_dataset=DigitsOnPhotographs(num_images, train=True),
-        eval_dataset=DigitsOnPhotographs(500, train=False),
+        eval_dataset=DigitsOnPhotographs(num_test, train=False),
         compute_metrics=scores,
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(1),
     )
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/segmentation"))
     parser.add_argument("--unlabelled", type=int, default=4000, help="images to pretrain on")
     parser.add_argument("--labelled", type=int, default=200, help="images with masks")
+    parser.add_argument("--test", type=int, default=500, help="images to evaluate on")
     parser.add_argument("--pretraining_epochs", type=float, default=40)
     parser.add_argument("--epochs", type=float, default=40)
     arguments = parser.parse_args()
@@ -154,7 +155,7 @@ def main() -> None:
     for name, pretrained in (("pretrained", True), ("random", False)):
         set_seed(0)
         folder = arguments.output_dir / name
-        rows[name] = segment(encoder, pretrained, folder, arguments.labelled, arguments.epochs)
+        rows[name] = segment(encoder, pretrained, folder, arguments.labelled, arguments.test, arguments.epochs)
     table = pd.Series(rows, name="mIoU").rename_axis("encoder").round(1).to_frame()
     print(table)
     table.to_csv(arguments.output_dir / "miou.csv")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_segmentation(tmp_path):
-    sizes = ["--unlabelled", "64", "--labelled", "16", "--pretraining_epochs", "1", "--epochs", "1"]
+    sizes = ["--unlabelled", "64", "--labelled", "16", "--test", "16", "--pretraining_epochs", "1", "--epochs", "1"]
     command = [sys.executable, str(ROOT / "examples" / "segmentation.py"), "--output_dir", str(tmp_path), *sizes]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
