@@ -37,6 +37,7 @@ def write_digits(folder: Path) -> None:
     pixels, labels = mnist_data()
     images = [PILImage.fromarray(image) for image in pixels.reshape(-1, 28, 28).astype(np.uint8)]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(i) for i in range(10)])})
+    images[0].save(OUTPUT / "digit.png")
     parts = train_test_split(np.arange(len(images)), test_size=0.2, random_state=0, stratify=labels)
     DatasetDict(
         {
@@ -69,7 +70,7 @@ def stage(name: str, log: Path) -> Iterator[None]:
 
 def evaluate() -> pd.DataFrame:
     """Accuracies with their intervals, by evaluation (row) and representation (column)."""
-    protocols = ("linear", FewShotProtocol(shots=SHOTS), "knn")
+    protocols = ("linear", FewShotProtocol(shots=SHOTS, num_draws=3), "knn")
     results = evaluate_model(OUTPUT, DATA, protocols, device="cpu", progress=False)
     titles = {"linear": {"top-1": "linear probe"}, "knn": {"k = 20": "k-NN, k = 20"}}
     titles["fewshot"] = {f"n = {n}": f"{n} labels per class" for n in SHOTS}

@@ -70,7 +70,7 @@ def reader(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("recipes", "model_cards"):
         Path(name).symlink_to(ROOT / name)
-    names = ["photo1.jpg", "photo2.jpg", "outputs/demo/scan-0.png", "photos/one.jpg"]
+    names = ["photo1.jpg", "photo2.jpg", "outputs/demo/digit.png", "photos/one.jpg"]
     names += [f"{folder}/{i}.png" for folder in ("my_photos", "my_icons", "photos") for i in range(12)]
     names += [f"{folder}labelled_photos/{label}/{i}.png" for folder in ("my_", "") for label in "ab" for i in range(10)]
     generator = np.random.default_rng(0)
