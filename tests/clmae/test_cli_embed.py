@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import signal
 import subprocess
@@ -219,7 +220,9 @@ def test_a_killed_process_goes_on(model, many_images, monkeypatch):
     source = many_images(1000)
     code = "import sys; from clmae.cli import embed; embed.PART_ROWS = 64; sys.exit(embed.run(sys.argv[1:]))"
     argv = [model, source, "--batch_size=32", "--device=cpu"]
-    process = subprocess.Popen([sys.executable, "-c", code, *argv, "--output=f.parquet"])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv, "--output=f.parquet"], env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     while not Path("f.parquet.parts/000000000192.parquet").exists():
         assert process.poll() is None
         time.sleep(0.01)
