@@ -56,13 +56,16 @@ def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def finer_digits(noise: torch.Tensor) -> torch.Tensor:
-    """Uniform numbers in [0, 1), independent of the order of the uniform `noise`: its digits below 2^-12.
+def full_precision(noise: torch.Tensor) -> torch.Tensor:
+    """Half-precision `noise` as float32, with random digits below its own: no ties, which places would decide."""
+    if noise.dtype not in (torch.float16, torch.bfloat16):
+        return noise
+    digits = torch.rand(noise.shape, device=noise.device) * torch.finfo(noise.dtype).eps / 2
+    return (noise.float() + digits).clamp_max(1 - torch.finfo(torch.float32).eps)
 
-    Half precision has none, and other numbers are drawn.
-    """
-    if noise.dtype in (torch.float16, torch.bfloat16):
-        return torch.rand(noise.shape, device=noise.device)
+
+def finer_digits(noise: torch.Tensor) -> torch.Tensor:
+    """Uniform numbers in [0, 1), independent of the order of the uniform float32 `noise`: its digits below 2^-12."""
     return (noise * 2**12).frac()
 
 
@@ -134,6 +137,7 @@ __all__ = [
     "Masking",
     "block_scores",
     "finer_digits",
+    "full_precision",
     "gather_tokens",
     "grid_scores",
     "gumbel_scores",

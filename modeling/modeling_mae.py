@@ -25,7 +25,15 @@ from transformers.utils.output_capturing import capture_outputs
 from clmae.configuration.configuration_mae import MAEConfig, pair
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import masked_mean, patch_errors, patch_targets
-from clmae.modeling.masking import SAMPLERS, Masking, finer_digits, gather_tokens, keep_lowest, select_patches
+from clmae.modeling.masking import (
+    SAMPLERS,
+    Masking,
+    finer_digits,
+    full_precision,
+    gather_tokens,
+    keep_lowest,
+    select_patches,
+)
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
 
@@ -587,6 +595,8 @@ class MAEForPreTraining(MAEPreTrainedModel):
         grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
         targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
         tokens = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
+        if noise is not None and self.training:
+            noise = full_precision(noise)  # once: what is drawn by it in several steps must agree
 
         chosen = self.choose_mask(tokens, noise, grid_size, **options)
         # Before encoding, so that its graph is freed before the autoencoder's is built.

@@ -278,7 +278,7 @@ class CurriculumTrainer(BaseTrainer):
             # would try to split it.
             as_tensor = self.args.n_gpu <= 1
             inputs["curriculum_factor"] = torch.full((), factor, device=self.args.device) if as_tensor else factor
-            cools_down = step >= self._curriculum_steps < self.state.max_steps
+            cools_down = step >= self._curriculum_steps
             inputs["masking"] = "random" if cools_down else "learned"
             inputs["compute_masker_loss"] = not cools_down and step % self.args.masker_update_interval == 0
         elif self.has_masking_module:

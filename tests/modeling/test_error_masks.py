@@ -215,13 +215,25 @@ def test_a_family_that_goes_on_from_a_mae_is_what_its_configuration_says(tmp_pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_patches_are_predicted_by_chance_whatever_the_noises_type(build, dtype):
+def test_patches_are_masked_and_predicted_by_chance_whatever_the_noises_type(build, make_images, dtype):
     model = build("mae", prediction_ratio=0.25)
     noise = torch.rand(2000, model.config.num_patches, generator=torch.Generator().manual_seed(0)).to(dtype)
-    chosen = model.choose_mask(torch.zeros(2000, 1 + model.config.num_patches, 1), noise, model.config.grid_size)
-    ids = model.predicted_patches(chosen, noise)
-    share = torch.zeros_like(chosen.mask).scatter(1, ids, 1.0).sum(0) / chosen.mask.sum(0)
-    assert (share - ids.shape[1] / chosen.mask[0].sum()).abs().max() < 0.06
+    outputs = model(make_images(model.config, 2000), noise=noise.clamp_max(1 - torch.finfo(dtype).eps / 2))
+    assert (outputs.mask.mean(0) - model.config.mask_ratio).abs().max() < 0.05
+    share = torch.zeros_like(outputs.mask).scatter(1, outputs.ids_predicted, 1.0).sum(0) / outputs.mask.sum(0)
+    assert (share - outputs.ids_predicted.shape[1] / outputs.mask[0].sum()).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_are_asked_of_the_tokens_that_lack_them(build, make_images, dtype):
+    """The embedding and the task agree on which tokens those are, also where the noise has few digits."""
+    model = build("cmae", learned_masks=False, contrastive_loss_weight=0.0, position_loss_weight=1.0)
+    calls = []
+    withheld = type(model).withheld_tokens
+    model.withheld_tokens = lambda *args: calls.append(withheld(model, *args)) or calls[-1]
+    model(make_images(model.config, 8), noise=torch.rand(8, model.config.num_patches).to(dtype).clamp_max(0.99))
+    assert len(calls) == 2
+    assert torch.equal(*calls)
 
 
 def test_all_that_has_a_row_for_each_view_has_two(build, make_images):
