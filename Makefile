@@ -14,7 +14,8 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e ".[dev]"
+	-@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1  # pip would do it in one process
 	touch $@
 
 test: install
@@ -28,7 +29,7 @@ test-app: install
 	$(PYTHON) -m venv $(VENV)-app
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 		$$($(VENV)-app/bin/python -c "import site; print(site.getsitepackages()[0])")/main.pth
-	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check "gradio>=6"
+	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check "gradio>=6" "playwright>=1.50"
 	PYTHONPATH=. $(VENV)-app/bin/python -m pytest -rs tests/clmae/test_app.py -k TestPage
 
 quick: install
