@@ -28,17 +28,11 @@ class Masking(NamedTuple):
         mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 = masked, 0 = visible.
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Rank of each patch by score; gathers
             `[visible | masked]` tokens back into patch order.
-        keep_probabilities (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): A masking module's
-            probability that each patch stays visible.
-        predicted_errors (`torch.FloatTensor` of shape `(batch_size, num_patches)`, *optional*): A masking module's
-            prediction of each patch's error.
     """
 
     ids_keep: torch.Tensor
     mask: torch.Tensor
     ids_restore: torch.Tensor
-    keep_probabilities: torch.Tensor | None = None
-    predicted_errors: torch.Tensor | None = None
 
 
 def keep_lowest(scores: torch.Tensor, num_visible: int) -> Masking:

@@ -1,6 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """The curriculum-learned masked autoencoder (Madan et al., arXiv 2308.16572): MAE that learns its masks."""
 
+# mypy: disable-error-code="override"
+# (A family's methods take the family's own step.)
+
 from __future__ import annotations
 
 import math
@@ -35,6 +38,7 @@ from clmae.modeling.modeling_mae import (
     MAELayer,
     MAEModel,
     MAEPreTrainedModel,
+    PretrainingStep,
 )
 
 MASKINGS = ("learned", "random")
@@ -149,6 +153,25 @@ class CLMAEModel(CLMAEPreTrainedModel, MAEModel):
     """The ViT encoder of a CL-MAE: the same as [`MAEModel`]. The masking module serves pretraining only."""
 
 
+@dataclass
+class CurriculumStep(PretrainingStep):
+    """A [`PretrainingStep`] of a model that may learn its masks.
+
+    Args:
+        learned_masks (`bool`): Whether the masking module chooses the masks.
+        compute_masker_loss (`bool`): Whether the masking module is trained.
+        curriculum_factor (`float` or 0-d `torch.Tensor`): λ_CL.
+        keep_probabilities (`torch.FloatTensor` of shape `(B, num_patches)`, *optional*): m, by the masking module.
+        predicted_errors (`torch.FloatTensor` of shape `(B, num_patches)`, *optional*): ê, by the masking module.
+    """
+
+    learned_masks: bool = False
+    compute_masker_loss: bool = False
+    curriculum_factor: Tensor | float = 0.0
+    keep_probabilities: Tensor | None = None
+    predicted_errors: Tensor | None = None
+
+
 class LearnedMasks(MAEForPreTraining):
     """Autoencoder and masking module, trained together; where `config.learns_masks` is false, the autoencoder alone.
 
@@ -163,7 +186,6 @@ class LearnedMasks(MAEForPreTraining):
     """
 
     output_class = CLMAEForPreTrainingOutput
-    _step_arguments: tuple[str, ...] = ("masking", "curriculum_factor", "compute_masker_loss")
 
     def __init__(self, config: CLMAEConfig):
         super().__init__(config)
@@ -200,96 +222,76 @@ class LearnedMasks(MAEForPreTraining):
         Raises:
             InputError: `masking` has no such value, or the images another shape than the configuration says.
         """
+        step = CurriculumStep(pixel_values, noise)
+        self.set_curriculum(step, masking, curriculum_factor, compute_masker_loss)
+        return self.pretrain(step, interpolate_pos_encoding, **kwargs)
+
+    def set_curriculum(
+        self,
+        step: CurriculumStep,
+        masking: str | None,
+        curriculum_factor: Tensor | float | None,
+        compute_masker_loss: bool | None,
+    ) -> None:
+        """Sets what of a step [`forward`]'s arguments say, by the configuration where they are `None`."""
+        config = self.config
         if masking is None:
-            masking = "learned" if self.config.learns_masks else "random"
+            masking = "learned" if config.learns_masks else "random"
         if masking not in MASKINGS:
             raise InputError(f"`masking` is {masking!r}; choose one of {', '.join(MASKINGS)}.")
         if compute_masker_loss is None:
             compute_masker_loss = self.training and masking == "learned"
-        if (masking == "learned" or compute_masker_loss) and not self.config.learns_masks:
+        if (masking == "learned" or compute_masker_loss) and not config.learns_masks:
             cause = "`masking` is 'learned'" if masking == "learned" else "`compute_masker_loss` is true"
             raise InputError(f"{cause}, but `learned_masks` is false: this model has no masking module.")
-        return super().forward(
-            *(pixel_values, noise, interpolate_pos_encoding),
-            masking=masking,
-            curriculum_factor=curriculum_factor,
-            compute_masker_loss=compute_masker_loss,
-            **kwargs,
-        )
+        step.learned_masks, step.compute_masker_loss = masking == "learned", compute_masker_loss
+        step.curriculum_factor = config.curriculum_start if curriculum_factor is None else curriculum_factor
 
-    def choose_mask(
-        self,
-        tokens: Tensor,
-        noise: Tensor | None,
-        grid_size: tuple[int, int],
-        masking: str = "learned",
-        curriculum_factor: Tensor | float | None = None,
-        compute_masker_loss: bool = False,
-        **options: Any,
-    ) -> Masking:
+    def choose_mask(self, step: CurriculumStep) -> Masking:
         """By the masking module; with `masking="random"`, by the noise alone.
 
         The patches with the largest keep probabilities m stay visible. With predicted errors ê, they are drawn with
         weights `exp(λ_CL·β·ê)`: what is hard to reconstruct stays visible for a partner, is masked for an adversary.
         """
-        if masking == "random" and not compute_masker_loss:
-            return super().choose_mask(tokens, noise, grid_size, **options)
+        if not step.learned_masks and not step.compute_masker_loss:
+            return super().choose_mask(step)
         config = self.config
         by_errors = config.masker_objective == "error"
-        if grid_size != config.grid_size and not by_errors:
+        if step.grid_size != config.grid_size and not by_errors:
             raise InputError(
                 f"The masking module needs images of {config.image_size} pixels: it has one output for each of "
                 f"{config.num_patches} patches. Resize the images, or pass `masking='random'` and no "
                 "`compute_masker_loss`."
             )
-        with torch.set_grad_enabled(compute_masker_loss and torch.is_grad_enabled()):
-            outputs = self.masking_module(tokens[:, 1:].detach())
-        num_visible = config.num_visible(outputs.shape[1])
-        if masking == "random":
-            chosen = super().choose_mask(tokens, noise, grid_size, **options)
-        elif by_errors:
-            factor = config.curriculum_start if curriculum_factor is None else curriculum_factor
-            noise = torch.rand_like(outputs) if noise is None else noise
-            preferences = factor * config.masker_error_scale * outputs.detach()
-            chosen = keep_lowest(gumbel_scores(noise, preferences), num_visible)
-        else:  # choosing has no gradient
-            chosen = keep_lowest(-outputs.detach(), num_visible)
-        return chosen._replace(**{"predicted_errors" if by_errors else "keep_probabilities": outputs})
+        with torch.set_grad_enabled(step.compute_masker_loss and torch.is_grad_enabled()):
+            outputs = self.masking_module(step.tokens[:, 1:].detach())
+        setattr(step, "predicted_errors" if by_errors else "keep_probabilities", outputs)
+        if not step.learned_masks:
+            return super().choose_mask(step)
+        outputs = outputs.detach()  # choosing has no gradient
+        scores = -outputs
+        if by_errors:
+            noise = torch.rand_like(outputs) if step.noise is None else step.noise
+            scores = gumbel_scores(noise, step.curriculum_factor * config.masker_error_scale * outputs)
+        return keep_lowest(scores, config.num_visible(outputs.shape[1]))
 
-    def train_masker(
-        self,
-        tokens: Tensor,
-        chosen: Masking,
-        targets: Tensor,
-        grid_size: tuple[int, int],
-        compute_masker_loss: bool = False,
-        **options: Any,
-    ) -> dict[str, Any]:
+    def train_masker(self, step: CurriculumStep) -> dict[str, Any]:
         """m, and with `compute_masker_loss` pass B's terms; or ê, which pass A trains."""
-        if chosen.predicted_errors is not None:
-            return {"predicted_errors": chosen.predicted_errors}
-        keep = chosen.keep_probabilities
-        terms = self.masker_terms(tokens, keep, targets, grid_size) if keep is not None and compute_masker_loss else {}
-        return {"keep_probabilities": keep, **terms}
+        terms: dict[str, Any] = {}
+        if step.keep_probabilities is not None and step.compute_masker_loss:
+            terms = self.masker_terms(step.tokens, step.keep_probabilities, step.targets, step.grid_size)
+        return {"keep_probabilities": step.keep_probabilities, "predicted_errors": step.predicted_errors, **terms}
 
-    def task_terms(
-        self,
-        hidden_states: Tensor,
-        chosen: Masking,
-        noise: Tensor | None,
-        errors: Tensor,
-        ids_predicted: Tensor | None,
-        compute_masker_loss: bool = False,
-        **options: Any,
-    ) -> dict[str, Any]:
+    def task_terms(self, step: CurriculumStep) -> dict[str, Any]:
         """L_err, where errors are predicted."""
-        terms = super().task_terms(hidden_states, chosen, noise, errors, ids_predicted, **options)
-        if compute_masker_loss and chosen.predicted_errors is not None:
-            rows = self.decoded_rows(**options)
+        terms = super().task_terms(step)
+        if step.compute_masker_loss and step.predicted_errors is not None:
+            rows, ids = self.decoded_rows(step), step.ids_predicted
             predictions, mask = (
-                select_patches(values[rows], ids_predicted) for values in (chosen.predicted_errors, chosen.mask)
+                select_patches(step.predicted_errors[rows], ids),
+                select_patches(step.masking.mask[rows], ids),
             )
-            terms |= {"prediction_loss": error_prediction_loss(predictions, errors, mask, self.training)}
+            terms |= {"prediction_loss": error_prediction_loss(predictions, step.errors, mask, self.training)}
         return terms
 
     def masker_terms(
@@ -306,13 +308,11 @@ class LearnedMasks(MAEForPreTraining):
             "diversity_loss": diversity_loss(everyone, config.diversity_scale),
         }
 
-    def term_weights(
-        self, curriculum_factor: Tensor | float | None = None, **options: Any
-    ) -> dict[str, torch.Tensor | float]:
+    def term_weights(self, step: CurriculumStep) -> dict[str, Tensor | float]:
         """Those of `L_mask = λ_CL·L_soft + λ_g·L_gauss + λ_kl·L_kl + λ_d·L_div`, and of L_err, which stands alone."""
         config = self.config
         return {
-            "soft_reconstruction_loss": config.curriculum_start if curriculum_factor is None else curriculum_factor,
+            "soft_reconstruction_loss": step.curriculum_factor,
             "gauss_loss": config.gauss_loss_weight,
             "kl_loss": config.kl_loss_weight,
             "diversity_loss": config.diversity_loss_weight,

@@ -4,6 +4,9 @@
 The abstract fixes the ideas; architecture and losses here are this project's reading of it.
 """
 
+# mypy: disable-error-code="override"
+# (A family's methods take the family's own step.)
+
 from __future__ import annotations
 
 import math
@@ -22,7 +25,7 @@ from clmae.configuration.configuration_cmae import CMAEConfig
 from clmae.configuration.errors import InputError
 from clmae.modeling.losses import contrastive_loss, gather_across_processes
 from clmae.modeling.masking import Masking, finer_digits, gather_tokens
-from clmae.modeling.modeling_cl_mae import CLMAEForPreTrainingOutput, CLMAEPreTrainedModel, LearnedMasks
+from clmae.modeling.modeling_cl_mae import CLMAEForPreTrainingOutput, CLMAEPreTrainedModel, CurriculumStep, LearnedMasks
 from clmae.modeling.modeling_mae import MAEBackbone, MAEForImageClassification, MAEModel, check_pixel_values
 
 
@@ -103,6 +106,22 @@ class CMAEModel(CMAEPreTrainedModel, MAEModel):
     """The ViT encoder of a CMAE: the same as [`MAEModel`]; positions are always given."""
 
 
+@dataclass
+class CMAEStep(CurriculumStep):
+    """A [`CurriculumStep`] with the encoder's tasks; the views of an image are side by side in the batch.
+
+    Args:
+        contrast (`bool`): Whether the two views are contrasted.
+        withhold (`bool`): Whether positions are withheld.
+        withheld (`torch.LongTensor` of shape `(B, n)`, *optional*): Which of the K visible tokens are without their
+            position; `None`: none.
+    """
+
+    contrast: bool = False
+    withhold: bool = False
+    withheld: Tensor | None = None
+
+
 class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
     """Autoencoder with a small decoder, whose encoder also contrasts two views and finds its tokens' positions.
 
@@ -112,7 +131,6 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
     """
 
     output_class = CMAEForPreTrainingOutput
-    _step_arguments = (*LearnedMasks._step_arguments, "contrast", "withhold")
 
     def __init__(self, config: CMAEConfig):
         super().__init__(config)
@@ -167,13 +185,9 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
             noise = torch.rand(shape, device=pixel_values.device)
         if several:
             pixel_values, noise = pixel_values.flatten(0, 1), None if noise is None else noise.flatten(0, 1)
-        outputs = super().forward(
-            *(pixel_values, noise, masking, curriculum_factor, compute_masker_loss, interpolate_pos_encoding),
-            contrast=contrast,
-            withhold=withhold,
-            **kwargs,
-            return_dict=True,
-        )
+        step = CMAEStep(pixel_values, noise, contrast=contrast, withhold=withhold)
+        self.set_curriculum(step, masking, curriculum_factor, compute_masker_loss)
+        outputs: Any = self.pretrain(step, interpolate_pos_encoding, **kwargs)
         rows = ("logits", "mask", "ids_restore", "ids_predicted", "keep_probabilities", "predicted_errors")
         for name in rows if several else ():
             if name in outputs:
@@ -193,68 +207,45 @@ class CMAEForPreTraining(CMAEPreTrainedModel, LearnedMasks):
                 f"{self.config.num_patches} positions. Resize the images, or set it to 0."
             )
 
-    def decoded_rows(self, contrast: bool = False, **options: Any) -> slice:
+    def decoded_rows(self, step: CMAEStep) -> slice:
         """With `config.decoded_views` 1, the first of an image's two views."""
-        return slice(None, None, 2) if contrast and self.config.decoded_views == 1 else slice(None)
+        return slice(None, None, 2) if step.contrast and self.config.decoded_views == 1 else slice(None)
 
-    def withheld_tokens(self, noise: Tensor | None, chosen: Masking) -> Tensor:
+    def withheld_tokens(self, noise: Tensor, masking: Masking) -> Tensor:
         """Which of the K visible tokens are without their position: `(B, int(K * position_mask_ratio))`.
 
         The finer digits of the noise `(B, N)` draw them, so that one noise fixes everything.
         """
-        assert noise is not None  # `forward` has drawn it
-        digits = finer_digits(noise).gather(1, chosen.ids_keep)  # the visible tokens' noise itself is small
+        digits = finer_digits(noise).gather(1, masking.ids_keep)  # the visible tokens' noise itself is small
         return digits.argsort(dim=1)[:, : int(digits.shape[1] * self.config.position_mask_ratio)]
 
-    def visible_tokens(
-        self,
-        tokens: Tensor,
-        chosen: Masking,
-        noise: Tensor | None,
-        pixel_values: Tensor,
-        withhold: bool = False,
-        **options: Any,
-    ) -> Tensor:
+    def visible_tokens(self, step: CMAEStep) -> Tensor:
         """Class token and visible tokens `(B, 1 + K, D)`, the position of some replaced by one learned vector."""
-        visible = super().visible_tokens(tokens, chosen, noise, pixel_values, **options)
-        if not withhold:
+        visible = super().visible_tokens(step)
+        if not step.withhold:
             return visible
-        withheld = self.withheld_tokens(noise, chosen)
+        assert step.noise is not None  # `forward` has drawn it
+        step.withheld = self.withheld_tokens(step.noise, step.masking)
         # The patches anew: to subtract positions from the tokens would leave traces of them in half precision.
-        patches = self.vit.embeddings.patch_embeddings(pixel_values)
-        bare = self.position_head(gather_tokens(patches, chosen.ids_keep.gather(1, withheld)), withhold=True)
-        return visible.scatter(1, (1 + withheld).unsqueeze(-1).expand_as(bare), bare)
+        patches = self.vit.embeddings.patch_embeddings(step.pixel_values)
+        ids = step.masking.ids_keep.gather(1, step.withheld)
+        bare = self.position_head(gather_tokens(patches, ids), withhold=True)
+        return visible.scatter(1, (1 + step.withheld).unsqueeze(-1).expand_as(bare), bare)
 
-    def task_terms(
-        self,
-        hidden_states: Tensor,
-        chosen: Masking,
-        noise: Tensor | None,
-        errors: Tensor,
-        ids_predicted: Tensor | None,
-        compute_masker_loss: bool = False,
-        contrast: bool = False,
-        withhold: bool = False,
-        **options: Any,
-    ) -> dict[str, Any]:
+    def task_terms(self, step: CMAEStep) -> dict[str, Any]:
         """CL-MAE's, L_pos and its accuracy, L_con and its projections."""
-        tokens = hidden_states[:, 1:]
-        terms = super().task_terms(
-            *(hidden_states, chosen, noise, errors, ids_predicted, compute_masker_loss), contrast=contrast, **options
-        )
-        if withhold:
-            terms |= self.predict_positions(tokens, chosen, self.withheld_tokens(noise, chosen))
-        if contrast:
+        terms, tokens = super().task_terms(step), step.hidden_states[:, 1:]
+        if step.withheld is not None:
+            terms |= self.predict_positions(tokens, step.masking, step.withheld)
+        if step.contrast:
             terms |= self.contrast_views(tokens)
         return terms
 
-    def term_weights(
-        self, curriculum_factor: Tensor | float | None = None, **options: Any
-    ) -> dict[str, Tensor | float]:
+    def term_weights(self, step: CMAEStep) -> dict[str, Tensor | float]:
         """CL-MAE's, λ_pos and λ_con."""
         config = self.config
         tasks = {"position_loss": config.position_loss_weight, "contrastive_loss": config.contrastive_loss_weight}
-        return super().term_weights(curriculum_factor, **options) | tasks
+        return super().term_weights(step) | tasks
 
     def predict_positions(self, tokens: Tensor, chosen: Masking, withheld: Tensor) -> dict[str, Tensor]:
         """L_pos and accuracy from the encoder's output `(B, K, D)` for the `withheld` `(B, n)` of its tokens."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -291,7 +291,13 @@ def check_pixel_values(
             f"`pixel_values` are {size[0]}x{size[1]} pixels, no multiple of the patch size {patch_size[0]}x"
             f"{patch_size[1]}: resize or crop the images."
         )
-    return size[0] // patch_size[0], size[1] // patch_size[1]
+    return patch_grid(config, pixel_values)
+
+
+def patch_grid(config: MAEConfig, pixel_values: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of `pixel_values` `(…, H, W)`."""
+    (height, width), (patch_height, patch_width) = pixel_values.shape[-2:], pair(config.patch_size)
+    return height // patch_height, width // patch_width
 
 
 class MAEDecoder(nn.Module):
@@ -510,8 +516,7 @@ class MAEModel(MAEPreTrainedModel):
         if pixel_values is not None:
             hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
             if noise is not None:
-                grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-                masking = sample_masking(self.config, noise, len(pixel_values), grid_size)
+                masking = sample_masking(self.config, noise, len(pixel_values), patch_grid(self.config, pixel_values))
                 hidden_states = select_visible(hidden_states, masking)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_bias=attention_bias, **kwargs)
@@ -547,12 +552,40 @@ def select_visible(embeddings: Tensor, masking: Masking) -> Tensor:
     return torch.cat([embeddings[:, :1], gather_tokens(embeddings[:, 1:], masking.ids_keep)], dim=1)
 
 
+@dataclass
+class PretrainingStep:
+    """A batch on its way through [`MAEForPreTraining.pretrain`], whose methods read it; each field is set once.
+
+    Args:
+        pixel_values (`torch.FloatTensor` of shape `(B, num_channels, height, width)`): Normalised images.
+        noise (`torch.FloatTensor` of shape `(B, num_patches)`, *optional*): Uniform in [0, 1); fixes what is drawn.
+        grid_size (`tuple[int, int]`): Rows and columns of patches.
+        targets (`torch.FloatTensor` of shape `(B, num_patches, p_h * p_w * num_channels)`): What is to be predicted.
+        tokens (`torch.FloatTensor` of shape `(B, 1 + num_patches, hidden_size)`): Embedded class token and patches.
+        masking ([`Masking`]): The patches that stay visible.
+        hidden_states (`torch.FloatTensor` of shape `(B, 1 + K, hidden_size)`): The encoder's output.
+        ids_predicted (`torch.LongTensor` of shape `(D, P)`, *optional*): The patches that are predicted of the D images
+            that are decoded; `None`: all.
+        errors (`torch.FloatTensor` of shape `(D, num_patches)` or `(D, P)`): Mean squared error of these patches.
+    """
+
+    pixel_values: Tensor
+    noise: Tensor | None = None
+    grid_size: tuple[int, int] = field(init=False)
+    targets: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
+    masking: Masking = field(init=False)
+    hidden_states: Tensor = field(init=False)
+    ids_predicted: Tensor | None = field(init=False)
+    errors: Tensor = field(init=False)
+
+
 class MAEForPreTraining(MAEPreTrainedModel):
     """The masked autoencoder: mask, encode what is visible, decode, compare with what was masked.
 
-    Its `forward` is the template of every family. A family overrides steps ([`choose_mask`], [`train_masker`],
-    [`visible_tokens`], [`decoded_rows`], [`task_terms`], [`term_weights`]); a family whose steps have arguments names
-    them in `_step_arguments`, takes them in a `forward` of its own and passes them on to this one.
+    [`pretrain`] is the template of every family. A family overrides its methods ([`choose_mask`], [`train_masker`],
+    [`visible_tokens`], [`decoded_rows`], [`task_terms`], [`term_weights`]). If these need more than a
+    [`PretrainingStep`] holds, the family makes a subclass of it in a `forward` of its own.
 
     Example:
 
@@ -565,7 +598,6 @@ class MAEForPreTraining(MAEPreTrainedModel):
     """
 
     output_class: type[MAEForPreTrainingOutput] = MAEForPreTrainingOutput
-    _step_arguments: tuple[str, ...] = ()
 
     def __init__(self, config: MAEConfig):
         super().__init__(config)
@@ -590,91 +622,82 @@ class MAEForPreTraining(MAEPreTrainedModel):
             interpolate_pos_encoding (`bool`, *optional*): Accept images of another size than the configured one.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
         """
-        options: dict[str, Any] = {name: kwargs.pop(name) for name in self._step_arguments if name in kwargs}
-        self._check_kwargs(kwargs)
-        grid_size = check_pixel_values(self.config, pixel_values, interpolate_pos_encoding)
-        targets = patch_targets(pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
-        tokens = self.vit.embeddings(pixel_values, interpolate_pos_encoding)
-        if noise is not None and self.training:
-            noise = full_precision(noise)  # once: what is drawn by it in several steps must agree
+        return self.pretrain(PretrainingStep(pixel_values, noise), interpolate_pos_encoding, **kwargs)
 
-        chosen = self.choose_mask(tokens, noise, grid_size, **options)
+    def pretrain(
+        self, step: Any, interpolate_pos_encoding: bool | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> MAEForPreTrainingOutput:
+        """Masks, encodes, decodes and compares a [`PretrainingStep`], or the family's subclass of it."""
+        self._check_kwargs(kwargs)
+        step.tokens = self.vit.embeddings(step.pixel_values, interpolate_pos_encoding)
+        step.grid_size = patch_grid(self.config, step.pixel_values)
+        step.targets = patch_targets(step.pixel_values, pair(self.config.patch_size), self.config.norm_pix_loss)
+        if step.noise is not None and self.training:
+            step.noise = full_precision(step.noise)  # once: what is drawn by it in several methods must agree
+
+        step.masking = self.choose_mask(step)
         # Before encoding, so that its graph is freed before the autoencoder's is built.
-        terms = self.train_masker(tokens, chosen, targets, grid_size, **options)
-        visible = self.visible_tokens(tokens, chosen, noise, pixel_values, **options)
-        encoded = self.vit(inputs_embeds=visible, **kwargs)
-        rows, ids_predicted = self.decoded_rows(**options), self.predicted_patches(chosen, noise)
-        ids = None if ids_predicted is None else ids_predicted[rows]
-        logits = self.decoder(encoded.last_hidden_state[rows], chosen.ids_keep[rows], grid_size, ids_predicted=ids)
-        errors = patch_errors(logits, select_patches(targets[rows], ids))
-        reconstruction_loss = masked_mean(errors, select_patches(chosen.mask[rows], ids))
-        terms |= self.task_terms(encoded.last_hidden_state, chosen, noise, errors, ids, **options)
+        terms = self.train_masker(step)
+        encoded = self.vit(inputs_embeds=self.visible_tokens(step), **kwargs)
+        step.hidden_states = encoded.last_hidden_state
+        rows, ids = self.decoded_rows(step), self.predicted_patches(step)
+        step.ids_predicted = ids = None if ids is None else ids[rows]
+        logits = self.decoder(step.hidden_states[rows], step.masking.ids_keep[rows], step.grid_size, ids_predicted=ids)
+        step.errors = patch_errors(logits, select_patches(step.targets[rows], ids))
+        reconstruction_loss = masked_mean(step.errors, select_patches(step.masking.mask[rows], ids))
+        terms |= self.task_terms(step)
 
         loss = reconstruction_loss
-        for name, weight in self.term_weights(**options).items():
+        for name, weight in self.term_weights(step).items():
             loss = loss + weight * terms[name] if name in terms else loss
         return self.output_class(
             loss=loss,
             reconstruction_loss=reconstruction_loss,
             logits=logits,
-            mask=chosen.mask,
-            ids_restore=chosen.ids_restore,
+            mask=step.masking.mask,
+            ids_restore=step.masking.ids_restore,
             ids_predicted=ids,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             **terms,
         )
 
-    def choose_mask(self, tokens: Tensor, noise: Tensor | None, grid_size: tuple[int, int], **options: Any) -> Masking:
-        """Which patches stay visible, of all tokens `(B, 1 + N, D)`; here by `config.mask_sampler` and the noise."""
+    def choose_mask(self, step: PretrainingStep) -> Masking:
+        """Which patches stay visible; here by `config.mask_sampler` and the noise."""
+        noise, tokens = step.noise, step.tokens
         if noise is None:
-            noise = torch.rand(len(tokens), math.prod(grid_size), device=tokens.device)
-        return sample_masking(self.config, noise, len(tokens), grid_size)
+            noise = torch.rand(len(tokens), math.prod(step.grid_size), device=tokens.device)
+        return sample_masking(self.config, noise, len(tokens), step.grid_size)
 
-    def train_masker(
-        self, tokens: Tensor, chosen: Masking, targets: Tensor, grid_size: tuple[int, int], **options: Any
-    ) -> dict[str, Any]:
+    def train_masker(self, step: PretrainingStep) -> dict[str, Any]:
         """Output fields of what chose the mask, loss terms before their weights among them; random noise has none."""
         return {}
 
-    def visible_tokens(
-        self, tokens: Tensor, chosen: Masking, noise: Tensor | None, pixel_values: Tensor, **options: Any
-    ) -> Tensor:
-        """What the encoder sees, `(B, 1 + K, D)`, of all tokens `(B, 1 + N, D)`."""
-        return select_visible(tokens, chosen)
+    def visible_tokens(self, step: PretrainingStep) -> Tensor:
+        """What the encoder sees, `(B, 1 + K, hidden_size)`: class token and visible patches."""
+        return select_visible(step.tokens, step.masking)
 
-    def predicted_patches(self, chosen: Masking, noise: Tensor | None) -> Tensor | None:
+    def predicted_patches(self, step: PretrainingStep) -> Tensor | None:
         """The masked patches that are decoded, `(B, P)`; `None`: all, as outside training.
 
         A share `config.prediction_ratio` of them (CrossMAE, arXiv 2401.14391), drawn by the noise's finer digits.
         """
         if not self.training or self.config.prediction_ratio == 1:
             return None
-        num_masked = chosen.mask.shape[1] - chosen.ids_keep.shape[1]
-        draws = torch.rand_like(chosen.mask) if noise is None else finer_digits(noise)
-        return (draws - chosen.mask).argsort(dim=1)[:, : max(1, round(self.config.prediction_ratio * num_masked))]
+        mask = step.masking.mask
+        num_masked = mask.shape[1] - step.masking.ids_keep.shape[1]
+        draws = torch.rand_like(mask) if step.noise is None else finer_digits(step.noise)
+        return (draws - mask).argsort(dim=1)[:, : max(1, round(self.config.prediction_ratio * num_masked))]
 
-    def decoded_rows(self, **options: Any) -> slice:
+    def decoded_rows(self, step: PretrainingStep) -> slice:
         """Which images of the batch are decoded; here all."""
         return slice(None)
 
-    def task_terms(
-        self,
-        hidden_states: Tensor,
-        chosen: Masking,
-        noise: Tensor | None,
-        errors: Tensor,
-        ids_predicted: Tensor | None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """Output fields of further tasks, loss terms before their weights.
-
-        From the encoder's output `(B, 1 + K, D)`, and the errors of the patches that were predicted (`(B, N)`, or
-        `(B, P)` of `ids_predicted`) of the images in [`decoded_rows`].
-        """
+    def task_terms(self, step: PretrainingStep) -> dict[str, Any]:
+        """Output fields of further tasks, loss terms before their weights; here none."""
         return {}
 
-    def term_weights(self, **options: Any) -> dict[str, Tensor | float]:
+    def term_weights(self, step: PretrainingStep) -> dict[str, Tensor | float]:
         """Weights, by the output field's name, of the terms that are added to the reconstruction loss."""
         return {}
 

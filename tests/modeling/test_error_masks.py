@@ -11,6 +11,7 @@ import torch
 import clmae
 from clmae.modeling.losses import error_prediction_loss, masked_mean, patch_errors, patch_targets
 from clmae.modeling.masking import gumbel_scores, keep_lowest, random_scores
+from clmae.modeling.modeling_mae import PretrainingStep, sample_masking
 
 FAMILIES = {"cl_mae": {}, "cmae": {"learned_masks": True, "contrastive_loss_weight": 0, "position_loss_weight": 0}}
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -161,8 +162,9 @@ def test_prediction_ratio(build, make_images, family):
 def test_predicted_patches_are_uniform_among_the_masked(build):
     model = build("mae", prediction_ratio=0.25, mask_sampler="block")
     noise = torch.rand(4000, model.config.num_patches, generator=torch.Generator().manual_seed(0))
-    chosen = model.choose_mask(torch.zeros(4000, 1 + model.config.num_patches, 1), noise, model.config.grid_size)
-    ids = model.predicted_patches(chosen, noise)
+    step = PretrainingStep(torch.zeros(4000, 0), noise)
+    step.masking = chosen = sample_masking(model.config, noise, 4000, model.config.grid_size)
+    ids = model.predicted_patches(step)
     times = torch.zeros_like(chosen.mask).scatter(1, ids, 1.0)
     assert (times * (1 - chosen.mask)).sum() == 0
     share = times.sum(0) / chosen.mask.sum(0)
@@ -222,18 +224,6 @@ def test_patches_are_masked_and_predicted_by_chance_whatever_the_noises_type(bui
     assert (outputs.mask.mean(0) - model.config.mask_ratio).abs().max() < 0.05
     share = torch.zeros_like(outputs.mask).scatter(1, outputs.ids_predicted, 1.0).sum(0) / outputs.mask.sum(0)
     assert (share - outputs.ids_predicted.shape[1] / outputs.mask[0].sum()).abs().max() < 0.06
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_positions_are_asked_of_the_tokens_that_lack_them(build, make_images, dtype):
-    """The embedding and the task agree on which tokens those are, also where the noise has few digits."""
-    model = build("cmae", learned_masks=False, contrastive_loss_weight=0.0, position_loss_weight=1.0)
-    calls = []
-    withheld = type(model).withheld_tokens
-    model.withheld_tokens = lambda *args: calls.append(withheld(model, *args)) or calls[-1]
-    model(make_images(model.config, 8), noise=torch.rand(8, model.config.num_patches).to(dtype).clamp_max(0.99))
-    assert len(calls) == 2
-    assert torch.equal(*calls)
 
 
 def test_all_that_has_a_row_for_each_view_has_two(build, make_images):
