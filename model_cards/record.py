@@ -94,12 +94,16 @@ def describe_data(arguments: Any) -> dict[str, Any]:
 
     The entry `dataset` is a Hub id if `dataset_on_hub` is true, otherwise the name of a file or folder.
     """
-    source = Path(arguments.dataset).expanduser()
-    local = source.exists()
+    local = Path(arguments.dataset).expanduser().exists()
     values = {field: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
     changed = {f.name: value for f, value in values.items() if f.name != "dataset" and value != f.default}
-    name = source.resolve().name if local else arguments.dataset
-    return {"dataset": name, "dataset_on_hub": not local, "options": changed}
+    return {"dataset": _public_name(arguments.dataset), "dataset_on_hub": not local, "options": changed}
+
+
+def _public_name(source: str) -> str:
+    """A Hub id as it is; of a file or folder its name alone."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
@@ -112,6 +116,9 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if not field.init or name in _NOT_RECORDED or name.startswith(_NOT_RECORDED_PREFIXES):
+            continue
+        if name == "init" and value:
+            changed[name] = _public_name(value)
             continue
         # What is off either way (False, None, an empty list) is no difference.
         if (value or default) and value not in (getattr(default, "value", default), None) and _shareable(value):

@@ -114,6 +114,13 @@ class PretrainingArguments(ScaledRateArguments):
         InputError: One of the fields below is out of range; the message names it.
     """
 
+    init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from the weights of a masked autoencoder: folder or Hub id (MAE, CL-MAE, CMAE, or "
+            "transformers' ViTMAE). On the command line its sizes take the place of model_size."
+        },
+    )
     masker_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "Masking module's learning rate, as a multiple of the autoencoder's."}
     )

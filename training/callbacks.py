@@ -78,10 +78,8 @@ class RecordCallback(RunComponent):
         self.record.stop(self.trainer.state.global_step)
 
 
-class _PeriodicCallback(TrainerCallback):
-    """Acts before the first step, every `args.<period>` steps, and after the last one."""
-
-    period: str
+class PeriodicCallback(TrainerCallback):
+    """Acts before the first step, every so many steps, and after the last one."""
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -91,35 +89,51 @@ class _PeriodicCallback(TrainerCallback):
             self.act(args, state, control)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % getattr(args, self.period) == 0 or state.global_step == state.max_steps:
+        if state.global_step % self.interval(args) == 0 or state.global_step == state.max_steps:
             self.act(args, state, control)
 
-    def act(self, args, state, control):
+    def interval(self, args: Any) -> int:
+        """Steps from one time to the next."""
+        raise NotImplementedError
+
+    def act(self, args: Any, state: Any, control: Any) -> None:
         """What is due; every process takes part, for a sharded model cannot run in one alone."""
         raise NotImplementedError
 
-
-class DifficultyCallback(_PeriodicCallback):
-    """Logs `mask_difficulty` before the first step, every `difficulty_steps`, and after the last."""
-
-    period = "difficulty_steps"
-
-    def act(self, args, state, control):
+    def log(self, control: Any, values: dict[str, float]) -> None:
+        """Logs values of this step."""
         should_log = control.should_log
-        self.trainer.log({"mask_difficulty": self.trainer.measure_difficulty()})
+        self.trainer.log(values)
         control.should_log = should_log  # logging resets it, and this step's training log is still to come
 
 
-class PictureCallback(_PeriodicCallback):
+class DifficultyCallback(PeriodicCallback):
+    """Logs `mask_difficulty` before the first step, every `difficulty_steps`, and after the last."""
+
+    def interval(self, args: Any) -> int:
+        """See the class."""
+        return args.difficulty_steps
+
+    def act(self, args: Any, state: Any, control: Any) -> None:
+        """Measures."""
+        self.log(control, {"mask_difficulty": self.trainer.measure_difficulty()})
+
+
+class PictureCallback(PeriodicCallback):
     """Draws held-out images, their masks and reconstructions, at first, every `picture_steps` and at the end.
 
     PNG files in `output_dir/pictures/`, and the same figures in TensorBoard where it is reported to. At the end also
     the curves of the whole run, `pictures/curves.png`.
     """
 
-    period, num_images = "picture_steps", 8
+    num_images = 8
 
-    def act(self, args, state, control):
+    def interval(self, args: Any) -> int:
+        """See the class."""
+        return args.picture_steps
+
+    def act(self, args: Any, state: Any, control: Any) -> None:
+        """Draws."""
         batch = {name: values[: self.num_images] for name, values in self.trainer.held_out_batch().items()}
         processor = self.trainer.processing_class
         mean, std = (getattr(processor, name, None) for name in ("image_mean", "image_std"))

@@ -129,6 +129,7 @@ def curves_figure(log_history: list[dict[str, float]]) -> Figure:
     """
     panels = [
         ("losses", ["reconstruction_loss", "soft_reconstruction_loss", "prediction_loss", "eval_loss"]),
+        ("accuracy on labelled images", ["knn_accuracy", "linear_accuracy"]),
         ("mask difficulty", ["mask_difficulty"]),
         ("curriculum factor λ_CL", ["curriculum_factor"]),
         ("keep probabilities", ["keep_mean", "keep_low", "keep_high", "keep_spread"]),

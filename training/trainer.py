@@ -37,6 +37,7 @@ from clmae.training.data import (
     unnormalized,
 )
 from clmae.training.flops import step_flops
+from clmae.training.initial import load_initial_weights
 from clmae.training.log_means import LogMeans
 from clmae.training.matmul import Float32MatmulCallback
 from clmae.training.pictures import curves_figure, save_figure
@@ -117,6 +118,8 @@ class CurriculumTrainer(BaseTrainer):
             # let AdamW's momentum and weight decay move it.
             rests = model.config.learns_masks and model.config.curriculum_cooldown > 0
             args.ddp_find_unused_parameters = args.masker_update_interval > 1 or rests
+        if args.init:
+            load_initial_weights(model, args.init)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
         if self.accelerator.ddp_handler is not None:  # no second copy of the gradients
             self.accelerator.ddp_handler.gradient_as_bucket_view = True

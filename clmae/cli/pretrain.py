@@ -15,8 +15,10 @@ from clmae.cli.options import MOST_USED, CommandParser, config_options, given, n
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import SIZES
 from clmae.configuration.errors import InputError
+from clmae.evaluation.online import OnlineEvaluationArguments, OnlineEvaluationCallback, trend
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments, build_trainer
 from clmae.training.data import DataArguments, ImageDataset
+from clmae.training.initial import initial_config
 from clmae.training.integrity import checkpoints
 
 EXAMPLES = """\
@@ -26,11 +28,11 @@ EXAMPLES = """\
 
 # What `--help` explains; `--help-all` explains all.
 SHOWN = {
-    *("family", "model_size"),
+    *("family", "model_size", "init"),
     *("dataset", "max_train_samples", "min_crop_scale", "contrastive_crop"),
     *("output_dir", "num_train_epochs", "per_device_train_batch_size", "base_learning_rate", *MOST_USED),
     *("image_size", "patch_size", "mask_ratio", "masker_objective", "curriculum_end"),
-    *("learned_masks", "contrastive_loss_weight"),
+    *("learned_masks", "contrastive_loss_weight", "knn_dataset"),
 }
 
 
@@ -41,8 +43,8 @@ class FamilyArguments:
     family: str = HfArg(
         default="cl_mae", help="mae (random masks), cl_mae (masks learned under a curriculum) or cmae (encoder tasks)."
     )
-    model_size: str = HfArg(
-        default="base", help=f"Preset: {', '.join(SIZES)}; any option below overrides a part of it."
+    model_size: str | None = HfArg(
+        default=None, help=f"Preset: {', '.join(SIZES)} (default: base); any option below overrides a part of it."
     )
 
     def __post_init__(self) -> None:
@@ -54,10 +56,14 @@ class FamilyArguments:
 
 def run(argv: Sequence[str]) -> int:
     """Pretrains, and leaves model, image processor, checkpoints, logs and pictures in `--output_dir`."""
-    config, data, args, _ = read_arguments(argv)
+    config, data, args, values = read_arguments(argv)
     checkpoint = _checkpoint(args)
     interrupt = InterruptCallback()
     trainer = build_trainer(config, data, args, [interrupt])
+    online = OnlineEvaluationArguments(**{f.name: values[f.name] for f in fields(OnlineEvaluationArguments)})
+    evaluation = OnlineEvaluationCallback.from_arguments(trainer, online) if online.knn_dataset else None
+    if evaluation is not None:
+        trainer.add_callback(evaluation)
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     finally:
@@ -69,6 +75,8 @@ def run(argv: Sequence[str]) -> int:
         trainer.accelerator.end_training()
         return 128 + interrupt.received
     _finish(trainer, result.metrics)
+    if evaluation is not None and trainer.is_world_process_zero():
+        print(trend(trainer.state.log_history, len(evaluation.queries)) or "", flush=True)
     trainer.accelerator.end_training()
     return 0
 
@@ -84,16 +92,22 @@ def read_arguments(argv: Sequence[str]) -> tuple[MAEConfig, DataArguments, Pretr
         "family": FamilyArguments,
         "data": DataArguments,
         "training": PretrainingArguments,
+        "evaluation": OnlineEvaluationArguments,
         f"model (fields of {config_class.__name__})": config_options(config_class),
     }
-    family, data, args, model_options = parts = CommandParser(
+    family, data, args, _, model_options = parts = CommandParser(
         "clmae pretrain",
         "Pretrain a masked autoencoder on images. A recipe (--config) is a YAML file of these options.",
         EXAMPLES,
         groups,
         shown=SHOWN,
     ).read(argv)
-    config = config_class.from_size(family.model_size, **given(model_options))
+    if args.init and family.model_size:
+        raise InputError(f"`init` is {args.init!r}, whose sizes the model has; leave out `model_size`.")
+    if args.init:
+        config = initial_config(config_class, args.init, **given(model_options))
+    else:
+        config = config_class.from_size(family.model_size or "base", **given(model_options))
     return config, data, args, {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
 
 

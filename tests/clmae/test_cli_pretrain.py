@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 
@@ -72,7 +73,7 @@ def test_mistakes_in_recipes(error, recipe, family, text, message):
 def test_an_empty_entry_of_a_recipe(error, name):
     entries = {"family": "mae", "model_size": "tiny", "dataset": "nowhere/at/all", "output_dir": "out"} | {name: ""}
     Path("recipe.yaml").write_text("".join(f"{key}: {value}\n" for key, value in entries.items()))
-    optional = name in ("mask_ratio", "eval_split")  # without a value of their own: as not given
+    optional = name in ("model_size", "mask_ratio", "eval_split")  # without a value of their own: as not given
     expected = "nowhere/at/all" if optional else f"recipe.yaml: `{name}` is empty; give a value, or leave it out."
     assert expected in error("pretrain", "--config", "recipe.yaml")
     if not optional:
@@ -211,3 +212,21 @@ def test_a_run_that_diverges_ends_with_1(capsys, recipe, photos):
     assert main(["pretrain", *argv, "--learning_rate", "1e30", "--warmup_steps", "0", "--logging_steps", "6"]) == 1
     assert "is not finite. Its images" in capsys.readouterr().err
     assert not list(Path("out").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_starts_from_weights_and_is_evaluated_on_the_way(trained, photos, labelled, capsys):
+    options = dict(family="cl_mae", dataset=photos, output_dir="out", per_device_train_batch_size=4, max_steps=4)
+    options |= dict(init=trained("mae"), learning_rate=0, masker_num_attention_heads=2, use_cpu="true")
+    options |= dict(knn_dataset=labelled, knn_steps=2, disable_tqdm="true", report_to="none")
+    argv = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert main(["pretrain", *argv]) == 0
+    output = capsys.readouterr().out
+    assert "'knn_accuracy'" in output
+    assert "'linear_accuracy'" in output
+    model, start = (AutoModelForPreTraining.from_pretrained(folder) for folder in ("out", trained("mae")))
+    assert type(model) is clmae.CLMAEForPreTraining
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in start.state_dict().items())
+    argv = ["pretrain", *argv, "--model_size", "tiny"]
+    assert main(argv) == 2
+    assert "leave out `model_size`" in capsys.readouterr().err
