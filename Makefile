@@ -1,4 +1,4 @@
-# make test: lint, types and all tests   make test-app: those that need gradio   make quick: the fast tests
+# make test: lint, types and all tests   make test-app: those that need gradio or trackio   make quick: the fast tests
 # make types: mypy   make docs: the documentation site -> outputs/site   make demo: CL-MAE on handwritten digits
 PYTHON ?= python3
 VENV ?= .venv
@@ -29,8 +29,8 @@ test-app: install
 	$(PYTHON) -m venv $(VENV)-app
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" > \
 		$$($(VENV)-app/bin/python -c "import site; print(site.getsitepackages()[0])")/main.pth
-	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check "gradio>=6" "playwright>=1.50"
-	PYTHONPATH=. $(VENV)-app/bin/python -m pytest -rs tests/clmae/test_app.py -k TestPage
+	$(VENV)-app/bin/python -m pip install --quiet --disable-pip-version-check "gradio>=6" "playwright>=1.50" "trackio>=0.20"
+	PYTHONPATH=. $(VENV)-app/bin/python -m pytest -rs tests/clmae/test_app.py tests/training/test_trackers.py -k "TestPage or trackio"
 
 quick: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
