@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
 
 from clmae.configuration.configuration_cl_mae import CLMAEConfig
 from clmae.configuration.errors import InputError
@@ -193,6 +194,7 @@ class LearnedMasks(MAEForPreTraining):
             # Initialised by `post_init` of the class that this is mixed in.
             self.masking_module = (ErrorPredictor if config.masker_objective == "error" else MaskingModule)(config)
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,

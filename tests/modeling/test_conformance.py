@@ -266,6 +266,24 @@ def test_attentions_of_a_fused_kernel_are_refused(build, family, head):
     assert len(model(**inputs, output_attentions=True).attentions) == 2
 
 
+@every_model
+@pytest.mark.parametrize("has_accelerator", [False, True])
+def test_the_default_attention_is_that_of_the_machine(build, tmp_path, monkeypatch, family, head, has_accelerator):
+    """On a CPU never the fused kernel, unless it is asked for; also of a model that is loaded."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_accelerator)
+    model, _ = build(family, head)
+    model.save_pretrained(tmp_path)
+    for options, expected in (({}, "sdpa" if has_accelerator else "eager"), ({"attn_implementation": "sdpa"}, "sdpa")):
+        loaded = type(model).from_pretrained(tmp_path, **options)
+        assert loaded.config._attn_implementation == expected
+        assert (
+            type(model)
+            ._from_config(loaded.config.__class__.from_pretrained(tmp_path), **options)
+            .config._attn_implementation
+            == expected
+        )
+
+
 @every_autoencoder
 def test_eager_and_sdpa_agree(build, family):
     model, inputs = build(family, attn_implementation="sdpa")
