@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import check_inputs
+from clmae.evaluation.labels import check_inputs, stratified_part
 
 # L2 weights beside the mean loss. scikit-learn's C is 1 / (n * l2) from three classes on; with two it writes one
 # weight vector instead of two opposite ones, and its C is 2 / (n * l2).
@@ -201,29 +200,6 @@ def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple((part.float() - mean) / divisor for part in (train, *others))
 
 
-def stratified_part(labels: Tensor, share: float, seed: int) -> Tensor:
-    """A random part of every class: `(n,)` bool on the CPU, True for `round(share * size)` samples of each class.
-
-    That is one sample at least, but nothing of a class that has only one. The same seed gives the same part.
-
-    Args:
-        labels: `(n,)` integers >= 0.
-        share: In (0, 1).
-        seed: Of the draw.
-    """
-    labels = labels.cpu()
-    sizes = labels.bincount()
-    counts = torch.minimum((sizes * share).round().long().clamp(min=1), (sizes - 1).clamp(min=0))
-    return random_ranks(labels, seed) < counts[labels]
-
-
-def random_ranks(labels: Tensor, seed: int) -> Tensor:
-    """Place of each sample in a random order of its class, `(n,)` int64 from 0; `labels` `(n,)` on the CPU."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    places = pd.Series(order.argsort().numpy()).groupby(labels.numpy()).rank() - 1
-    return torch.from_numpy(places.to_numpy("int64"))
-
-
 def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
     """The candidates, the strongest first; InputError unless there are some, all above 0."""
     if not l2_grid or not min(l2_grid) > 0:
@@ -270,8 +246,6 @@ __all__ = [
     "check_l2_grid",
     "choose_l2",
     "linear_probe",
-    "random_ranks",
     "regularization_path",
     "standardize",
-    "stratified_part",
 ]

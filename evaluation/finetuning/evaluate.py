@@ -14,19 +14,18 @@ from torch.utils.data import Subset
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.confidence import INTERVALS
-from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning.arguments import ClassificationArguments
-from clmae.evaluation.finetuning.images import AugmentedImages, label_subset
+from clmae.evaluation.finetuning.images import AugmentedImages
 from clmae.evaluation.finetuning.models import LinearProbe, from_scratch, load_classifier
 from clmae.evaluation.finetuning.trainer import ClassificationTrainer
-from clmae.evaluation.linear import stratified_part
+from clmae.evaluation.images import LabelledImages, load_labelled_images
+from clmae.evaluation.labels import label_subset, stratified_part
 from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.report import (
     EvaluationResult,
     EvaluationRow,
     classifier_scores,
     describe_run,
-    load_labelled_images,
 )
 from clmae.model_cards.files import write_whole
 from clmae.training.callbacks import InterruptCallback
