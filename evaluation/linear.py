@@ -116,24 +116,15 @@ def regularization_path(
     tolerance: float = 1e-5,
     start: LogisticRegression | None = None,
 ) -> Iterator[LogisticRegression]:
-    """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) by full-batch L-BFGS.
+    """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) for each L2 weight, by L-BFGS.
 
-    scikit-learn's solver has the same optimum, but works on CPUs alone, and is not faster there (measured on 50,000
-    samples of 384 features in 200 classes).
+    Each fit starts at the one before, the first at `start` or zero; it stops after `max_iter` iterations, or when no
+    component of the (preconditioned) gradient is above `tolerance`. scikit-learn's solver has the same optimum, but
+    works on CPUs alone, and is not faster there (50,000 samples of 384 features in 200 classes).
 
     Args:
         features: `(n, d)`, centred (best standardised), float32 or float64, on any device.
-        labels: `(n,)`, classes from 0.
-        l2_weights: Above 0; each fit starts at the one before, so neighbours should follow each other.
-        max_iter: Most iterations for one weight.
-        tolerance: Stops when no component of the (preconditioned) gradient is larger.
-        start: Where the first fit starts; at zero, if not given.
-
-    Yields:
-        One classifier for each L2 weight, in their order.
-
-    Raises:
-        InputError: There is one class only.
+        labels: `(n,)`, classes from 0; InputError if there is one only.
     """
     if len(labels.unique()) < 2:
         raise InputError("`train_labels` holds one class only; give at least two.")
@@ -219,8 +210,7 @@ def choose_l2(
         features: `(n, d)`, as they are; standardised by what is not held out.
         labels: `(n,)`, classes from 0 without gaps; each has samples that are not held out.
         folds: What is held out, each `(n,)` bool.
-        l2_grid: From the strongest to the weakest; each fit starts at the one before.
-        max_iter: As in [`regularization_path`].
+        l2_grid, max_iter: As in [`regularization_path`], from the strongest to the weakest.
 
     Returns:
         The weight, the held-out accuracy of each weight, and the classifier that the best one gave on the last fold.

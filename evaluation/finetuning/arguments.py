@@ -52,8 +52,11 @@ class ClassificationArguments(ScaledRateArguments):
         InputError: One of the fields is out of range; the message names it.
     """
 
-    # Intervals of the fields that are numbers.
-    _ranges = {
+    # Fields of [`FinetuningArguments`]; the linear probe does without.
+    layer_decay, ema_decay = 1.0, 0.0
+    mixup_alpha = cutmix_alpha = randaugment_magnitude = randaugment_std = random_erasing_probability = 0.0
+
+    _ranges = {  # of the fields that are numbers
         "base_learning_rate": "[0, 1e6]",
         "weight_decay": "[0, 1e6]",
         "validation_share": "(0, 1)",

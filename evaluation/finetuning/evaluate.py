@@ -128,7 +128,6 @@ def _prepare_data(
         chosen, validation = chosen[~held_out], Subset(train, chosen[held_out].tolist())
     processor, num_channels = train.processor, train.num_channels
     is_normalized = getattr(processor, "do_normalize", True)
-    augmentations = ("randaugment_magnitude", "randaugment_std", "random_erasing_probability")
     augmented = AugmentedImages(
         train.dataset.select(chosen.numpy()),
         train.image_column,
@@ -140,7 +139,9 @@ def _prepare_data(
         seed=args.data_order_seed,
         crop_scale=(args.min_crop_scale, 1.0),
         horizontal_flip=args.horizontal_flip,
-        **{name: getattr(args, name, 0.0) for name in augmentations},
+        randaugment_magnitude=args.randaugment_magnitude,
+        randaugment_std=args.randaugment_std,
+        random_erasing_probability=args.random_erasing_probability,
     )
     num_classes = len(train.class_names) if train.class_names else int(max(train.labels.max(), test.labels.max())) + 1
     return _Data(augmented, validation, test, num_classes)
