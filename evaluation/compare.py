@@ -151,17 +151,14 @@ class Runner:
     def _pretrain(self, run: Run, folder: Path) -> None:
         """Trains, or goes on, as `clmae pretrain --max_steps ... --seed ...` would."""
         recipe = self.plan.recipes[run.recipe]
-        fields: dict[str, Any] = dict(output_dir=str(folder), seed=run.seed, max_steps=run.steps, run_name=run.name)
-        fields["push_to_hub"] = False
-        checkpoint, _ = last_valid_checkpoint(folder)
+        fields: dict[str, Any] = dict(output_dir=str(folder), run_name=run.name, push_to_hub=False)
+        fields |= dict(seed=run.seed, max_steps=run.steps)
+        checkpoint = last_valid_checkpoint(folder)[0]
         torch.compiler.reset()  # or the runs before would count as recompilations of this one's code
         interrupt = InterruptCallback()
         trainer = build_trainer(recipe.config, recipe.data, dataclasses.replace(recipe.args, **fields), [interrupt])
         trainer.add_callback(_Keeper(trainer, folder / "points", run.points(self.plan.num_points)))
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            interrupt.restore()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.end_training()
         if interrupt.interrupted:
             raise KeyboardInterrupt

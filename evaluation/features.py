@@ -221,13 +221,11 @@ def _collect(dataset: Dataset, encode: Callable[[Tensor], Tensor], **reading: An
     if not size:
         raise InputError("`dataset` is empty: there is no image in it.")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    features, labels = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]  # of a part without images
-    part = torch.arange(size).tensor_split(world)[rank].tolist()
-    for batch_features, batch_labels in _batches(dataset, encode, part, **reading):
-        features.append(batch_features)
-        labels.append(batch_labels)
-    parts = _from_all_processes((torch.cat(features), torch.cat(labels)))
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    batches = list(_batches(dataset, encode, torch.arange(size).tensor_split(world)[rank].tolist(), **reading))
+    batches = batches or [(torch.empty(0), torch.empty(0, dtype=torch.int64))]  # a part without images
+    parts = _from_all_processes([torch.cat(tensors) for tensors in zip(*batches, strict=True)])
+    features, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return features, labels
 
 
 def _batches(

@@ -156,8 +156,7 @@ def _run(
     args.output_dir = str(record.parent)
     earlier = _read_record(record, settings, bool(args.resume_from_checkpoint))
     if earlier.get("row") is not None:
-        intervals = {column: tuple(interval) for column, interval in earlier["row"].pop("intervals").items()}
-        return EvaluationRow(**earlier["row"], intervals=intervals), torch.tensor(earlier["predictions"])
+        return EvaluationRow(**earlier["row"]), torch.tensor(earlier["predictions"])
     # Where the first save was cut off, there is nothing to go on from.
     has_checkpoint = bool(earlier) and any(is_sealed(checkpoint) for checkpoint in checkpoints(record.parent))
     interrupt = InterruptCallback()
@@ -174,10 +173,7 @@ def _run(
     content: dict[str, Any] = {"settings": settings, "row": None}
     if args.should_save:
         write_whole(record, json.dumps(content))
-    try:
-        trainer.train(resume_from_checkpoint=has_checkpoint)
-    finally:
-        interrupt.restore()
+    trainer.train(resume_from_checkpoint=has_checkpoint)
     if interrupt.interrupted:
         raise KeyboardInterrupt
     prediction = trainer.predict(data.test)
