@@ -334,12 +334,7 @@ def evaluate_model(
     settings |= describe_run(model, train, test)
     settings |= dict(feature=feature, layer=layer, random_encoder_seed=seed if baselines else None)
     settings |= dict(bf16=bf16, batch_size=batch_size, intervals=INTERVALS)
-    results = {
-        protocol.name: EvaluationResult(
-            protocol.name, [], {"parameters": asdict(protocol), "selected_on": protocol.selected_on, **settings}
-        )
-        for protocol in chosen
-    }
+    results = {protocol.name: _empty_result(protocol, settings) for protocol in chosen}
     for name, represent in representations.items():
         data = represent()
         for protocol in chosen:
@@ -348,6 +343,11 @@ def evaluate_model(
             if scores.predictions is not None and name == "pretrained":
                 result.predictions = Predictions(scores.predictions, test.labels, train.class_names)
     return results
+
+
+def _empty_result(protocol: Protocol, settings: dict[str, Any]) -> EvaluationResult:
+    settings = {"parameters": asdict(protocol), "selected_on": protocol.selected_on, **settings}
+    return EvaluationResult(protocol.name, [], settings)
 
 
 def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
