@@ -19,7 +19,7 @@ import ctypes
 import functools
 import json
 import math
-import multiprocessing
+import multiprocessing.context
 import os
 import random
 import resource
@@ -60,8 +60,7 @@ TINY = dict(
 MASKER = dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=32)
 STEPS, SAVE_STEPS = 48, 2
 PATIENCE = 60  # seconds that anything may take
-_FORK = multiprocessing.get_context("fork")  # a new process would import for seconds
-_scratch: list[tempfile.TemporaryDirectory] = []  # until the end
+_SCRATCH = tempfile.TemporaryDirectory()  # until the program ends
 
 Row = dict[str, Any]
 
@@ -83,19 +82,20 @@ def pictures(count: int, seed: int) -> datasets.Dataset:
 
 
 def make_model(family: str) -> nn.Module:
-    """A CMAE with everything, or a plain MAE; always the same weights."""
+    """A CMAE with learned masks, or a plain MAE; always the same weights."""
     torch.manual_seed(0)
-    everything = family == "cmae"
-    config = clmae.CMAEConfig(**TINY, **MASKER, learned_masks=True) if everything else clmae.MAEConfig(**TINY)
+    cmae = family == "cmae"
+    config = clmae.CMAEConfig(**TINY, **MASKER, learned_masks=True) if cmae else clmae.MAEConfig(**TINY)
     return AutoModelForPreTraining.from_config(config)
 
 
 def make_trainer(
     folder: Path, family: str = "cmae", num_images: int = 24, callbacks: tuple[Any, ...] = (), **options: Any
 ) -> CurriculumTrainer:
-    """A run with everything that has a state: learned masks, two views, crops; or of a MAE, with none of these."""
+    """A run with all that has a state: learned masks, two views, object boxes; or of a MAE, with none of these."""
+    cmae = family == "cmae"
     views = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3, std=[0.25] * 3)
-    everything = family == "cmae"
+    train = ImageDataset(pictures(num_images, 0), "image", contrastive_crop=cmae, num_views=1 + cmae, **views)
     defaults = dict(
         **dict(output_dir=str(folder), max_steps=STEPS, learning_rate=1e-3, eval_strategy="steps", eval_steps=3),
         **dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, save_steps=SAVE_STEPS, save_total_limit=2),
@@ -105,16 +105,14 @@ def make_trainer(
     return CurriculumTrainer(
         make_model(family),
         PretrainingArguments(**{**defaults, **options}),
-        train_dataset=ImageDataset(
-            pictures(num_images, 0), "image", contrastive_crop=everything, num_views=1 + everything, **views
-        ),
+        train_dataset=train,
         eval_dataset=ImageDataset(pictures(8, 1), "image", train=False, **views),
         callbacks=list(callbacks),
     )
 
 
-def work(folder: Path, before: Callable[[], Any] | None, options: dict[str, Any]) -> None:
-    """A run from its newest valid checkpoint on; its exit code is 0, or 128 plus the signal that stopped it."""
+def train(folder: Path, before: Callable[[], Any] | None, options: dict[str, Any]) -> None:
+    """Trains on from the newest valid checkpoint; the exit code is 0, or 128 plus the signal that stopped the run."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the agent's, which a fork inherits and torchrun's process not
     interrupt = InterruptCallback()
@@ -127,61 +125,81 @@ def work(folder: Path, before: Callable[[], Any] | None, options: dict[str, Any]
     trainer.save_model()
 
 
-def run_process(folder: Path, before: Callable[[], Any] | None, processes: int, options: dict[str, Any]) -> None:
-    """What a forked process does: the run, or with several processes what torchrun does."""
-    log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout = sys.stderr = os.fdopen(log, "a", buffering=1)  # which may have been something else than 1 and 2
-    if processes == 1:
-        return work(folder, before, options)
-    config = LaunchConfig(
-        **dict(min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, start_method="fork"),
-        **dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1),
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder.parent / "agent")),
-    )
-    elastic_launch(config, work)(folder, before, options)
+class Run(multiprocessing.context.ForkProcess):
+    """A run in a process of its own (forked: a new one would import for seconds), which starts at once.
 
-
-def start(folder: Path, before: Callable[[], Any] | None = None, processes: int = 1, **options: Any) -> Any:
-    """Starts a run in a folder, which is emptied if no checkpoint in it is complete: there is nothing to go on from.
+    Its folder is emptied if no checkpoint in it is complete, for there is nothing to go on from.
 
     Args:
         folder: For its output, and `log.txt`.
         before: Called in the new process before the first step.
-        processes: That the run has.
+        processes: That the run has; several are started as torchrun does.
+        shared: Another run is in the folder, which is left as it is.
         options: Of [`make_trainer`].
     """
-    if last_valid_checkpoint(folder)[0] is None:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    process = _FORK.Process(target=run_process, args=(folder, before, processes, options))
-    process.start()
-    return process
+
+    def __init__(
+        self,
+        folder: Path,
+        before: Callable[[], Any] | None = None,
+        processes: int = 1,
+        shared: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.folder, self.processes, self.work = folder, processes, (folder, before, options)
+        if not shared and last_valid_checkpoint(folder)[0] is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.start()
+
+    def run(self) -> None:
+        """What the process does."""
+        log = os.open(self.folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout = sys.stderr = os.fdopen(log, "a", buffering=1)  # which may have been something else than 1 and 2
+        if self.processes == 1:
+            return train(*self.work)
+        config = LaunchConfig(
+            **dict(min_nodes=1, max_nodes=1, nproc_per_node=self.processes, max_restarts=0, start_method="fork"),
+            **dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1),
+            logs_specs=DefaultLogsSpecs(log_dir=str(self.folder.parent / "agent")),
+        )
+        elastic_launch(config, train)(*self.work)
+
+    def end(self) -> int | None:
+        """Waits for the run; its exit code, `None` if it hung."""
+        deadline = time.perf_counter() + PATIENCE
+        while self.exitcode is None:  # `join` would also wait for the workers of a run that was killed
+            if time.perf_counter() > deadline:
+                self.kill()
+                self.join()
+                return None
+            time.sleep(0.01)
+        return self.exitcode
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal; nothing if the run has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def log(self) -> str:
+        """What the run printed; the last line is its error, if it had one."""
+        return (self.folder / "log.txt").read_text(errors="replace").strip()
 
 
-def end(process: Any) -> int | None:
-    """The exit code of a run; `None` if it hung."""
-    deadline = time.perf_counter() + PATIENCE
-    while process.exitcode is None:  # `join` would also wait for the workers of a run that was killed
-        if time.perf_counter() > deadline:
-            process.kill()
-            process.join()
-            return None
-        time.sleep(0.01)
-    return process.exitcode
-
-
-def last_line(folder: Path) -> str:
-    """What a run said last, such as its error."""
-    return (folder / "log.txt").read_text(errors="replace").strip().rpartition("\n")[2][:200]
+def last_line(run: Run) -> str:
+    """What a run printed last, such as its error."""
+    return run.log().rpartition("\n")[2][:200]
 
 
 def finish(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> str:
-    """Lets a run go on to its end, or makes one where there is none, and compares."""
-    code = end(start(folder, **options))
+    """Lets a run go on to its end, or makes one where there is none, and compares its weights."""
+    run = Run(folder, **options)
+    code = run.end()
     if code != 0:
-        return f"the resumed run ended with {code} and {last_line(folder)}"
+        return f"the resumed run ended with {code} and {last_line(run)}"
     weights = load_file(folder / "model.safetensors")
     if weights.keys() != expected.keys() or not all(torch.equal(weights[name], expected[name]) for name in expected):
         return "other weights"
@@ -194,154 +212,132 @@ def finish(folder: Path, expected: dict[str, torch.Tensor], **options: Any) -> s
 
 @functools.cache
 def undisturbed(processes: int = 1, **options: Any) -> tuple[Path, dict[str, torch.Tensor], float]:
-    """A scratch folder, the weights of an undisturbed run in its sub-folder `whole`, and the seconds that took."""
-    _scratch.append(tempfile.TemporaryDirectory())
-    whole, begin = Path(_scratch[-1].name, "whole"), time.perf_counter()
-    code = end(start(whole, processes=processes, **options))
+    """The folder of an undisturbed run in a scratch folder, its weights, and the seconds that it took."""
+    folder, begin = Path(tempfile.mkdtemp(dir=_SCRATCH.name), "whole"), time.perf_counter()
+    run = Run(folder, processes=processes, **options)
+    code = run.end()
     if code != 0:
-        raise RuntimeError(f"the undisturbed run ended with {code}: {(whole / 'log.txt').read_text()[-2000:]}")
-    return whole.parent, load_file(whole / "model.safetensors"), time.perf_counter() - begin
+        raise RuntimeError(f"the undisturbed run ended with {code}: {run.log()[-2000:]}")
+    return folder, load_file(folder / "model.safetensors"), time.perf_counter() - begin
 
 
-def limit_files(size: int) -> None:
-    """No file of this process can grow beyond `size` bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+# -- what is done to runs ---------------------------------------------------------------------------------------------
 
 
-def disk(scale: float, rng: random.Random) -> list[Row]:
-    """Files that cannot grow beyond a random size, as on a full disk."""
-    outcomes = Counter()
-    scratch, expected, _ = undisturbed()
-    largest = max(path.stat().st_size for path in checkpoints(scratch / "whole")[-1].iterdir())
-    for _ in range(max(1, round(8 * scale))):
-        folder = scratch / "run"
-        # Batches from workers would be files that cannot grow, too.
-        limit = functools.partial(limit_files, rng.randrange(1000, largest))
-        code = end(start(folder, limit, dataloader_num_workers=0))
-        outcomes[finish(folder, expected) if code == 1 else f"ended with {code}"] += 1
-        shutil.rmtree(folder)
-    return [row("no space in the midst of a save", outcomes, ("same weights",))]
-
-
-# -- what is done to runs from outside --------------------------------------------------------------------------------
-
-
-def kill_child(process: Any, folder: Path, rng: random.Random, count: int = 1) -> None:
+def kill_child(run: Run, rng: random.Random, count: int = 1) -> None:
     """Kills one of the processes that a run has started, once there are `count`."""
-    while process.exitcode is None:
+    while run.exitcode is None:
         with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(process.pid).children()
+            children = psutil.Process(run.pid).children()
             if len(children) >= count:
                 return rng.choice(children).kill()
         time.sleep(0.001)
 
 
-def forbid(process: Any, folder: Path, rng: random.Random) -> None:
-    """Nothing can be made or deleted in the folder any more."""
-    folder.chmod(0o555)
+def kill_and_turn_back(run: Run, rng: random.Random) -> None:
+    """Kills a run whose later checkpoints are the older ones by the clock."""
+    run.kill()
+    run.join()
+    for age, checkpoint in enumerate(checkpoints(run.folder)):
+        os.utime(checkpoint, (1e9 - 1e6 * age,) * 2)
 
 
-def heed_permissions() -> None:
+def run_second(run: Run, rng: random.Random) -> None:
+    """Starts another run in the same folder while the first is held, and waits for its end."""
+    while run.exitcode is None and not (run.folder / LOCK_NAME).exists():
+        time.sleep(0.001)
+    run.send(signal.SIGSTOP)
+    Run(run.folder, shared=True).end()
+    run.send(signal.SIGCONT)
+
+
+def fill_disk(share: float) -> None:
+    """No file of this process can grow beyond a share of the largest file of a checkpoint, as on a full disk."""
+    largest = max(path.stat().st_size for path in checkpoints(undisturbed()[0])[-1].iterdir())
+    size = round(1000 + share * (largest - 1000))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def respect_permissions(share: float) -> None:
     """Gives up what lets root write everywhere: all capabilities of this thread (Linux)."""
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if ctypes.CDLL(None, use_errno=True).capset(header, none):
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def set_clock_back() -> None:
-    """From now on the clock runs backwards, an hour a second."""
+def set_clock_back(share: float) -> None:
+    """From now on the clock runs backwards, by an hour per second."""
     now, begin = time.time(), time.monotonic()
     time.time = lambda: now - 3600 * (time.monotonic() - begin)
 
 
-def kill_and_turn_back(process: Any, folder: Path, rng: random.Random) -> None:
-    """Kills a run whose later checkpoints are the older ones by the clock."""
-    process.kill()
-    process.join()
-    for age, checkpoint in enumerate(checkpoints(folder)):
-        os.utime(checkpoint, (1e9 - 1e6 * age,) * 2)
-
-
-def run_second(process: Any, folder: Path, rng: random.Random) -> None:
-    """Starts another run in the same folder while the first is held, and waits for its end."""
-    while process.exitcode is None and not (folder / LOCK_NAME).exists():
-        time.sleep(0.001)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGSTOP)
-        second = _FORK.Process(target=run_process, args=(folder, None, 1, {}))
-        second.start()
-        end(second)
-        os.kill(process.pid, signal.SIGCONT)
-
-
 class Injury(NamedTuple):
-    """What is done to runs at random moments.
+    """What is done to runs.
 
     Attributes:
         fault: Its line in the table.
-        inflict: Called with the process, its folder and a source of random numbers.
+        inflict: Called at a random moment with the run and a source of random numbers.
         code: Exit code of a run that was hurt; any, if not given.
         message: What it leaves in `log.txt`.
-        before, processes: As in [`start`].
+        before: Called in the new process before the first step, with a random number from 0 to 1.
+        options: Of [`Run`].
         count: How often.
     """
 
     fault: str
-    inflict: Callable[[Any, Path, random.Random], None]
+    inflict: Callable[[Run, random.Random], None] | None
     code: int | None = None
     message: str = ""
-    before: Callable[[], None] | None = None
-    processes: int = 1
+    before: Callable[[float], None] | None = None
+    options: dict[str, Any] = {}
     count: int = 10
 
 
-def stop(number: signal.Signals, count: int) -> Injury:
-    """By a signal. Saves and evaluations are most of a run's time, and so most of what is interrupted."""
-
-    def inflict(run: Any, *_: Any) -> None:
-        with contextlib.suppress(ProcessLookupError):  # it has ended, and counts as late
-            os.kill(run.pid, number)
-
-    return Injury(f"{number.name} at a random moment", inflict, count=count)
-
-
 # fmt: off
-SIGNALS = (stop(signal.SIGKILL, 36), stop(signal.SIGTERM, 12), stop(signal.SIGINT, 12))
-KILL_RANK = functools.partial(kill_child, count=2)
+# Saves and evaluations are most of a run's time, and so most of what a signal interrupts.
 INJURIES = {
-    "workers": Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid"),
-    "ranks": Injury("one of two processes killed", KILL_RANK, 1, "first observed failure", processes=2),
-    "readonly": Injury("the folder made read-only", forbid, 1, "Permission denied", heed_permissions),
-    "clock": Injury("killed with the clock set back", kill_and_turn_back, -signal.SIGKILL, "", set_clock_back),
-    "second": Injury("a second run in the folder", run_second, 0, "in use by another run"),
+    "kill": [
+        Injury(f"{number.name} at a random moment", lambda run, rng, number=number: run.send(number), count=count)
+        for number, count in ((signal.SIGKILL, 36), (signal.SIGTERM, 12), (signal.SIGINT, 12))
+    ],
+    # Batches from workers would be files that cannot grow, too.
+    "disk": [Injury("no space in the midst of a save", None, 1, "", fill_disk, dict(dataloader_num_workers=0), 8)],
+    "workers": [Injury("a data worker killed", kill_child, 1, "DataLoader worker (pid")],
+    "ranks": [Injury("one of two processes killed", functools.partial(kill_child, count=2), 1, "first observed failure",
+                     options=dict(processes=2))],
+    "readonly": [Injury("the folder made read-only", lambda run, rng: run.folder.chmod(0o555), 1, "Permission denied",
+                        respect_permissions)],
+    "clock": [Injury("killed with the clock set back", kill_and_turn_back, -signal.SIGKILL, "", set_clock_back)],
+    "second": [Injury("a second run in the folder", run_second, 0, "in use by another run")],
 }
 # fmt: on
 
 
-def injure(injury: Injury, scale: float, rng: random.Random) -> list[Row]:
+def injure(injury: Injury, scale: float, rng: random.Random) -> Row:
     """Hurts runs at random moments: each must end, and say why; resumed, it must come to the same weights."""
-    outcomes, slowest, how = Counter(), 0.0, {"before": injury.before, "processes": injury.processes}
-    scratch, expected, seconds = undisturbed(injury.processes)
-    folder = scratch / "run"
+    outcomes, slowest = Counter(), 0.0
+    whole, expected, seconds = undisturbed(injury.options.get("processes", 1))
+    folder = whole.with_name("run")
     for _ in range(max(1, round(injury.count * scale))):
-        process = start(folder, **how)
-        time.sleep(rng.uniform(0.1, 0.7) * seconds)
-        late = process.exitcode is not None
-        injury.inflict(process, folder, rng)
+        before = functools.partial(injury.before, rng.random()) if injury.before else None
+        run, late, resumed = Run(folder, before, **injury.options), False, {}
+        if injury.inflict is not None:
+            time.sleep(rng.uniform(0.1, 0.7) * seconds)
+            late, resumed = run.exitcode is not None, dict(before=before, processes=run.processes)
+            injury.inflict(run, rng)
         begin = time.perf_counter()
-        code = end(process)
+        code = run.end()
         slowest = max(slowest, time.perf_counter() - begin)
         folder.chmod(0o755)
-        log = (folder / "log.txt").read_text(errors="replace")
-        if late or (code == 0 and injury.message not in log):
-            outcomes[f"too late, {finish(folder, expected, **how)}"] += 1
-        elif code is not None and injury.code in (None, code) and injury.message in log:
-            outcomes[finish(folder, expected, **how)] += 1
+        if late or (code == 0 and injury.message not in run.log()):
+            outcomes[f"too late, {finish(folder, expected, **resumed)}"] += 1
+        elif code is not None and injury.code in (None, code) and injury.message in run.log():
+            outcomes[finish(folder, expected, **resumed)] += 1
         else:
-            outcomes[f"ended with {code} and {last_line(folder)}"] += 1
+            outcomes[f"ended with {code} and {last_line(run)}"] += 1
         shutil.rmtree(folder)
     result = row(injury.fault, outcomes, ("same weights", "too late, same weights"))
-    return [result | {"slowest_end_seconds": round(slowest, 2)}]
+    return result | {"slowest_end_seconds": round(slowest, 2)}
 
 
 # -- the same answer --------------------------------------------------------------------------------------------------
@@ -381,16 +377,16 @@ def differences(folder: Path, other: Path, family: str) -> tuple[float, float]:
 def same(scale: float, rng: random.Random) -> list[Row]:
     """Runs that should do the same, or with another seed should not."""
     again, other = Counter(), Counter()
-    scratch, expected, _ = undisturbed()
+    whole, expected, _ = undisturbed()
     for i in range(max(1, round(5 * scale))):
-        again[finish(scratch / f"again-{i}", expected)] += 1
-        other[finish(scratch / f"other-{i}", expected, seed=100 + i)] += 1
+        again[finish(whole.with_name(f"again-{i}"), expected)] += 1
+        other[finish(whole.with_name(f"other-{i}"), expected, seed=100 + i)] += 1
     rows = [row("the same seed", again, ("same weights",)), row("another seed", other, ("other weights",))]
     for name, (base, changed, tolerances) in ARRANGEMENTS.items():
-        scratch, *_ = undisturbed(**base)
-        whole, folder = scratch / "whole", scratch / "other"
+        whole, *_ = undisturbed(**base)
+        folder = whole.with_name("other")
         apart, curves = (math.inf, math.inf), []
-        if end(start(folder, **{**base, **changed})) == 0:
+        if Run(folder, **{**base, **changed}).end() == 0:
             apart = differences(whole, folder, base["family"])
             curves = [losses(path).round(5).tolist() for path in (whole, folder)]
         shutil.rmtree(folder)
@@ -404,9 +400,10 @@ def same(scale: float, rng: random.Random) -> list[Row]:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, Callable[[float, random.Random], list[Row]]] = {
-    "kill": lambda scale, rng: [row for injury in SIGNALS for row in injure(injury, scale, rng)],
-    "disk": disk,
-    **{name: functools.partial(injure, injury) for name, injury in INJURIES.items()},
+    **{
+        name: lambda scale, rng, group=group: [injure(injury, scale, rng) for injury in group]
+        for name, group in INJURIES.items()
+    },
     "same": same,
 }
 COLUMNS = ["fault", "tried", "survived", "lost", "outcomes"]

@@ -91,15 +91,15 @@ def samples_per_second(make: Callable[[int], Any], start: int, count: int, num_i
 def difference(source: ImageSource, size: int, count: int) -> float:
     """Mean over `count` images of the mean absolute difference of our and PIL's pixels of the same crop, in 1/255."""
     ours = our_samples(source, size, horizontal_flip=False)
-    found = []
+    differences = []
     for i in range(count):
         image = ImageOps.exif_transpose(_pil(source, i))
-        # The box that the data set draws for this image.
+        # The box that the dataset draws for this image.
         draw = functools.partial(uniform, sample_state(0, 0, i))
         box = random_resized_crop_box(image.height, image.width, draw, SCALE).tolist()
         theirs = np.array(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC), dtype=np.float32)
-        found.append(np.abs(ours[i]["pixel_values"].permute(1, 2, 0).numpy() - theirs).mean())
-    return float(np.mean(found))
+        differences.append(np.abs(ours[i]["pixel_values"].permute(1, 2, 0).numpy() - theirs).mean())
+    return float(np.mean(differences))
 
 
 def measure(source: ImageSource, size: int, rounds: int, count: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
 
-NUM_IMAGES = 96  # 24 steps an epoch
+NUM_IMAGES = 96  # 24 steps per epoch
 WINDOW = 50  # steps: a window sees more than an epoch, at whose end the workers and their pipes go
 WARM_UP = 0.3  # of the windows, in which caches fill; the drawing of pictures takes ten of them
 # Growth in 1,000 steps; of the step time, as a share of it.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import masks
+import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -141,8 +141,7 @@ def run(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -> 
     out = sys.stdout
     plan = read_plan(settings, options.dataset, folder)
     cells = chosen_cells(options, plan, settings["seeds"])
-    callbacks = masks.callbacks if settings.get("measure") else None
-    runner = Runner(plan, folder, lambda text: print(text, file=out, flush=True), callbacks)
+    runner = Runner(plan, folder, lambda text: print(text, file=out, flush=True))
     with stopping(options.minutes), (folder / "log.txt").open("a", encoding="utf-8") as log:
         try:
             with contextlib.redirect_stdout(log):  # the trainers print what they log
@@ -159,40 +158,37 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no such study; make one with `run`.")
     plan = read_plan(settings, options.dataset, folder)
     runner, seeds = Runner(plan, folder), settings["seeds"]
-    results = runner.results(plan.rows(), seeds, masks.metrics if settings.get("measure") else last_difficulty)
+    results = runner.results(plan.rows(), seeds, difficulty_by_quarter if settings.get("measure") else last_difficulty)
     if results.empty:
         raise SystemExit(f"`--output_dir` {str(options.output_dir)!r} holds no results; make some with `run`.")
     base = (options.results or settings["folder"] / "results") / settings["scale"]
-    text = (
-        f"Made by `benchmarks/study.py run {settings['name']} --scale {settings['scale']}`, {_effort(folder, results)}"
-    )
-    text += "; what is behind each row and column is in study.yaml.\n\n"
+    text = f"Made by `benchmarks/study.py run {settings['name']} --scale {settings['scale']}`, {_effort(folder)}; what "
+    text += "is behind each row and column is in study.yaml.\n\n"
     text += results_to_markdown(results, settings["compared_with"])
     write_whole(base.with_suffix(".md"), text)
     write_whole(base.with_suffix(".csv"), summarize(results[results["final"]]).to_csv(index=False))
-    figures = {"": accuracy_figure(results), "-curves": curves_figure(results)}
-    if settings.get("measure"):
-        logs: dict[str, list[masks.Log]] = {}
-        for run in dict.fromkeys(cell.run for cell in plan.cells(plan.rows(), seeds)):
-            if log := runner.training_log(run):
-                longer = plan.steps["images"][run.recipe] != run.steps
-                label = plan.recipes[run.recipe].label + ", equal compute" * longer
-                logs.setdefault(label, []).append(log)
-        figures |= masks.figures(logs)
-    for name, figure in figures.items():
-        save_figure(figure, base.with_name(f"{base.name}{name}.png"))
+    save_figure(accuracy_figure(results), base.with_suffix(".png"))
+    save_figure(curves_figure(results), base.with_name(f"{base.name}-curves.png"))
     print(text)
     return 0
 
 
-def _effort(folder: Path, results: pd.DataFrame) -> str:
+def difficulty_by_quarter(log: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of a run: the mean mask difficulty of each quarter of its steps, and the last one."""
+    rows = pd.DataFrame([entry for entry in log if entry.get("mask_difficulty") and entry["step"]])
+    if rows.empty:  # random masks
+        return {}
+    quarters = rows.groupby("Q" + np.ceil(4 * rows["step"] / rows["step"].max()).astype(int).astype(str))
+    return {**quarters["mask_difficulty"].mean(), **last_difficulty(log)}
+
+
+def _effort(folder: Path) -> str:
     """Hours of all that is in the folder, one after the other, and the devices."""
     sessions = [s for path in folder.glob(f"runs/*/model/{RECORD_NAME}") for s in read_json(path)["sessions"]]
-    seconds = sum(read_json(path)["seconds"] for path in folder.glob("cells/*.json")) + sum(
-        s["seconds"] for s in sessions
-    )
+    timed = [*sessions, *map(read_json, folder.glob("cells/*.json"))]
     devices = ", ".join(sorted({session["device"] for session in sessions}))
-    return f"{seconds / 3600:.1f} hours of training and evaluating in one process on {devices}"
+    hours = sum(entry["seconds"] for entry in timed) / 3600
+    return f"{hours:.1f} hours of training and evaluating in one process on {devices}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

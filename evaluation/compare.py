@@ -68,20 +68,13 @@ class Runner:
         plan: From [`make_plan`].
         output_dir: A new folder, or one with an experiment by the same plan, which goes on.
         log: Gets a line for each thing that is done.
-        callbacks: Called with a run's trainer; further callbacks of it.
 
     Raises:
         InputError: `output_dir` holds an experiment by another plan.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        output_dir: str | os.PathLike[str],
-        log: Callable[[str], None] = print,
-        callbacks: Callable[[CurriculumTrainer], Sequence[TrainerCallback]] | None = None,
-    ):
-        self.plan, self.folder, self.log, self.callbacks = plan, Path(output_dir), log, callbacks
+    def __init__(self, plan: Plan, output_dir: str | os.PathLike[str], log: Callable[[str], None] = print):
+        self.plan, self.folder, self.log = plan, Path(output_dir), log
         self.device = next(iter(plan.recipes.values())).args.device
         keep_plan(plan, self.folder / "plan.json")
 
@@ -158,19 +151,14 @@ class Runner:
     def _pretrain(self, run: Run, folder: Path) -> None:
         """Trains, or goes on, as `clmae pretrain --max_steps ... --seed ...` would."""
         recipe = self.plan.recipes[run.recipe]
-        fields: dict[str, Any] = dict(output_dir=str(folder), seed=run.seed, max_steps=run.steps, run_name=run.name)
-        fields["push_to_hub"] = False
-        checkpoint, _ = last_valid_checkpoint(folder)
+        fields: dict[str, Any] = dict(output_dir=str(folder), run_name=run.name, push_to_hub=False)
+        fields |= dict(seed=run.seed, max_steps=run.steps)
+        checkpoint = last_valid_checkpoint(folder)[0]
         torch.compiler.reset()  # or the runs before would count as recompilations of this one's code
         interrupt = InterruptCallback()
         trainer = build_trainer(recipe.config, recipe.data, dataclasses.replace(recipe.args, **fields), [interrupt])
         trainer.add_callback(_Keeper(trainer, folder / "points", run.points(self.plan.num_points)))
-        for callback in self.callbacks(trainer) if self.callbacks else ():
-            trainer.add_callback(callback)
-        try:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        finally:
-            interrupt.restore()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.accelerator.end_training()
         if interrupt.interrupted:
             raise KeyboardInterrupt
@@ -182,10 +170,6 @@ class Runner:
         os.replace(last, folder / "model")
 
     # -- results ------------------------------------------------------------------------------------------------------
-
-    def training_log(self, run: Run) -> list[dict[str, float]]:
-        """What a finished run logged, in the order of its steps; nothing of a baseline."""
-        return (read_json(self._model(run) / "trainer_state.json") or {}).get("log_history", [])
 
     def results(
         self, rows: Sequence[tuple[str, str]], seeds: Sequence[int], metrics: Metrics | None = None
@@ -218,12 +202,13 @@ class Runner:
         return dict(step=cell.step, images_seen=cell.step * cost.images_per_step, flops=flops)
 
     def _measured(self, run: Run, metrics: Metrics) -> dict[str, float]:
-        record = read_json(self._model(run) / RECORD_NAME)
+        """Of a finished run; nothing of a baseline."""
+        record, state = (read_json(self._model(run) / name) for name in (RECORD_NAME, "trainer_state.json"))
         if record is None:
             return {}
         seconds = sum(session["seconds"] for session in record["sessions"])
         steps = sum(session["last_step"] - session["first_step"] for session in record["sessions"])
-        return {**metrics(self.training_log(run)), "s / step": seconds / max(steps, 1)}
+        return {**metrics(state["log_history"]), "s / step": seconds / max(steps, 1)}
 
 
 def last_difficulty(log: Sequence[dict[str, float]]) -> dict[str, float]:

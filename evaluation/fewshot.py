@@ -10,16 +10,9 @@ import torch
 from torch import Tensor
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import check_inputs
-from clmae.evaluation.linear import (
-    L2_GRID,
-    MAX_ITER,
-    check_l2_grid,
-    choose_l2,
-    random_ranks,
-    regularization_path,
-    standardize,
-)
+from clmae.evaluation.labels import check_inputs, random_ranks
+from clmae.evaluation.linear import L2_GRID, MAX_ITER, check_l2_grid, choose_l2, regularization_path, standardize
+from clmae.training.data.sources import check_count
 
 SHOTS = (1, 2, 4, 8, 16)
 FEW_SHOT_L2_GRID = L2_GRID[:5]  # a few images are always separated: weaker weights change little and take long
@@ -82,8 +75,7 @@ def few_shot_probe(
     l2_grid = check_l2_grid(l2_grid)
     if not one_shot_l2 > 0:
         raise InputError(f"`one_shot_l2` is {one_shot_l2}; give a number above 0.")
-    if num_draws < 1:
-        raise InputError(f"`num_draws` is {num_draws}; give 1 or more.")
+    check_count("num_draws", num_draws)
     device = train_features.device
     classes, labels = torch.unique(train_labels.to(device), return_inverse=True)
     possible = _possible_shots(shots, smallest_class=int(labels.bincount().min()))

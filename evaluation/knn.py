@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import check_inputs
+from clmae.evaluation.labels import check_inputs
+from clmae.training.data.sources import check_count
 
 KS = (5, 10, 20)
 TEMPERATURE = 0.07
@@ -114,8 +115,7 @@ def _search(
             f"`k` is {', '.join(map(str, ks)) or 'empty'}; give numbers from 1 to {len(references)}, the number of "
             "references."
         )
-    if chunk_size < 1:
-        raise InputError(f"`chunk_size` is {chunk_size}; give 1 or more.")
+    check_count("chunk_size", chunk_size)
     chunks = (chunk.to(references.device, torch.float32) for chunk in queries.split(chunk_size))
     values, indices = zip(*(similarity(chunk).topk(max(ks), dim=1) for chunk in chunks), strict=True)
     return torch.cat(values), torch.cat(indices)

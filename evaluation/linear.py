@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 from torch import Tensor
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import check_inputs
+from clmae.evaluation.labels import check_inputs, stratified_part
 
 # L2 weights beside the mean loss. scikit-learn's C is 1 / (n * l2) from three classes on; with two it writes one
 # weight vector instead of two opposite ones, and its C is 2 / (n * l2).
@@ -117,24 +116,15 @@ def regularization_path(
     tolerance: float = 1e-5,
     start: LogisticRegression | None = None,
 ) -> Iterator[LogisticRegression]:
-    """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) by full-batch L-BFGS.
+    """Minimisers of `mean cross-entropy + l2 / 2 * |weight|^2` (the bias is free) for each L2 weight, by L-BFGS.
 
-    scikit-learn's solver has the same optimum, but works on CPUs alone, and is not faster there (measured on 50,000
-    samples of 384 features in 200 classes).
+    Each fit starts at the one before, the first at `start` or zero; it stops after `max_iter` iterations, or when no
+    component of the (preconditioned) gradient is above `tolerance`. scikit-learn's solver has the same optimum, but
+    works on CPUs alone, and is not faster there (50,000 samples of 384 features in 200 classes).
 
     Args:
         features: `(n, d)`, centred (best standardised), float32 or float64, on any device.
-        labels: `(n,)`, classes from 0.
-        l2_weights: Above 0; each fit starts at the one before, so neighbours should follow each other.
-        max_iter: Most iterations for one weight.
-        tolerance: Stops when no component of the (preconditioned) gradient is larger.
-        start: Where the first fit starts; at zero, if not given.
-
-    Yields:
-        One classifier for each L2 weight, in their order.
-
-    Raises:
-        InputError: There is one class only.
+        labels: `(n,)`, classes from 0; InputError if there is one only.
     """
     if len(labels.unique()) < 2:
         raise InputError("`train_labels` holds one class only; give at least two.")
@@ -201,29 +191,6 @@ def standardize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple((part.float() - mean) / divisor for part in (train, *others))
 
 
-def stratified_part(labels: Tensor, share: float, seed: int) -> Tensor:
-    """A random part of every class: `(n,)` bool on the CPU, True for `round(share * size)` samples of each class.
-
-    That is one sample at least, but nothing of a class that has only one. The same seed gives the same part.
-
-    Args:
-        labels: `(n,)` integers >= 0.
-        share: In (0, 1).
-        seed: Of the draw.
-    """
-    labels = labels.cpu()
-    sizes = labels.bincount()
-    counts = torch.minimum((sizes * share).round().long().clamp(min=1), (sizes - 1).clamp(min=0))
-    return random_ranks(labels, seed) < counts[labels]
-
-
-def random_ranks(labels: Tensor, seed: int) -> Tensor:
-    """Place of each sample in a random order of its class, `(n,)` int64 from 0; `labels` `(n,)` on the CPU."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    places = pd.Series(order.argsort().numpy()).groupby(labels.numpy()).rank() - 1
-    return torch.from_numpy(places.to_numpy("int64"))
-
-
 def check_l2_grid(l2_grid: Sequence[float]) -> list[float]:
     """The candidates, the strongest first; InputError unless there are some, all above 0."""
     if not l2_grid or not min(l2_grid) > 0:
@@ -243,8 +210,7 @@ def choose_l2(
         features: `(n, d)`, as they are; standardised by what is not held out.
         labels: `(n,)`, classes from 0 without gaps; each has samples that are not held out.
         folds: What is held out, each `(n,)` bool.
-        l2_grid: From the strongest to the weakest; each fit starts at the one before.
-        max_iter: As in [`regularization_path`].
+        l2_grid, max_iter: As in [`regularization_path`], from the strongest to the weakest.
 
     Returns:
         The weight, the held-out accuracy of each weight, and the classifier that the best one gave on the last fold.
@@ -270,8 +236,6 @@ __all__ = [
     "check_l2_grid",
     "choose_l2",
     "linear_probe",
-    "random_ranks",
     "regularization_path",
     "standardize",
-    "stratified_part",
 ]

@@ -17,14 +17,15 @@ import torch
 
 from clmae.configuration import MAEConfig
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning import FinetuningArguments, finetune
+from clmae.evaluation.images import LabelledImages
 from clmae.evaluation.report import PROTOCOLS, evaluate_model
 from clmae.evaluation.tables import BUDGETS
 from clmae.model_cards.files import write_whole
 from clmae.model_cards.record import read_json
 from clmae.training.arguments import PretrainingArguments
 from clmae.training.data import DataArguments, build_datasets, load_image_dataset, refresh_epochs
+from clmae.training.data.sources import check_count
 from clmae.training.flops import count_encoder_flops, count_step_flops
 
 # Rows without pretraining; "scratch" is fine-tuned from random weights.
@@ -310,8 +311,8 @@ def make_plan(
     """
     _check_recipes(recipes)
     for name, value in (("images_seen", images_seen), ("num_points", num_points)):
-        if value is not None and value < 1:
-            raise InputError(f"`{name}` is {value}; give at least 1.")
+        if value is not None:
+            check_count(name, value)
     choose("baselines", baselines, BASELINES, least=0)
     names = [recipe.name for recipe in recipes]
     if reference not in (None, *names):

@@ -13,35 +13,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import datasets
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.confidence import INTERVALS, Interval, class_score_intervals, mean_interval, share_interval
-from clmae.evaluation.features import (
-    LabelledImages,
-    default_feature,
-    extract_features,
-    find_class_column,
-    random_encoder,
-    raw_pixels,
-    read_classes,
-)
+from clmae.evaluation.features import default_feature, extract_features, random_encoder, raw_pixels
 from clmae.evaluation.fewshot import FEW_SHOT_L2_GRID, NUM_DRAWS, ONE_SHOT_L2, SHOTS, few_shot_probe
+from clmae.evaluation.images import LabelledImages, load_labelled_images
 from clmae.evaluation.knn import CHUNK_SIZE, EUCLIDEAN_K, KS, TEMPERATURE, knn_euclidean_accuracy, knn_predict
-from clmae.evaluation.linear import L2_GRID, MAX_ITER, TOP_K, VALIDATION_SHARE, linear_probe, stratified_part
+from clmae.evaluation.linear import L2_GRID, MAX_ITER, TOP_K, VALIDATION_SHARE, linear_probe
 from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.tables import markdown_table
 from clmae.model_cards.files import write_whole
-from clmae.model_cards.run import read_model_config
-from clmae.training.data import AnyDataset, load_image_dataset, take_samples
-
-TEST_SHARE = 0.2  # of a dataset without a test split
+from clmae.training.data import AnyDataset
 
 
 class SplitFeatures(NamedTuple):
@@ -112,12 +102,10 @@ class KNNProtocol:
 
     name: ClassVar[str] = "knn"
     selected_on: ClassVar[None] = None  # all is fixed beforehand
-    ks: tuple[int, ...] = field(default=KS, metadata={"help": "Numbers of neighbours, by cosine similarity."})
-    temperature: float = field(default=TEMPERATURE, metadata={"help": "A neighbour's vote is exp(similarity / this)."})
-    euclidean_k: int = field(default=EUCLIDEAN_K, metadata={"help": "Number of neighbours, by Euclidean distance."})
-    chunk_size: int = field(
-        default=CHUNK_SIZE, metadata={"help": "Test images at a time; memory is this times the training images."}
-    )
+    ks: tuple[int, ...] = HfArg(default=KS, help="Numbers of neighbours, by cosine similarity.")
+    temperature: float = HfArg(default=TEMPERATURE, help="A neighbour's vote is exp(similarity / this).")
+    euclidean_k: int = HfArg(default=EUCLIDEAN_K, help="Number of neighbours, by Euclidean distance.")
+    chunk_size: int = HfArg(default=CHUNK_SIZE, help="Test images at a time; memory is this times the training images.")
 
     def score(self, data: SplitFeatures) -> Scores:
         """Accuracy for each k, with the class scores for the largest."""
@@ -141,12 +129,12 @@ class LinearProtocol:
     """The fast linear probe; the fields are arguments of [`linear_probe`]."""
 
     name: ClassVar[str] = "linear"
-    l2_grid: tuple[float, ...] = field(default=L2_GRID, metadata={"help": "L2 weights to choose from."})
-    validation_share: float = field(
-        default=VALIDATION_SHARE, metadata={"help": "Share of each training class by which the L2 weight is chosen."}
+    l2_grid: tuple[float, ...] = HfArg(default=L2_GRID, help="L2 weights to choose from.")
+    validation_share: float = HfArg(
+        default=VALIDATION_SHARE, help="Share of each training class by which the L2 weight is chosen."
     )
     seed: int = 0
-    max_iter: int = field(default=MAX_ITER, metadata={"help": "Most L-BFGS iterations for an L2 weight."})
+    max_iter: int = HfArg(default=MAX_ITER, help="Most L-BFGS iterations for an L2 weight.")
 
     @property
     def selected_on(self) -> dict[str, Any]:
@@ -167,15 +155,14 @@ class FewShotProtocol:
     """The few-shot probe; the fields are arguments of [`few_shot_probe`]."""
 
     name: ClassVar[str] = "fewshot"
-    shots: tuple[int, ...] = field(
-        default=SHOTS,
-        metadata={"help": "Numbers of labelled images per class; skipped if the smallest class has less."},
+    shots: tuple[int, ...] = HfArg(
+        default=SHOTS, help="Numbers of labelled images per class; skipped if the smallest class has less."
     )
-    num_draws: int = field(default=NUM_DRAWS, metadata={"help": "How often the labelled images are drawn."})
-    l2_grid: tuple[float, ...] = field(default=FEW_SHOT_L2_GRID, metadata={"help": "L2 weights to choose from."})
-    one_shot_l2: float = field(default=ONE_SHOT_L2, metadata={"help": "L2 weight for one image per class."})
+    num_draws: int = HfArg(default=NUM_DRAWS, help="How often the labelled images are drawn.")
+    l2_grid: tuple[float, ...] = HfArg(default=FEW_SHOT_L2_GRID, help="L2 weights to choose from.")
+    one_shot_l2: float = HfArg(default=ONE_SHOT_L2, help="L2 weight for one image per class.")
     seed: int = 0
-    max_iter: int = field(default=MAX_ITER, metadata={"help": "Most L-BFGS iterations for an L2 weight."})
+    max_iter: int = HfArg(default=MAX_ITER, help="Most L-BFGS iterations for an L2 weight.")
 
     @property
     def selected_on(self) -> dict[str, Any]:
@@ -228,7 +215,7 @@ class EvaluationRow:
     dimension: int
     accuracies: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
-    intervals: dict[str, Interval] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
     std: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -239,7 +226,7 @@ class EvaluationRow:
             dimension,
             {column: _percent(value) for column, value in scores.accuracies.items()},
             scores.details,
-            {column: (_percent(low), _percent(high)) for column, (low, high) in scores.intervals.items()},
+            {column: [_percent(low), _percent(high)] for column, (low, high) in scores.intervals.items()},
             {column: _percent(value) for column, value in scores.std.items()},
         )
 
@@ -375,108 +362,6 @@ def _choose_protocols(protocols: Sequence[str | Protocol]) -> list[Protocol]:
     return chosen
 
 
-def load_labelled_images(
-    model_path: str | os.PathLike,
-    dataset_source: str | os.PathLike | AnyDataset | dict,
-    *,
-    train_split: str = "train",
-    test_split: str | None = None,
-    max_train_samples: int | None = None,
-    max_test_samples: int | None = None,
-    label_column: str | None = None,
-    image_column: str | None = None,
-    config_name: str | None = None,
-) -> tuple[LabelledImages, LabelledImages, dict[str, Any]]:
-    """Training and test images as a saved model sees them, and what is written down of where they come from.
-
-    Args:
-        model_path: Folder or Hub id of a model with an image processor.
-        dataset_source, config_name, image_column: As in [`load_image_dataset`]; not a stream.
-        train_split: Split to learn from.
-        test_split: Split to be evaluated on; if not given `"test"` or, where there is none, a fixed random fifth of
-            each class of the training split, which is then not learnt from.
-        max_train_samples, max_test_samples: At most so many, drawn with a fixed seed.
-        label_column: Where the classes are, if there are several such columns.
-
-    Raises:
-        InputError: There is no such model, split or column; both splits are the same images, or their classes differ.
-    """
-    read_model_config(model_path)  # what is wrong is reported before anything is loaded
-    columns = dict(label_column=label_column, image_column=image_column)
-    *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, **columns)
-    processor, num_channels = load_image_processor(model_path)
-    options: dict[str, Any] = dict(num_channels=num_channels, **columns)
-    train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **options)
-    # A test set of words is numbered as the training set, without whose names it cannot be.
-    options["class_names"] = train.class_names or ()
-    test = LabelledImages(take_samples(splits[1], max_test_samples), processor, **options)
-    if train.class_names != test.class_names:
-        names = [f"{part.class_names[:5]}..." if part.class_names else "numbers" for part in (train, test)]
-        raise InputError(
-            f"the classes of the training and the test set differ: {names[0]} and {names[1]}; give both the same class "
-            "names in the same order."
-        )
-    settings = {
-        "model": os.fspath(model_path),
-        "dataset": os.fspath(dataset_source) if isinstance(dataset_source, (str, os.PathLike)) else "in memory",
-        "dataset_config_name": config_name,
-        "train_split": train_split,
-        "test_split": tested_on,
-        "max_train_samples": max_train_samples,
-        "max_test_samples": max_test_samples,
-    }
-    return train, test, settings
-
-
-def load_image_processor(model_path: str | os.PathLike) -> tuple[BaseImageProcessor, int]:
-    """How a saved model sees images: its image processor, and how many channels they have."""
-    num_channels = getattr(read_model_config(model_path), "num_channels", 3)
-    # The PIL backend equals torchvision's Resize and CenterCrop bit by bit, by which published numbers are made.
-    backend = "pil" if num_channels in (1, 3, 4) else "torchvision"
-    return AutoImageProcessor.from_pretrained(model_path, backend=backend), num_channels
-
-
-def _load_splits(
-    source: Any,
-    train_split: str,
-    test_split: str | None,
-    config_name: str | None,
-    label_column: str | None,
-    image_column: str | None,
-) -> tuple[datasets.Dataset, datasets.Dataset, str]:
-    """Training and test images, and what the test images are."""
-
-    def load(option: str, split: str) -> datasets.Dataset:
-        try:
-            return load_image_dataset(source, split, config_name=config_name, image_column=image_column).dataset
-        except InputError as error:
-            raise InputError(f"{error} (`{option}` chooses the split that is read here.)") from error
-
-    train = load("train_split", train_split)
-    try:
-        test = load("test_split", test_split or "test")
-    except InputError:
-        if test_split is not None:
-            raise
-        test = train
-    # A single dataset answers to any split name; compared here, because a limit would make different ones of it.
-    if train._fingerprint != test._fingerprint:
-        return train, test, test_split or "test"
-    if test_split is not None:
-        raise InputError(
-            f"`dataset` gives the same images as {train_split!r} and as {test_split!r}, so that the test would be "
-            "on what was learnt; leave out `test_split` to hold out a part of them."
-        )
-    labels, _ = read_classes(train, find_class_column(train, label_column))
-    held_out = stratified_part(labels, TEST_SHARE, seed=0)
-    if not held_out.any():
-        raise InputError(
-            "`dataset` has a single image of each class; give images to learn from, and others to be evaluated on."
-        )
-    parts = (train.select(part.nonzero().flatten().numpy()) for part in (~held_out, held_out))
-    return *parts, f"{TEST_SHARE:.0%} of each class of {train_split}, held out at random"
-
-
 def describe_run(model: PreTrainedModel, train: LabelledImages, test: LabelledImages) -> dict[str, Any]:
     """What is written down of model and data, with versions and date, as JSON has it."""
     processor = train.processor
@@ -513,6 +398,4 @@ __all__ = [
     "classifier_scores",
     "describe_run",
     "evaluate_model",
-    "load_image_processor",
-    "load_labelled_images",
 ]

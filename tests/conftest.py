@@ -76,11 +76,10 @@ def make_images() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def benchmark() -> Iterator[Callable[[str], ModuleType]]:
-    """`benchmark(name)`: a script of `benchmarks/` or one of its folders as a module, which finds those beside it."""
+    """`benchmark(name)`: a script of `benchmarks/` as a module, which finds those beside it."""
     folder = Path(__file__).parents[1] / "benchmarks"
     with pytest.MonkeyPatch.context() as patch:
-        for path in (folder, folder / "contrastive_crop"):
-            patch.syspath_prepend(str(path))
+        patch.syspath_prepend(str(folder))
         yield importlib.import_module
     for name, module in list(sys.modules.items()):
         if folder in Path(getattr(module, "__file__", None) or "").parents:

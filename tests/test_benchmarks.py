@@ -1,5 +1,5 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""The scripts that measure speed and heat maps run, from start to table."""
+"""The scripts that measure speed run, from start to table."""
 
 from __future__ import annotations
 
@@ -148,18 +148,6 @@ def test_input_pipeline_benchmark(tmp_path, script):
         assert float(row[3]) == pytest.approx(float(row[1]) / float(row[2]), abs=0.02)
         # Of another crop the difference would be tens.
         assert 0 < float(row[4]) < 1
-
-
-@pytest.mark.slow
-def test_heat_maps(tmp_path, script, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ["--seeds", "0", "1", "--steps", "1", "--num_train", "64", "--num_test", "8", "--output"]
-    printed = script("heat_maps")[1](*options, tmp_path)
-    lines = (tmp_path / "heat_maps.md").read_text().splitlines()
-    assert printed.endswith("\n".join(lines) + "\n\n")
-    assert lines[0] == "| heat map | random encoder | MAE | CMAE |"
-    assert len(lines) == 3 + 4 * 2 * 5
-    assert all(line.count("±") == 3 for line in lines[3:])
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ from transformers.hf_argparser import HfArg
 
 from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import LabelledImages, default_feature, model_fingerprint, stream_features
-from clmae.evaluation.report import load_image_processor
+from clmae.evaluation.features import default_feature, model_fingerprint, stream_features
+from clmae.evaluation.images import LabelledImages, load_image_processor
 from clmae.model_cards.files import replacing, write_whole
 from clmae.model_cards.record import read_json
 from clmae.model_cards.run import read_model_config

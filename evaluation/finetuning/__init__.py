@@ -8,10 +8,11 @@ from clmae.evaluation.finetuning.arguments import (
     LinearLarsArguments,
 )
 from clmae.evaluation.finetuning.evaluate import finetune
-from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator, label_subset
+from clmae.evaluation.finetuning.images import AugmentedImages, MixingCollator
 from clmae.evaluation.finetuning.lars import LARS
 from clmae.evaluation.finetuning.models import LinearProbe, from_scratch, load_classifier
 from clmae.evaluation.finetuning.trainer import ClassificationTrainer, EMACallback
+from clmae.evaluation.labels import label_subset
 from clmae.evaluation.report import classifier_scores
 
 __all__ = [

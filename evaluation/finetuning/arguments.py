@@ -4,8 +4,10 @@
 import inspect
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from clmae.configuration.errors import InputError
 from clmae.training.arguments import ScaledRateArguments
@@ -50,30 +52,34 @@ class ClassificationArguments(ScaledRateArguments):
         InputError: One of the fields is out of range; the message names it.
     """
 
-    output_dir: str | None = field(
-        default="outputs/trained", metadata={"help": "Folder for checkpoints and the trained models."}
+    # Fields of [`FinetuningArguments`]; the linear probe does without.
+    layer_decay, ema_decay = 1.0, 0.0
+    mixup_alpha = cutmix_alpha = randaugment_magnitude = randaugment_std = random_erasing_probability = 0.0
+
+    _ranges = {  # of the fields that are numbers
+        "base_learning_rate": "[0, 1e6]",
+        "weight_decay": "[0, 1e6]",
+        "validation_share": "(0, 1)",
+        "min_crop_scale": "(0, 1]",
+    }
+    output_dir: str | None = HfArg(default="outputs/trained", help="Folder for checkpoints and the trained models.")
+    base_learning_rate: float = HfArg(
+        default=5e-4, help="Learning rate for a total batch of 256 images; scaled linearly with the total batch."
     )
-    base_learning_rate: float = field(
-        default=5e-4,
-        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
+    min_crop_scale: float = HfArg(
+        default=0.08, help="Smallest share of an image's area that a random crop shows, in (0, 1]."
     )
-    min_crop_scale: float = field(
-        default=0.08, metadata={"help": "Smallest share of an image's area that a random crop shows, in (0, 1]."}
+    horizontal_flip: bool = HfArg(default=True, help="Mirror half of the training images.")
+    validation_share: float = HfArg(
+        default=0.1, help="Share of each class held out of the training set where there is an eval_strategy; (0, 1)."
     )
-    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
-    validation_share: float = field(
-        default=0.1,
-        metadata={"help": "Share of each class held out of the training set where there is an eval_strategy; (0, 1)."},
+    per_device_eval_batch_size: int = HfArg(default=256, help="Evaluation images per device and step.")
+    metric_for_best_model: str | None = HfArg(
+        default="accuracy", help="For load_best_model_at_end: accuracy or loss, on the held-out part."
     )
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation images per device and step."})
-    metric_for_best_model: str | None = field(
-        default="accuracy", metadata={"help": "For load_best_model_at_end: accuracy or loss, on the held-out part."}
-    )
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch, best."})
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints kept; the oldest is deleted."})
-    label_names: list[str] | None = field(
-        default_factory=lambda: ["labels"], metadata={"help": "What labels are called in a batch."}
-    )
+    save_strategy: str = HfArg(default="epoch", help="When to save checkpoints: no, steps, epoch, best.")
+    save_total_limit: int | None = HfArg(default=1, help="Checkpoints kept; the oldest is deleted.")
+    label_names: list[str] | None = HfArg(default_factory=lambda: ["labels"], help="What labels are called in a batch.")
 
     @property
     def data_order_seed(self) -> int:
@@ -88,21 +94,12 @@ class ClassificationArguments(ScaledRateArguments):
 
     def _check(self) -> None:
         super()._check()
-        for name, interval in self._ranges().items():
+        for name, interval in self._ranges.items():
             check_range(name, getattr(self, name), interval)
         if self.label_names != ["labels"] or self.remove_unused_columns:
             raise InputError("`label_names` and `remove_unused_columns` cannot be changed here; leave them out.")
         if self.auto_find_batch_size:
             raise InputError("`auto_find_batch_size` changes the batch that the learning rate follows; leave it out.")
-
-    def _ranges(self) -> dict[str, str]:
-        """Intervals of the fields that are numbers."""
-        return {
-            "base_learning_rate": "[0, 1e6]",
-            "weight_decay": "[0, 1e6]",
-            "validation_share": "(0, 1)",
-            "min_crop_scale": "(0, 1]",
-        }
 
 
 @dataclass
@@ -115,34 +112,37 @@ class FinetuningArguments(ClassificationArguments):
     harder. For mixup and cutmix each batch takes one of the two at random. Positions that a family fixes stay fixed.
     """
 
-    layer_decay: float = field(
-        default=0.75,
-        metadata={"help": "Learning rate of a block as a share of the next one's, in (0, 1]; ViT-B: 0.65."},
+    _ranges = {
+        **ClassificationArguments._ranges,
+        "layer_decay": "(0, 1]",
+        **dict.fromkeys(("drop_path_rate", "label_smoothing_factor", "ema_decay"), "[0, 1)"),
+        **dict.fromkeys(("mixup_alpha", "cutmix_alpha"), "[0, 1e3]"),
+        **dict.fromkeys(("randaugment_magnitude", "randaugment_std"), f"[0, {MAX_RANDAUGMENT}]"),
+        "random_erasing_probability": "[0, 1]",
+    }
+    layer_decay: float = HfArg(
+        default=0.75, help="Learning rate of a block as a share of the next one's, in (0, 1]; ViT-B: 0.65."
     )
-    trained_blocks: int | None = field(
-        default=None,
-        metadata={"help": "Train only so many of the last blocks, and the head with its LayerNorm; 0: no block."},
+    trained_blocks: int | None = HfArg(
+        default=None, help="Train only so many of the last blocks, and the head with its LayerNorm; 0: no block."
     )
-    drop_path_rate: float = field(
-        default=0.1, metadata={"help": "Stochastic depth of the last block, rising from 0 at the first; in [0, 1)."}
+    drop_path_rate: float = HfArg(
+        default=0.1, help="Stochastic depth of the last block, rising from 0 at the first; in [0, 1)."
     )
-    label_smoothing_factor: float = field(
-        default=0.1, metadata={"help": "Share of each target that is spread over all classes, in [0, 1)."}
+    label_smoothing_factor: float = HfArg(
+        default=0.1, help="Share of each target that is spread over all classes, in [0, 1)."
     )
-    mixup_alpha: float = field(default=0.8, metadata={"help": "Mixup's Beta(alpha, alpha); 0: no mixup."})
-    cutmix_alpha: float = field(default=1.0, metadata={"help": "Cutmix's Beta(alpha, alpha); 0: no cutmix."})
-    randaugment_magnitude: float = field(
-        default=9.0, metadata={"help": "Strength of RandAugment, up to 10; 0: no RandAugment."}
+    mixup_alpha: float = HfArg(default=0.8, help="Mixup's Beta(alpha, alpha); 0: no mixup.")
+    cutmix_alpha: float = HfArg(default=1.0, help="Cutmix's Beta(alpha, alpha); 0: no cutmix.")
+    randaugment_magnitude: float = HfArg(default=9.0, help="Strength of RandAugment, up to 10; 0: no RandAugment.")
+    randaugment_std: float = HfArg(
+        default=0.5, help="Standard deviation of that strength, drawn anew for each operation."
     )
-    randaugment_std: float = field(
-        default=0.5, metadata={"help": "Standard deviation of that strength, drawn anew for each operation."}
+    random_erasing_probability: float = HfArg(
+        default=0.25, help="Share of the images of which a rectangle is replaced by noise."
     )
-    random_erasing_probability: float = field(
-        default=0.25, metadata={"help": "Share of the images of which a rectangle is replaced by noise."}
-    )
-    ema_decay: float = field(
-        default=0.0,
-        metadata={"help": "Evaluate an exponential moving average of the weights with this decay, as 0.9999; 0: off."},
+    ema_decay: float = HfArg(
+        default=0.0, help="Evaluate an exponential moving average of the weights with this decay, as 0.9999; 0: off."
     )
 
     @property
@@ -160,20 +160,6 @@ class FinetuningArguments(ClassificationArguments):
         if self.trained_blocks is not None:
             self._check_int("trained_blocks", 0)
 
-    def _ranges(self) -> dict[str, str]:
-        return {
-            **super()._ranges(),
-            "layer_decay": "(0, 1]",
-            "drop_path_rate": "[0, 1)",
-            "label_smoothing_factor": "[0, 1)",
-            "ema_decay": "[0, 1)",
-            "mixup_alpha": "[0, 1e3]",
-            "cutmix_alpha": "[0, 1e3]",
-            "randaugment_magnitude": f"[0, {MAX_RANDAUGMENT}]",
-            "randaugment_std": f"[0, {MAX_RANDAUGMENT}]",
-            "random_erasing_probability": "[0, 1]",
-        }
-
 
 @dataclass
 class LinearLarsArguments(ClassificationArguments):
@@ -183,21 +169,21 @@ class LinearLarsArguments(ClassificationArguments):
     of its norm (times 10, by the momentum): with few steps, take a higher rate. The paper's is 6.4, for 16,384 images.
     """
 
-    base_learning_rate: float = field(
-        default=0.1,
-        metadata={"help": "Learning rate for a total batch of 256 images; scaled linearly with the total batch."},
+    _ranges = {
+        **ClassificationArguments._ranges,
+        "lars_momentum": "[0, 1)",
+        "lars_trust_coefficient": "(0, inf)",
+    }
+    base_learning_rate: float = HfArg(
+        default=0.1, help="Learning rate for a total batch of 256 images; scaled linearly with the total batch."
     )
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the linear layer's weight."})
-    num_train_epochs: float = field(default=90.0, metadata={"help": "Passes over the training images."})
-    warmup_steps: float = field(
-        default=10 / 90, metadata={"help": "Linear warm-up: steps, or below 1 the share of all steps."}
-    )
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Training images per device and step."})
-    lars_momentum: float = field(default=0.9, metadata={"help": "LARS's momentum, in [0, 1)."})
-    lars_trust_coefficient: float = field(default=0.001, metadata={"help": "LARS's trust coefficient, above 0."})
-    feature: str = field(
-        default="cls", metadata={"help": "cls (class token: MAE's) or mean (of the patch tokens); not trained."}
-    )
+    weight_decay: float = HfArg(default=0.0, help="Weight decay of the linear layer's weight.")
+    num_train_epochs: float = HfArg(default=90.0, help="Passes over the training images.")
+    warmup_steps: float = HfArg(default=10 / 90, help="Linear warm-up: steps, or below 1 the share of all steps.")
+    per_device_train_batch_size: int = HfArg(default=256, help="Training images per device and step.")
+    lars_momentum: float = HfArg(default=0.9, help="LARS's momentum, in [0, 1).")
+    lars_trust_coefficient: float = HfArg(default=0.001, help="LARS's trust coefficient, above 0.")
+    feature: str = HfArg(default="cls", help="cls (class token: MAE's) or mean (of the patch tokens); not trained.")
 
     @property
     def protocol(self) -> str:
@@ -213,9 +199,6 @@ class LinearLarsArguments(ClassificationArguments):
         super()._check()
         if self.feature not in PROBE_FEATURES:
             raise InputError(f"`feature` is {self.feature!r}; choose one of {', '.join(PROBE_FEATURES)}.")
-
-    def _ranges(self) -> dict[str, str]:
-        return {**super()._ranges(), "lars_momentum": "[0, 1)", "lars_trust_coefficient": "(0, inf)"}
 
 
 PROTOCOLS: dict[str, type[ClassificationArguments]] = {

@@ -14,19 +14,18 @@ from torch.utils.data import Subset
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.confidence import INTERVALS
-from clmae.evaluation.features import LabelledImages
 from clmae.evaluation.finetuning.arguments import ClassificationArguments
-from clmae.evaluation.finetuning.images import AugmentedImages, label_subset
+from clmae.evaluation.finetuning.images import AugmentedImages
 from clmae.evaluation.finetuning.models import LinearProbe, from_scratch, load_classifier
 from clmae.evaluation.finetuning.trainer import ClassificationTrainer
-from clmae.evaluation.linear import stratified_part
+from clmae.evaluation.images import LabelledImages, load_labelled_images
+from clmae.evaluation.labels import label_subset, stratified_part
 from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.report import (
     EvaluationResult,
     EvaluationRow,
     classifier_scores,
     describe_run,
-    load_labelled_images,
 )
 from clmae.model_cards.files import write_whole
 from clmae.training.callbacks import InterruptCallback
@@ -129,7 +128,6 @@ def _prepare_data(
         chosen, validation = chosen[~held_out], Subset(train, chosen[held_out].tolist())
     processor, num_channels = train.processor, train.num_channels
     is_normalized = getattr(processor, "do_normalize", True)
-    augmentations = ("randaugment_magnitude", "randaugment_std", "random_erasing_probability")
     augmented = AugmentedImages(
         train.dataset.select(chosen.numpy()),
         train.image_column,
@@ -141,7 +139,9 @@ def _prepare_data(
         seed=args.data_order_seed,
         crop_scale=(args.min_crop_scale, 1.0),
         horizontal_flip=args.horizontal_flip,
-        **{name: getattr(args, name, 0.0) for name in augmentations},
+        randaugment_magnitude=args.randaugment_magnitude,
+        randaugment_std=args.randaugment_std,
+        random_erasing_probability=args.random_erasing_probability,
     )
     num_classes = len(train.class_names) if train.class_names else int(max(train.labels.max(), test.labels.max())) + 1
     return _Data(augmented, validation, test, num_classes)
@@ -156,8 +156,7 @@ def _run(
     args.output_dir = str(record.parent)
     earlier = _read_record(record, settings, bool(args.resume_from_checkpoint))
     if earlier.get("row") is not None:
-        intervals = {column: tuple(interval) for column, interval in earlier["row"].pop("intervals").items()}
-        return EvaluationRow(**earlier["row"], intervals=intervals), torch.tensor(earlier["predictions"])
+        return EvaluationRow(**earlier["row"]), torch.tensor(earlier["predictions"])
     # Where the first save was cut off, there is nothing to go on from.
     has_checkpoint = bool(earlier) and any(is_sealed(checkpoint) for checkpoint in checkpoints(record.parent))
     interrupt = InterruptCallback()
@@ -174,10 +173,7 @@ def _run(
     content: dict[str, Any] = {"settings": settings, "row": None}
     if args.should_save:
         write_whole(record, json.dumps(content))
-    try:
-        trainer.train(resume_from_checkpoint=has_checkpoint)
-    finally:
-        interrupt.restore()
+    trainer.train(resume_from_checkpoint=has_checkpoint)
     if interrupt.interrupted:
         raise KeyboardInterrupt
     prediction = trainer.predict(data.test)

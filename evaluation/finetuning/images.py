@@ -12,44 +12,7 @@ from torchvision.transforms import v2
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.finetuning.arguments import MAX_RANDAUGMENT
-from clmae.evaluation.linear import random_ranks
 from clmae.training.data import ImageDataset, normalize, sample_generator
-
-
-def label_subset(
-    labels: Tensor, *, labels_per_class: int | None = None, label_fraction: float | None = None, seed: int = 0
-) -> Tensor:
-    """Ascending indices of a random part of every class; all samples if no size is given.
-
-    Args:
-        labels: `(n,)` int64, >= 0.
-        labels_per_class: Exactly so many of each class that occurs.
-        label_fraction: Such a share of each class, in (0, 1], rounded, one at least.
-        seed: A larger part drawn with the same seed holds the smaller one.
-
-    Raises:
-        InputError: Both sizes are given, one is out of range, or a class has too few samples.
-    """
-    if labels_per_class is not None and label_fraction is not None:
-        raise InputError(
-            f"`labels_per_class` is {labels_per_class} and `label_fraction` {label_fraction}; give one of the two."
-        )
-    ranks, sizes = random_ranks(labels, seed), labels.bincount()
-    if labels_per_class is not None:
-        if not isinstance(labels_per_class, int) or isinstance(labels_per_class, bool) or labels_per_class < 1:
-            raise InputError(f"`labels_per_class` is {labels_per_class!r}; give an int of at least 1.")
-        least = int(sizes[sizes > 0].min())
-        if least < labels_per_class:
-            raise InputError(
-                f"`labels_per_class` is {labels_per_class}, but class {int((sizes == least).nonzero()[0])} has {least} "
-                f"training images: give at most {least}."
-            )
-        return (ranks < labels_per_class).nonzero().flatten()
-    if label_fraction is None:
-        return torch.arange(len(labels))
-    if not 0 < label_fraction <= 1:
-        raise InputError(f"`label_fraction` is {label_fraction}; give a number in (0, 1].")
-    return (ranks < (sizes * label_fraction).round().clamp(min=1)[labels]).nonzero().flatten()
 
 
 @contextlib.contextmanager
@@ -143,4 +106,4 @@ class MixingCollator:
         return {"pixel_values": batch[0], "labels": batch[1]}
 
 
-__all__ = ["AugmentedImages", "MixingCollator", "label_subset"]
+__all__ = ["AugmentedImages", "MixingCollator"]

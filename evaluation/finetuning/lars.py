@@ -9,10 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clmae.evaluation.finetuning.arguments import check_range
-
-_RANGES = {"lr": "[0, inf)", "momentum": "[0, 1)", "weight_decay": "[0, inf)", "trust_coefficient": "(0, inf)"}
-
 
 def _trust_ratio(weight: Tensor, gradient: Tensor, weight_decay: float, trust_coefficient: float) -> Tensor:
     """LARS's local learning rate `η |w| / (|g| + β |w|)`, a scalar; 1 where the weight or the gradient is all zero."""
@@ -33,9 +29,6 @@ class LARS(torch.optim.Optimizer):
     Args:
         params: Parameters or parameter groups.
         lr, momentum, weight_decay, trust_coefficient: γ >= 0, m in [0, 1), β >= 0, η > 0.
-
-    Raises:
-        InputError: A number is out of range.
     """
 
     def __init__(
@@ -46,10 +39,9 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.001,
     ) -> None:
-        settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
-        for name, interval in _RANGES.items():
-            check_range(name, settings[name], interval)
-        super().__init__(params, settings)
+        super().__init__(
+            params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust_coefficient=trust_coefficient)
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

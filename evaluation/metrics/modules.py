@@ -9,7 +9,6 @@ import datasets
 import evaluate
 import numpy as np
 from sklearn.metrics import accuracy_score, f1_score, recall_score
-from transformers import EvalPrediction
 
 from clmae.configuration.errors import InputError
 
@@ -89,11 +88,4 @@ class MacroF1(_ClassificationMetric):
         return f1_score(references, _classes(predictions), average="macro")
 
 
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Of a `Trainer` whose predictions are the likeliest classes, `(n, k)`, the best first: `accuracy` in [0, 1]."""
-    metric = Top1Accuracy(keep_in_memory=True)
-    scores = metric.compute(predictions=prediction.predictions[:, 0], references=prediction.label_ids)
-    return {"accuracy": scores["top1_accuracy"]}
-
-
-__all__ = ["MacroF1", "MeanPerClassAccuracy", "Top1Accuracy", "Top5Accuracy", "compute_metrics"]
+__all__ = ["MacroF1", "MeanPerClassAccuracy", "Top1Accuracy", "Top5Accuracy"]

@@ -8,7 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from clmae.evaluation.fewshot import ONE_SHOT_L2, few_shot_probe
-from clmae.evaluation.linear import choose_l2, random_ranks, standardize
+from clmae.evaluation.labels import random_ranks
+from clmae.evaluation.linear import choose_l2, standardize
 
 
 def clouds(n: int, classes: int = 3, d: int = 5, spread: float = 1.0, seed: int = 0):

@@ -88,11 +88,3 @@ def test_state_is_saved_and_restored():
         return weight.detach()
 
     torch.testing.assert_close(run(2), run(None), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("lr", -1.0), ("momentum", 1.0), ("weight_decay", -0.1), ("trust_coefficient", 0.0)]
-)
-def test_wrong_numbers_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"`{name}` is {value}"):
-        LARS([parameter([1.0])], **{"lr": 1.0, name: value})

@@ -1,13 +1,10 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""Boxes around objects: from heat maps, over a run, and on the generated images that the heat map was chosen by."""
+"""Boxes around objects: from heat maps, and over a run."""
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from torchvision.ops import box_iou
 
 import clmae.training.trainer as trainer_module
 from clmae.training.callbacks import ContrastiveCropCallback
@@ -278,39 +275,3 @@ def test_boxes_are_found_in_the_trainings_precision_without_dropped_paths(tmp_pa
 def test_wrong_intervals(tmp_path, interval):
     with pytest.raises(ValueError, match=rf"`contrastive_crop_interval` is {interval}; give a share"):
         cropping(tmp_path, contrastive_crop_interval=interval)
-
-
-# -- generated objects ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def object_images():
-    path = Path(__file__).parents[3] / "benchmarks" / "contrastive_crop" / "object_images.py"
-    spec = importlib.util.spec_from_file_location("object_images", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.object_images
-
-
-def test_the_boxes_hold_the_objects(object_images):
-    # The edges of the objects are by far the sharpest in each image: the background is smooth.
-    images, boxes = object_images(40, 64, 1)
-    values = images.float().sum(1)
-    sharp = torch.zeros(40, 64, 64)
-    sharp[:, 1:] += values.diff(dim=1).abs()
-    sharp[:, :, 1:] += values.diff(dim=2).abs()
-    overlap = box_iou(heat_map_box(sharp, threshold=0.35), boxes).diagonal()
-    assert overlap.mean() > 0.8
-    assert overlap.mean() > 2 * box_iou(torch.tensor([WHOLE]), boxes).mean()
-    assert overlap.mean() > 2 * box_iou(boxes.roll(1, 0), boxes).diagonal().mean()
-
-
-def test_object_images_are_a_function_of_seed_and_place(object_images):
-    global_state = torch.get_rng_state()
-    images, boxes = object_images(5, 32, 3)
-    again, more = object_images(5, 32, 3), object_images(8, 32, 3)
-    for other, other_boxes in (again, more):
-        assert torch.equal(other[:5], images)
-        assert torch.equal(other_boxes[:5], boxes)
-    assert not torch.equal(object_images(5, 32, 4)[1], boxes)
-    assert torch.equal(torch.get_rng_state(), global_state)
