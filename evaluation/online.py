@@ -10,7 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import LabelledImages, extract_features
+from clmae.evaluation.features import extract_features
+from clmae.evaluation.images import LabelledImages
 from clmae.evaluation.knn import knn_predict
 from clmae.evaluation.linear import linear_probe
 from clmae.training.callbacks import PeriodicCallback
