@@ -1,5 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae bench`."""
+"""Measure how fast this machine pretrains, and which batch size fits. Times training steps on random
+images (reading yours is not included). Every option of `clmae pretrain` that says what is trained
+and how applies: --family, --model_size, --image_size, --bf16, --torch_compile, a recipe ...
+
+examples:
+  clmae bench --family cl_mae --model_size small --image_size 96 --patch_size 8
+  clmae bench --config recipes/mae_cifar10.yaml --bf16 --batch_sizes 128 256 512 --num_images 50000
+"""
 
 from __future__ import annotations
 
@@ -25,10 +32,6 @@ from clmae.model_cards.record import device_name
 from clmae.training import CurriculumTrainer, PretrainingArguments
 from clmae.training.build import fastest_attention
 from clmae.training.flops import step_flops
-
-EXAMPLES = """\
-  clmae bench --family cl_mae --model_size small --image_size 96 --patch_size 8
-  clmae bench --config recipes/mae_cifar10.yaml --bf16 --batch_sizes 128 256 512 --num_images 50000"""
 
 # Options of `clmae pretrain` that a measurement sets by itself.
 REFUSED = {
@@ -93,15 +96,7 @@ class Stopwatch(TrainerCallback):
 
 def run(argv: Sequence[str]) -> int:
     """Times training steps on synthetic images, and prints what to expect."""
-    bench, options = CommandParser(
-        "clmae bench",
-        "Measure how fast this machine pretrains, and which batch size fits. Times training steps on random\n"
-        "images (reading yours is not included). Every option of `clmae pretrain` that says what is trained\n"
-        "and how applies: --family, --model_size, --image_size, --bf16, --torch_compile, a recipe ...",
-        EXAMPLES,
-        {"options": BenchArguments},
-        refused=REFUSED,
-    ).read(argv)
+    bench, options = CommandParser("clmae bench", __doc__, {"options": BenchArguments}, refused=REFUSED).read(argv)
     config, args = read(options, bench.batch_sizes[0])
     if args.world_size > 1:
         raise InputError("a measurement runs in one process; start it without torchrun.")

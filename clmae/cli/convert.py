@@ -1,5 +1,11 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae convert`."""
+"""Convert weights of facebookresearch/mae, CL-MAE's authors, timm or transformers' ViTMAE.
+
+examples:
+  clmae convert mae_visualize_vit_base.pth out/mae-base
+  clmae convert checkpoint-799.pth out/cl-mae --num_attention_heads 8
+  clmae convert ./vit-mae-base out/mae-base
+"""
 
 from __future__ import annotations
 
@@ -32,11 +38,6 @@ from clmae.modeling import MAEImageProcessor
 from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
 from clmae.training.data import make_image_processor
 
-EXAMPLES = """\
-  clmae convert mae_visualize_vit_base.pth out/mae-base
-  clmae convert checkpoint-799.pth out/cl-mae --num_attention_heads 8
-  clmae convert ./vit-mae-base out/mae-base"""
-
 # Fields of the configuration that weights do not tell, or not always; each is an option.
 FIELDS = (
     *("num_attention_heads", "decoder_num_attention_heads", "masker_num_attention_heads", "image_size"),
@@ -56,8 +57,7 @@ def run(argv: Sequence[str]) -> int:
     """Converts a checkpoint of another project into a folder of ours, and reports what became of each weight."""
     parser = CommandParser(
         "clmae convert",
-        "Convert weights of facebookresearch/mae, CL-MAE's authors, timm or transformers' ViTMAE.",
-        EXAMPLES,
+        __doc__,
         {"what the weights do not tell": config_options(CLMAEConfig, FIELDS)},
         takes_recipe=False,
     )

@@ -1,5 +1,13 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae push`."""
+"""Upload a model to the Hub: weights, configuration, the model's code, image processor, card and the pictures
+that it shows (they show held-out images), scores. No checkpoints, data or logs. Log in with `hf auth
+login`, or set HF_TOKEN.
+
+examples:
+  clmae push out/cl-mae org/cl-mae-vit-b
+  clmae push out/cl-mae org/cl-mae-vit-b --private
+  clmae push org/cl-mae-vit-b org/cl-mae-page --space
+"""
 
 from __future__ import annotations
 
@@ -22,11 +30,6 @@ from clmae.configuration.errors import InputError
 from clmae.model_cards.card import CARD_NAME, EditedCardError, author_section, is_edited
 from clmae.model_cards.hub import check_card, check_folder, hub_files, upload
 
-EXAMPLES = """\
-  clmae push out/cl-mae org/cl-mae-vit-b
-  clmae push out/cl-mae org/cl-mae-vit-b --private
-  clmae push org/cl-mae-vit-b org/cl-mae-page --space"""
-
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SPACE_README = """\
 ---
@@ -47,13 +50,7 @@ serve({model!r}, host=None, port=None)  # where the Space says
 
 def run(argv: Sequence[str]) -> int:
     """Checks an output folder, makes its card, and uploads what belongs on the Hub, in one commit."""
-    parser = CommandParser(
-        "clmae push",
-        "Upload a model to the Hub: weights, configuration, the model's code, image processor, card and the pictures "
-        "that it shows (they show held-out images), scores. No checkpoints, data or logs. Log in with `hf auth "
-        "login`, or set HF_TOKEN.",
-        EXAMPLES,
-    )
+    parser = CommandParser("clmae push", __doc__)
     add_card_arguments(parser)
     parser.add_argument("repo_id", metavar="ID", help="Where on the Hub: owner/name; created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Make it private; refused if it exists and is public.")
