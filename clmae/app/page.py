@@ -142,7 +142,7 @@ class Page:
             self.redraw = gr.Button("New random", size="sm", min_width=60, elem_id="redraw")
             self.mask_all = gr.Button("Mask all", size="sm", min_width=60, elem_id="mask-all")
             self.show_all = gr.Button("Show all", size="sm", min_width=60, elem_id="show-all")
-        last = len(self.explorer.checkpoints) - 1
+        last = self.explorer.last
         self.checkpoint = gr.Slider(
             0,
             max(last, 1),
