@@ -10,16 +10,16 @@ examples:
 
 from __future__ import annotations
 
-import gc
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import AutoModelForPreTraining, PrinterCallback, TrainerCallback
 from transformers.hf_argparser import HfArg
 
@@ -48,7 +48,7 @@ QUIET = {
 }
 _ROW = "{:>6} {:>10} {:>9} {:>11} {:>10}"
 LARGEST = 4096  # MAE's batch over all devices; host memory has to hold it
-DOUBLED = f"on a GPU then doubled until they no longer fit, up to {LARGEST}"
+SIZES_HELP = f"Images per step; on a GPU then doubled until they no longer fit, up to {LARGEST}."
 WARM_UP = 2  # steps, times the interval: compilation and other things that happen once
 
 
@@ -56,7 +56,7 @@ WARM_UP = 2  # steps, times the interval: compilation and other things that happ
 class BenchArguments:
     """What to measure, beside the options of `clmae pretrain` (family, model, precision, compilation ...)."""
 
-    batch_sizes: list[int] = HfArg(default_factory=lambda: [16, 32, 64, 128], help=f"Images per step; {DOUBLED}.")
+    batch_sizes: list[int] = HfArg(default_factory=lambda: [16, 32, 64, 128], help=SIZES_HELP)
     num_steps: int = HfArg(default=5, help="Steps that are timed; the median is reported.")
     num_images: int = HfArg(default=1_281_167, help="Images per epoch; ImageNet-1K's if not given.")
 
@@ -76,22 +76,17 @@ class Measured(NamedTuple):
 
 
 class Stopwatch(TrainerCallback):
-    """The seconds of each step, from an idle device to an idle device."""
+    """The times at which each step begins and ends, with the device idle."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: list[float] = []
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = self._now()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        self.times.append(time.perf_counter())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.start)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    on_step_end = on_step_begin
 
 
 def run(argv: Sequence[str]) -> int:
@@ -148,11 +143,9 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
     views = getattr(config, "num_views", 1)
     shape = ((views,) if views > 1 else ()) + (config.num_channels, *pair(config.image_size))
     sample = {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
-    watch = Stopwatch(args.device)
-    gpu = args.device.type == "cuda"
+    watch, trainer, gpu = Stopwatch(), None, args.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(args.device)
-    trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir = folder
@@ -169,13 +162,11 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
     finally:
         # The next batch size starts with free memory and without this one's compiled code.
         trainer = None
-        gc.collect()
         torch.compiler.reset()
-        if gpu:
-            torch.cuda.empty_cache()
-    times = watch.seconds[interval * WARM_UP :]
-    means = [statistics.mean(times[i : i + interval]) for i in range(0, len(times), interval)]
-    return Measured(statistics.median(means), torch.cuda.max_memory_allocated(args.device) if gpu else None)
+        clear_device_cache(garbage_collection=True)
+    seconds = np.subtract(watch.times[1::2], watch.times[::2])[interval * WARM_UP :]
+    median = float(np.median(seconds.reshape(-1, interval).mean(1)))
+    return Measured(median, torch.cuda.max_memory_allocated(args.device) if gpu else None)
 
 
 def duration(seconds: float) -> str:
