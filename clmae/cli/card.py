@@ -17,7 +17,6 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 from clmae.model_cards.card import write_card
 from clmae.model_cards.run import read_run
-from clmae.training.pictures import curves_figure, save_figure
 
 
 def run(argv: Sequence[str]) -> int:
@@ -41,6 +40,8 @@ def add_card_arguments(parser: CommandParser) -> None:
 
 def make_card(folder: str, repo_id: str | None = None, license: str | None = None, force: bool = False) -> Path:
     """Draws the curves and writes the card; arguments and errors as [`write_card`]'s."""
+    from clmae.training.pictures import curves_figure, save_figure  # the help does not wait for it
+
     if not Path(folder).is_dir():
         raise InputError(f"OUTPUT_DIR {folder!r} is no folder.")
     history = read_run(folder).state.get("log_history")

@@ -36,7 +36,6 @@ from clmae.configuration.errors import InputError
 from clmae.model_cards.record import read_json
 from clmae.modeling import MAEImageProcessor
 from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
-from clmae.training.data import make_image_processor
 
 # Fields of the configuration that weights do not tell, or not always; each is an option.
 FIELDS = (
@@ -102,6 +101,8 @@ def report(imported: Import) -> str:
 
 def save_image_processor(source: Path, imported: Import, folder: Path) -> None:
     """The source's image processor if it has one, and ImageNet's for the layouts that come without."""
+    from clmae.training.data import make_image_processor  # the help does not wait for it
+
     file, theirs, config = source / "preprocessor_config.json", timm_model(source), imported.config
     if file.is_file():  # transformers would read a folder of timm by timm
         processor = AutoImageProcessor.from_pretrained(source if theirs is None else file)
@@ -211,6 +212,8 @@ def timm_fields(model: Any) -> dict[str, Any]:
 def timm_processor(model: Any) -> BitImageProcessor:
     """The image processor that shows images as timm does for this model; where none can, the nearest, with a note."""
     import timm
+
+    from clmae.training.data import make_image_processor
 
     view = timm.data.resolve_model_data_config(model)
     channels, *size = view["input_size"]

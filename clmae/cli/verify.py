@@ -19,7 +19,6 @@ from clmae.configuration.errors import InputError
 from clmae.model_cards.hub import code_files, missing_files, weight_problems
 from clmae.model_cards.record import read_json
 from clmae.model_cards.run import INDEX_NAME, WEIGHTS_NAME
-from clmae.training.integrity import checkpoints, is_sealed, verify
 
 
 def run(argv: Sequence[str]) -> int:
@@ -27,6 +26,8 @@ def run(argv: Sequence[str]) -> int:
     parser = CommandParser("clmae verify", __doc__)
     parser.add_argument("dir", metavar="DIR", help="Output folder of a run, or a checkpoint or a model in it.")
     (args,) = parser.read(argv)
+    from clmae.training.integrity import checkpoints, is_sealed, verify  # the help does not wait for it
+
     folder = Path(args.dir)
     if not folder.is_dir():
         raise InputError(f"DIR {str(folder)!r} is no folder.")

@@ -21,8 +21,6 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
-from clmae.training.data import center_view, decode_image, normalize, sample_generator
-from clmae.training.pictures import reconstruction_figure, save_figure
 
 
 @dataclass
@@ -38,6 +36,9 @@ class VisualizeArguments:
 def run(argv: Sequence[str]) -> int:
     """Draws images, masks, reconstructions and keep probabilities into one PNG file."""
     (args,) = CommandParser("clmae visualize", __doc__, {"options": VisualizeArguments}).read(argv)
+    from clmae.training.data import center_view, decode_image, normalize, sample_generator  # the help does not wait
+    from clmae.training.pictures import reconstruction_figure, save_figure
+
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"`output` is {args.output!r}; give the name of a .png file.")
     read_model_config(args.model)
