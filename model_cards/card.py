@@ -72,7 +72,6 @@ def render_card(run: Run, repo_id: str | None = None, license: str = DEFAULT_LIC
         changed_config=changed_config(run.config),
         evaluations=[_evaluation(run, evaluation) for evaluation in run.evaluations],
         training=_training(run),
-        no_adversary=_difficulty_of_no_adversary(run),
     )
     return f"{card.content.rstrip()}\n\n<!-- made by clmae: {_digest(card.content)} -->\n"
 
@@ -147,14 +146,6 @@ def changed_config(config: dict[str, Any]) -> dict[str, Any]:
             return False
 
     return {name: value for name, value in changed.items() if not follows(name)}
-
-
-def _difficulty_of_no_adversary(run: Run) -> float | None:
-    """The last mask difficulty, if it is no higher than that of random masks where the curriculum asks for more."""
-    history = run.state.get("log_history", [])
-    difficulties = [entry["mask_difficulty"] for entry in history if "mask_difficulty" in entry]
-    factors = [entry["curriculum_factor"] for entry in history if "curriculum_factor" in entry]
-    return difficulties[-1] if difficulties and factors and factors[-1] < 0 and difficulties[-1] <= 1 else None
 
 
 def eval_results(run: Run) -> str:

@@ -66,7 +66,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         content = read_json(path)
         if isinstance(content, dict) and {"protocol", "rows", "settings"} <= content.keys():
             evaluations.append(content)
-    steps = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("pictures/step-*.png"))}
+    pictures = {int(path.stem.removeprefix("step-")): path.name for path in folder.glob("pictures/step-*.png")}
     return Run(
         folder=folder,
         config=config,
@@ -75,7 +75,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         results=read_json(folder / "pretrain_results.json") or {},
         evaluations=evaluations,
         curves="pictures/curves.png" if (folder / "pictures/curves.png").is_file() else None,
-        pictures={step: f"pictures/{path.name}" for step, path in sorted(steps.items())},
+        pictures={step: f"pictures/{name}" for step, name in sorted(pictures.items())},
         num_parameters=count_parameters(folder),
     )
 

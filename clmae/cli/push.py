@@ -17,6 +17,7 @@ import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -89,13 +90,8 @@ def _write_card(args: argparse.Namespace) -> None:
 
 
 def _push(folder: str, args: argparse.Namespace) -> None:
-    api, repo_id = HfApi(), args.repo_id
-    api.create_repo(repo_id, private=args.private, exist_ok=True)
-    before = api.model_info(repo_id)
-    if args.private and not before.private:
-        raise InputError(
-            f"{repo_id!r} exists already, and is public: make it private on the Hub, or take another name."
-        )
+    repo_id = args.repo_id
+    before = _create_repository(args)
     if not args.force:
         _check_remote_card(repo_id, folder)
     sizes = {name: Path(folder, name).stat().st_size for name in hub_files(folder)}
@@ -105,6 +101,18 @@ def _push(folder: str, args: argparse.Namespace) -> None:
     commit = upload(folder, repo_id, commit_message=args.message)
     changed = commit.oid != before.sha
     print(f"pushed to {commit.repo_url}" if changed else f"nothing has changed at {commit.repo_url}")
+
+
+def _create_repository(args: argparse.Namespace, repo_type: str = "model", **options: str) -> Any:
+    """What the Hub says of the repository, which is made if there is none; one that is public stays public."""
+    api, repo_id = HfApi(), args.repo_id
+    api.create_repo(repo_id, repo_type=repo_type, private=args.private, exist_ok=True, **options)
+    info = api.repo_info(repo_id, repo_type=repo_type)
+    if args.private and not info.private:
+        raise InputError(
+            f"{repo_id!r} exists already, and is public: make it private on the Hub, or take another name."
+        )
+    return info
 
 
 def _check_remote_card(repo_id: str, folder: str) -> None:
@@ -124,8 +132,7 @@ def _check_remote_card(repo_id: str, folder: str) -> None:
 
 def _push_space(model: str, args: argparse.Namespace) -> None:
     """A Space with the page for a model: one on the Hub, or a folder, whose files then go with it."""
-    repo_id, private = args.repo_id, args.private
-    folder, package = Path(model), Path(clmae.__file__).parent
+    repo_id, folder, package = args.repo_id, Path(model), Path(clmae.__file__).parent
     names = hub_files(folder) if folder.is_dir() else []
     requirements = [line for line in importlib.metadata.requires("clmae") or [] if "extra ==" not in line]
     name, models = repo_id.split("/")[1], "" if names else f"models: [{model}]\n"
@@ -137,10 +144,7 @@ def _push_space(model: str, args: argparse.Namespace) -> None:
         "app.py": SPACE_APP.format(model="model" if names else model).encode(),
         "requirements.txt": "\n".join([*requirements, "gradio>=6\n"]).encode(),
     }
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-    if private and not api.space_info(repo_id).private:
-        raise InputError(f"{repo_id!r} is there already, and public: make it private on the Hub, or take another name.")
+    _create_repository(args, repo_type="space", space_sdk="gradio")
     operations = [CommitOperationAdd(file, content) for file, content in files.items()]
-    commit = api.create_commit(repo_id, operations, commit_message=args.message, repo_type="space")
+    commit = HfApi().create_commit(repo_id, operations, commit_message=args.message, repo_type="space")
     print(f"pushed {len(files)} files to {commit.repo_url}")
