@@ -1,6 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Masked-image pretraining for transformers. Importing this registers the families with the Auto classes."""
 
+# What is public, `configuration` and the modules of `modeling` say by their `__all__`.
+# ruff: noqa: F403, F405
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -10,23 +13,11 @@ from transformers import (
     AutoModelForPreTraining,
 )
 
-from clmae.configuration import CLMAEConfig, CMAEConfig, MAEConfig
-from clmae.modeling import (
-    CLMAEBackbone,
-    CLMAEForImageClassification,
-    CLMAEForPreTraining,
-    CLMAEModel,
-    CMAEBackbone,
-    CMAEForImageClassification,
-    CMAEForPreTraining,
-    CMAEModel,
-    MAEBackbone,
-    MAEForImageClassification,
-    MAEForPreTraining,
-    MAEImageProcessor,
-    MAEImageProcessorPil,
-    MAEModel,
-)
+from clmae.configuration import *
+from clmae.modeling.image_processing_mae import *
+from clmae.modeling.modeling_cl_mae import *
+from clmae.modeling.modeling_cmae import *
+from clmae.modeling.modeling_mae import *
 
 __version__ = "0.1.0"
 
@@ -48,24 +39,3 @@ for _config, *_models in FAMILIES.values():
         image_processor_classes={"torchvision": MAEImageProcessor, "pil": MAEImageProcessorPil},
         exist_ok=True,
     )
-
-__all__ = [
-    "FAMILIES",
-    "CLMAEBackbone",
-    "CLMAEConfig",
-    "CLMAEForImageClassification",
-    "CLMAEForPreTraining",
-    "CLMAEModel",
-    "CMAEBackbone",
-    "CMAEConfig",
-    "CMAEForImageClassification",
-    "CMAEForPreTraining",
-    "CMAEModel",
-    "MAEBackbone",
-    "MAEConfig",
-    "MAEForImageClassification",
-    "MAEForPreTraining",
-    "MAEImageProcessor",
-    "MAEImageProcessorPil",
-    "MAEModel",
-]

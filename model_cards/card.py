@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -71,40 +72,25 @@ def render_card(run: Run, repo_id: str | None = None, license: str = DEFAULT_LIC
         changed_config=changed_config(run.config),
         evaluations=[_evaluation(run, evaluation) for evaluation in run.evaluations],
         training=_training(run),
-        no_adversary=_difficulty_of_no_adversary(run),
     )
-    text = card.content
-    return f"{text.rstrip()}\n\n<!-- made by clmae: {_digest(text)} -->\n"
+    return f"{card.content.rstrip()}\n\n<!-- made by clmae: {_digest(card.content)} -->\n"
 
 
 def _evaluation(run: Run, result: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation's table, a row for each score: there are more of them than encoders."""
-    encoder, *others = rows = result["rows"]
-    scores = encoder["accuracies"]
-    lines = [["", *(row["name"] for row in rows)], ["---", *["---:"] * len(rows)]]
-    lines += [[column.replace("|", r"\|"), *(_score(row, column) for row in rows)] for column in scores]
-    not_better = {}
+    """An evaluation, as the template takes it: among others what the encoder does not beat, and in which scores."""
+    encoder, *others = result["rows"]
+    scores, not_better = encoder["accuracies"], {}
     for other in others:
-        worse = [c for c, score in scores.items() if other["accuracies"].get(c, -1.0) >= score]
+        worse = [name for name, score in scores.items() if other["accuracies"].get(name, -1.0) >= score]
         if worse:
             not_better[other["name"]] = "any score" if len(worse) == len(scores) else "; ".join(worse)
     return dict(
         title=PROTOCOLS.get(result["protocol"], result["protocol"]),
         dataset=dataset_name(run, result["settings"])[0],
-        table="\n".join(f"| {' | '.join(line)} |" for line in lines),
+        rows=result["rows"],
         notes=_protocol_notes(result),
-        has_std=any(row.get("std") for row in rows),
-        has_intervals=any(row.get("intervals") for row in rows),
         not_better=not_better,
     )
-
-
-def _score(row: dict[str, Any], column: str) -> str:
-    if column not in row["accuracies"]:
-        return "–"
-    std, interval = (row.get("std") or {}).get(column), (row.get("intervals") or {}).get(column)
-    spread = "" if std is None else f" ± {std:.1f}"
-    return f"{row['accuracies'][column]:.2f}{spread}" + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")
 
 
 def _protocol_notes(result: dict[str, Any]) -> str:
@@ -134,26 +120,14 @@ def dataset_name(run: Run, settings: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _training(run: Run) -> dict[str, Any]:
-    """Steps, time and devices, and the last of the logged values; empty if no step was recorded."""
-    record, sessions = run.record, run.record.get("sessions", [])
-    steps = run.state.get("global_step", sessions[-1]["last_step"] if sessions else None)
-    last: dict[str, Any] = {}
-    for entry in [*run.state.get("log_history", []), run.results]:
-        last |= entry
-    return (
-        {}
-        if not steps
-        else dict(
-            steps=steps,
-            measured=sum(session["last_step"] - session["first_step"] for session in sessions),
-            seconds=sum(session["seconds"] for session in sessions),
-            devices=list(dict.fromkeys(f"{session['num_processes']} × {session['device']}" for session in sessions)),
-            epochs=run.state.get("epoch"),
-            batch=record.get("total_train_batch_size"),
-            seed=record.get("seed"),
-            last=last,
-            versions=record.get("versions"),
-        )
+    """Steps, time and devices, and the last of the logged values; no steps if none was recorded."""
+    sessions = run.record.get("sessions", [])
+    return dict(
+        steps=run.state.get("global_step", sessions[-1]["last_step"] if sessions else None),
+        measured=sum(session["last_step"] - session["first_step"] for session in sessions),
+        seconds=sum(session["seconds"] for session in sessions),
+        devices=list(dict.fromkeys(f"{session['num_processes']} × {session['device']}" for session in sessions)),
+        last=dict(ChainMap(run.results, *reversed(run.state.get("log_history", [])))),
     )
 
 
@@ -172,14 +146,6 @@ def changed_config(config: dict[str, Any]) -> dict[str, Any]:
             return False
 
     return {name: value for name, value in changed.items() if not follows(name)}
-
-
-def _difficulty_of_no_adversary(run: Run) -> float | None:
-    """The last mask difficulty, if it is no higher than that of random masks where the curriculum asks for more."""
-    history = run.state.get("log_history", [])
-    difficulties = [entry["mask_difficulty"] for entry in history if "mask_difficulty" in entry]
-    factors = [entry["curriculum_factor"] for entry in history if "curriculum_factor" in entry]
-    return difficulties[-1] if difficulties and factors and factors[-1] < 0 and difficulties[-1] <= 1 else None
 
 
 def eval_results(run: Run) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from clmae.configuration.errors import InputError
 from clmae.model_cards.card import CARD_NAME, EVAL_RESULTS_NAME
 from clmae.model_cards.record import read_json
-from clmae.model_cards.run import weight_files
+from clmae.model_cards.run import INDEX_NAME, WEIGHTS_NAME, weight_files
 
 _IMPORT = re.compile(r"^[ \t]*from \.(\w+) import ", re.MULTILINE)
 _LINK = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
@@ -55,12 +55,12 @@ def hub_files(folder: str | os.PathLike) -> list[str]:
     checkpoints nor optimiser states, data or logs; nor `training_args.bin`, which holds paths and may hold a token.
     """
     folder = Path(folder)
-    wanted = [CARD_NAME, "config.json", "preprocessor_config.json", "model.safetensors.index.json"]
-    wanted += [*weight_files(folder), *code_files(folder), *linked_pictures(folder), EVAL_RESULTS_NAME]
-    if "model.safetensors" in wanted:
-        wanted.remove("model.safetensors.index.json")  # of an earlier save
+    names = [CARD_NAME, "config.json", "preprocessor_config.json", INDEX_NAME]
+    names += [*weight_files(folder), *code_files(folder), *linked_pictures(folder), EVAL_RESULTS_NAME]
+    if WEIGHTS_NAME in names:
+        names.remove(INDEX_NAME)  # of an earlier save
     root = folder.resolve()
-    inside = [name for name in wanted if (folder / name).resolve().is_relative_to(root)]
+    inside = [name for name in names if (folder / name).resolve().is_relative_to(root)]
     return [name for name in inside if (folder / name).is_file()]
 
 
@@ -78,29 +78,38 @@ def check_folder(folder: str | os.PathLike, progress: Callable[[list], Any] = it
     if not folder.is_dir():
         raise InputError(f"{str(folder)!r} is no folder; name the output folder of a run.")
     needed = ["config.json", "preprocessor_config.json", *code_files(folder)]
-    problems = [f"{name} is missing" for name in needed if not (folder / name).is_file()]
-    names = weight_files(folder)
-    if not names:
-        problems.append("there are no weights (model.safetensors)")
-    for name in progress(names):
-        problems += _weight_problems(folder / name)
+    problems = missing_files(folder, needed) + weight_problems(folder, progress)
     if problems:
         raise InputError(f"{str(folder)!r} is not fit for the Hub: {'; '.join(problems)}.")
 
 
-def _weight_problems(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        yield f"{path.name} is missing"
-        return
-    try:
-        with safe_open(path, "pt") as file:
-            bad = [key for key in file.keys() if not torch.isfinite(file.get_tensor(key)).all()]  # noqa: SIM118
-    except SafetensorError as error:
-        yield f"{path.name} cannot be read ({error})"
-        return
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        yield f"{path.name} holds values that are not finite, in {bad[0]}{more}"
+def missing_files(folder: Path, names: list[str]) -> list[str]:
+    """A phrase for each of the files that is not in the folder."""
+    return [f"{name} is missing" for name in names if not (folder / name).is_file()]
+
+
+def weight_problems(folder: Path, progress: Callable[[list], Any] = iter, values: bool = True) -> list[str]:
+    """What is wrong with a folder's weights, a phrase each; with `values` every weight is read.
+
+    Raises:
+        InputError: Their index is broken.
+    """
+    files, problems = weight_files(folder), []
+    for file in progress(list(files)):
+        try:
+            with safe_open(folder / file, "pt") as weights:  # compares the lengths in its header with the file's
+                names = sorted(weights.keys())
+                not_finite = [name for name in names if values and not torch.isfinite(weights.get_tensor(name)).all()]
+        except FileNotFoundError:
+            problems.append(f"{file} is missing")
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file} cannot be read: {error}")
+        else:
+            lacking = sorted(files[file].difference(names))
+            for verb, bad in (("lacks", lacking), ("holds values that are not finite, in", not_finite)):
+                more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+                problems += [f"{file} {verb} {bad[0]}{more}"] if bad else []
+    return problems if files else [f"there are no weights ({WEIGHTS_NAME})"]
 
 
 def check_card(folder: str | os.PathLike) -> None:
@@ -113,14 +122,12 @@ def check_card(folder: str | os.PathLike) -> None:
     card = folder / CARD_NAME
     if not card.is_file():
         raise InputError(f"{str(folder)!r} has no {CARD_NAME}; make one with `clmae card {folder}`.")
-    problems = [f"{name} is missing" for name in linked_pictures(folder) if not (folder / name).is_file()]
+    problems = missing_files(folder, linked_pictures(folder))
     try:
         metadata = metadata_load(card) or {}
     except (ValueError, yaml.YAMLError) as error:
         raise InputError(f"the front matter of {card} cannot be read: {error}") from error
-    problems += [
-        f"its front matter has no `{entry}`" for entry in ("library_name", "license") if not metadata.get(entry)
-    ]
+    problems += [f"its front matter has no `{key}`" for key in ("library_name", "license") if not metadata.get(key)]
     if problems:
         raise InputError(f"{card} is not complete: {'; '.join(problems)}.")
 
@@ -157,4 +164,4 @@ def upload(
     return api.create_commit(repo_id, operations, commit_message=commit_message, token=token, revision=revision)
 
 
-__all__ = ["check_card", "check_folder", "code_files", "hub_files", "linked_pictures", "upload"]
+__all__ = ["check_card", "check_folder", "code_files", "hub_files", "missing_files", "upload", "weight_problems"]

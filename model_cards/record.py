@@ -10,13 +10,15 @@ import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Trainer, TrainingArguments
 
 from clmae.configuration.errors import InputError
 from clmae.model_cards.files import write_whole
+
+if TYPE_CHECKING:  # of a checkpoint that is only read no Trainer is needed, and its import takes a second
+    from transformers import Trainer, TrainingArguments
 
 RECORD_NAME = "pretraining.json"
 _PACKAGES = ("clmae", "torch", "torchvision", "transformers", "accelerate", "datasets")
@@ -94,10 +96,12 @@ def describe_data(arguments: Any) -> dict[str, Any]:
 
     The entry `dataset` is a Hub id if `dataset_on_hub` is true, otherwise the name of a file or folder.
     """
-    local = Path(arguments.dataset).expanduser().exists()
-    values = {field: getattr(arguments, field.name) for field in dataclasses.fields(arguments)}
-    changed = {f.name: value for f, value in values.items() if f.name != "dataset" and value != f.default}
-    return {"dataset": _public_name(arguments.dataset), "dataset_on_hub": not local, "options": changed}
+    options = {}
+    for field in dataclasses.fields(arguments):
+        if field.name != "dataset" and getattr(arguments, field.name) != field.default:
+            options[field.name] = getattr(arguments, field.name)
+    on_hub = not Path(arguments.dataset).expanduser().exists()
+    return {"dataset": _public_name(arguments.dataset), "dataset_on_hub": on_hub, "options": options}
 
 
 def _public_name(source: str) -> str:
@@ -128,10 +132,8 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 def _shareable(value: Any) -> bool:
     """Whether a value is a number, a word, or made of these; anything that may be a path is not."""
-    if isinstance(value, dict):
-        return all(map(_shareable, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_shareable, value))
+    if isinstance(value, (dict, list, tuple)):
+        return all(map(_shareable, value.values() if isinstance(value, dict) else value))
     return isinstance(value, (bool, int, float)) or (isinstance(value, str) and not set(value) & set("/\\~:"))
 
 

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from clmae.configuration.errors import InputError
 from clmae.model_cards.record import RECORD_NAME, read_json
 
+WEIGHTS_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = {"mae": "MAE", "vit_mae": "MAE", "cl_mae": "CL-MAE", "cmae": "CMAE"}  # that cards are made for
 
 
@@ -66,7 +66,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         content = read_json(path)
         if isinstance(content, dict) and {"protocol", "rows", "settings"} <= content.keys():
             evaluations.append(content)
-    steps = {int(path.stem.removeprefix("step-")): path for path in sorted(folder.glob("pictures/step-*.png"))}
+    pictures = {int(path.stem.removeprefix("step-")): path.name for path in folder.glob("pictures/step-*.png")}
     return Run(
         folder=folder,
         config=config,
@@ -75,7 +75,7 @@ def read_run(folder: str | os.PathLike) -> Run:
         results=read_json(folder / "pretrain_results.json") or {},
         evaluations=evaluations,
         curves="pictures/curves.png" if (folder / "pictures/curves.png").is_file() else None,
-        pictures={step: f"pictures/{path.name}" for step, path in sorted(steps.items())},
+        pictures={step: f"pictures/{name}" for step, name in sorted(pictures.items())},
         num_parameters=count_parameters(folder),
     )
 
@@ -111,24 +111,44 @@ def read_model_config(model_path: str | os.PathLike, name: str = "`model`", **kw
     raise InputError(f"{name} {path!r} cannot be loaded: {problem}")
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files that hold the weights: one, or the shards of an index; none if there are none."""
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = read_json(folder / "model.safetensors.index.json")
-    return [] if index is None else sorted(set(index["weight_map"].values()))
+def weight_files(folder: Path) -> dict[str, set[str]]:
+    """The safetensors files of a folder's weights: one, or the shards of an index, with the names that it says of each.
+
+    Raises:
+        InputError: The index is broken.
+    """
+    if (folder / WEIGHTS_NAME).is_file():
+        return {WEIGHTS_NAME: set()}
+    index = read_json(folder / INDEX_NAME)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    files: dict[str, set[str]] = {}
+    for name, file in sorted(weight_map.items()) if isinstance(weight_map, dict) else ():
+        files.setdefault(str(file), set()).add(name)
+    if index is not None and not files:
+        raise InputError(f"{INDEX_NAME} names no weights.")
+    return files
 
 
 def count_parameters(folder: Path) -> tuple[int, int]:
     """Parameters in the weights of a folder: all of them, and the encoder's; read from the files' headers."""
     total = encoder = 0
     for name in weight_files(folder):
-        with (folder / name).open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        sizes = {key: math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__"}
+        with safe_open(folder / name, "pt") as file:
+            sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
         total += sum(sizes.values())
         encoder += sum(size for key, size in sizes.items() if key.startswith("vit."))
     return total, encoder or total
 
 
-__all__ = ["FAMILIES", "Run", "count_parameters", "read_model_config", "read_run", "weight_files"]
+__all__ = [
+    *(
+        "FAMILIES",
+        "INDEX_NAME",
+        "WEIGHTS_NAME",
+        "Run",
+        "count_parameters",
+        "read_model_config",
+        "read_run",
+        "weight_files",
+    )
+]

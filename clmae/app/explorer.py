@@ -27,11 +27,14 @@ from PIL import Image, ImageDraw
 from sklearn.datasets import load_digits, load_sample_images
 from sklearn.decomposition import PCA
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForPreTraining
+from transformers import AutoImageProcessor, AutoModelForPreTraining
 
-from clmae import MAEConfig
+from clmae import FAMILIES
+from clmae.cli.folders import load_whole
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
+from clmae.model_cards.run import FAMILIES as FAMILY_NAMES
+from clmae.model_cards.run import read_model_config
 from clmae.modeling.losses import patch_errors, patch_moments, patch_targets, patchify, unpatchify
 from clmae.training.data import decode_image, load_image_dataset
 
@@ -42,7 +45,6 @@ MIN_SIDE, MAX_ASPECT = 4, 16
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_NEIGHBORS, MAX_FEATURES, NUM_EXAMPLES = 6, 2000, 8
 
-FAMILY_NAMES = {"mae": "MAE", "cl_mae": "CL-MAE", "cmae": "CMAE"}
 PICTURE_SIZE = 384  # pixels of a picture's longer side, about
 MASKED, NOT_APPLICABLE, MARK = (0.5, 0.5, 0.5), (0.9, 0.9, 0.9), "#ff6a00"
 
@@ -121,7 +123,8 @@ class Explorer:
         folders = [path.parent for path in Path(model).glob("checkpoint-*/config.json")]
         self.checkpoints = [*sorted(folders, key=_step_of), Path(model)]
         self.model = lru_cache(maxsize=3)(self._load)
-        config = self.model(len(self.checkpoints) - 1).config
+        self.last = len(self.checkpoints) - 1
+        config = self.model(self.last).config
         if config.num_channels not in (1, 3, 4):
             raise InputError(f"the model's `num_channels` is {config.num_channels}; the page shows 1, 3 or 4 channels.")
         try:
@@ -138,41 +141,26 @@ class Explorer:
             self.dataset, self.column = load_image_dataset(dataset, split, max_samples=MAX_FEATURES)
             self.features = self._encode()
         self.examples = self._choose_examples()
-        first = self.preprocess(self.examples[:1])
-        self.learns_masks = self.analyze(first, len(self.checkpoints) - 1).keep is not None
-        config = self.model(len(self.checkpoints) - 1).config
-        self.predicts_errors = self.learns_masks and config.masker_objective == "error"
+        self.learns_masks: bool = config.learns_masks
+        self.predicts_errors: bool = self.learns_masks and config.masker_objective == "error"
 
     def _load(self, index: int) -> Any:
         """The model of one checkpoint; the last ones that were asked for stay in memory."""
-        path = self.name if index == len(self.checkpoints) - 1 else str(self.checkpoints[index])
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            if not isinstance(config, MAEConfig):
-                raise InputError(f"it is of type {config.model_type!r}; the page shows {', '.join(FAMILY_NAMES)}")
-            model, report = AutoModelForPreTraining.from_pretrained(
-                path,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation="eager",  # the others give no attention weights
-                output_loading_info=True,
-            )
-        except Exception as error:  # of broken files: a dozen types
-            raise InputError(f"MODEL {path!r} cannot be loaded: {error}") from error
-        if report["missing_keys"]:  # transformers would draw them at random
-            raise InputError(
-                f"MODEL {path!r} is no whole masked autoencoder: its weights lack {min(report['missing_keys'])}; give "
-                "what pretraining left, not an encoder or a classifier."
-            )
-        return model.eval().to(self.device)
+        path = self.name if index == self.last else str(self.checkpoints[index])
+        config = read_model_config(path, "MODEL", trust_remote_code=False)
+        if config.model_type not in FAMILIES:
+            raise InputError(f"MODEL {path!r} is of type {config.model_type!r}; the page shows {', '.join(FAMILIES)}.")
+        # The other implementations of attention give no weights of it.
+        options = dict(trust_remote_code=False, use_safetensors=True, attn_implementation="eager")
+        return load_whole(AutoModelForPreTraining, path, "MODEL", **options).to(self.device)
 
     def describe(self) -> str:
         """The model in one line."""
-        model = self.model(len(self.checkpoints) - 1)
+        model = self.model(self.last)
         config, millions = model.config, sum(p.numel() for p in model.parameters()) / 1e6
         height, width = self.patch_size
         return (
-            f"{FAMILY_NAMES.get(config.model_type, config.model_type)}, {millions:.1f} million parameters, "
+            f"{FAMILY_NAMES[config.model_type]}, {millions:.1f} million parameters, "
             f"{config.num_patches} patches of {height} × {width} pixels, {config.mask_ratio:.0%} masked in pretraining"
         )
 
@@ -188,7 +176,7 @@ class Explorer:
     def describe_checkpoint(self, index: int) -> str:
         """Step and curriculum factor of a checkpoint, as far as its folder tells."""
         folder, factor = self.checkpoints[index], self.curriculum_factor(index)
-        name = "end of the run" if index == len(self.checkpoints) - 1 else folder.name.replace("checkpoint-", "step ")
+        name = "end of the run" if index == self.last else folder.name.replace("checkpoint-", "step ")
         return name if factor is None else f"{name}, curriculum factor {factor:+.2f}"
 
     def preprocess(self, images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -208,8 +196,7 @@ class Explorer:
         if model.config.learns_masks:
             factor = self.curriculum_factor(checkpoint)
             options["curriculum_factor"] = model.config.curriculum_end if factor is None else factor
-        noise = torch.rand(1, math.prod(self.grid), generator=torch.Generator().manual_seed(0))
-        outputs = model(pixel_values, noise=noise.to(self.device), **options)
+        outputs = model(pixel_values, noise=self._noise(0), **options)
         keep = outputs.get("keep_probabilities")
         keep = outputs.get("predicted_errors") if keep is None else keep
         encoded = model.vit(pixel_values, output_attentions=True)
@@ -223,9 +210,11 @@ class Explorer:
     @torch.inference_mode()
     def random_mask(self, pixel_values: torch.Tensor, seed: int, checkpoint: int) -> np.ndarray:
         """`(N,)` bool, true = masked, as `config.mask_sampler` draws it."""
-        model = self.model(checkpoint)
-        noise = torch.rand(1, math.prod(self.grid), generator=torch.Generator().manual_seed(seed))
-        return model.vit(pixel_values, noise=noise.to(self.device)).mask[0].bool().cpu().numpy()
+        return self.model(checkpoint).vit(pixel_values, noise=self._noise(seed)).mask[0].bool().cpu().numpy()
+
+    def _noise(self, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(1, math.prod(self.grid), generator=generator).to(self.device)
 
     @torch.inference_mode()
     def reconstruct(
@@ -260,12 +249,9 @@ class Explorer:
 
     def to_pixels(self, pixel_values: torch.Tensor) -> np.ndarray:
         """RGB `(H, W, 3)` in [0, 1] of a normalised image `(1, C, H, W)`."""
-        mean, std = (
-            torch.as_tensor(v, dtype=torch.float32).view(-1, 1, 1)
-            for v in (self.processor.image_mean, self.processor.image_std)
-        )
-        pixels = (pixel_values[0].float().cpu() * std + mean).clamp(0, 1)
-        return pixels[:3].expand(3, -1, -1).permute(1, 2, 0).numpy()
+        pixels = pixel_values[0].permute(1, 2, 0).float().cpu().numpy()
+        pixels = (pixels * self.processor.image_std + self.processor.image_mean).clip(0, 1)
+        return np.broadcast_to(pixels[..., :3], (*pixels.shape[:2], 3))
 
     def read_row(self, row: int) -> np.ndarray:
         """The decoded image in one row of the dataset."""
@@ -277,18 +263,16 @@ class Explorer:
             chosen = np.linspace(0, len(self.rows) - 1, min(NUM_EXAMPLES, len(self.rows))).astype(int)
             return [self.read_row(self.rows[i]) for i in chosen]
         if self.num_channels == 1:
-            scans = np.round(load_digits().images[:NUM_EXAMPLES] * (255 / 16)).astype(np.uint8)
-            return [
-                np.asarray(Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC))[..., None]
-                for scan in scans
-            ]
-        return [decode_image(Image.fromarray(photo), self.num_channels) for photo in load_sample_images().images]
+            images = np.round(load_digits().images[:NUM_EXAMPLES] * (255 / 16)).astype(np.uint8)
+        else:
+            images = load_sample_images().images
+        return [decode_image(Image.fromarray(image), self.num_channels) for image in images]
 
     @torch.inference_mode()
     def _encode(self) -> torch.Tensor:
         """Features of the images that can be decoded, whose `rows` it sets; the others are named, and left out."""
         dataset = self.dataset
-        model, features = self.model(len(self.checkpoints) - 1), []
+        model, features = self.model(self.last), []
         batches = tqdm(range(0, len(dataset), 64), desc="features of the dataset", unit="batch")
         for start in batches:
             images = []
@@ -312,7 +296,7 @@ class Explorer:
         """
         if self.features is None:
             return []
-        query = self.model(len(self.checkpoints) - 1).vit(pixel_values).pooler_output.float().cpu()
+        query = self.model(self.last).vit(pixel_values).pooler_output.float().cpu()
         similarities = self.features @ torch.nn.functional.normalize(query, dim=1)[0]
         similarities[similarities > 1 - 1e-5] = -2  # the image itself
         best = similarities.topk(min(MAX_NEIGHBORS, len(similarities)))
@@ -333,7 +317,7 @@ class Session:
 
     def __init__(self, explorer: Explorer):
         self.explorer = explorer
-        self.checkpoint = len(explorer.checkpoints) - 1
+        self.checkpoint = explorer.last
         self.masking = "learned" if explorer.learns_masks else "random"
         self.seed = 0
         rows, columns = explorer.grid

@@ -30,6 +30,7 @@ TITLES = {
     "attention": "Attention of a patch",
     "components": "Patch tokens",
 }
+Action = Callable[[Session, Any], None]  # what an event does to a visitor's session with the event's value
 PATCH_CHOOSERS = ("image", "attention", "components")  # a click there chooses the patch whose attention is shown
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: 0 auto !important; }
@@ -141,7 +142,7 @@ class Page:
             self.redraw = gr.Button("New random", size="sm", min_width=60, elem_id="redraw")
             self.mask_all = gr.Button("Mask all", size="sm", min_width=60, elem_id="mask-all")
             self.show_all = gr.Button("Show all", size="sm", min_width=60, elem_id="show-all")
-        last = len(self.explorer.checkpoints) - 1
+        last = self.explorer.last
         self.checkpoint = gr.Slider(
             0,
             max(last, 1),
@@ -175,42 +176,61 @@ class Page:
     # -- events -------------------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
+        """Each event with the component that gives its value, what is done with it, and whether that opens an image.
+
+        Without a component the value is what was clicked on: the index of a picture in a gallery, or a place in one.
+        """
+        explorer = self.explorer
         outputs = [self.session, self.message, self.upload, self.masking, self.checkpoint, self.neighbors]
         outputs += [*self.notes.values(), *self.images.values()]
-        choosers = [self.images[name].select for name in PATCH_CHOOSERS]
-        events: list[tuple[Callable, Callable, list[Any]]] = [
-            (self.blocks.load, self.start, []),
-            (self.upload.upload, self.open_upload, [self.upload]),
-            (self.examples.select, self.open_example, []),
-            (self.neighbors.select, self.open_neighbor, []),
-            (self.images["mask"].select, self.toggle, []),
-            (self.masking.input, self.choose_masking, [self.masking]),
-            (self.checkpoint.input, self.choose_checkpoint, [self.checkpoint]),
-            (self.redraw.click, self.draw_random_mask, []),
-            (self.mask_all.click, self.mask_everything, []),
-            (self.show_all.click, self.show_everything, []),
-            *[(select, self.choose_patch, []) for select in choosers],
+        events: list[tuple[Callable, Any, Action, bool]] = [
+            (self.upload.upload, self.upload, lambda s, path: s.open(read_upload(path, explorer.num_channels)), True),
+            (self.examples.select, None, lambda s, index: s.open(explorer.examples[index]), True),
+            (self.neighbors.select, None, lambda s, index: s.open(explorer.read_row(s.neighbors[index][0])), True),
+            (self.images["mask"].select, None, lambda s, place: s.toggle(s.patch_at(*place)), False),
+            (self.masking.input, self.masking, Session.choose_masking, False),
+            (self.checkpoint.input, self.checkpoint, lambda s, index: s.choose_checkpoint(int(index)), False),
         ]
-        for trigger, function, inputs in events:
+        for name in PATCH_CHOOSERS:
+            events.append((self.images[name].select, None, lambda s, place: s.choose_patch(s.patch_at(*place)), False))
+        # These give no value but the session itself.
+        events += [
+            (self.blocks.load, self.session, lambda s, _: None, True),
+            (self.redraw.click, self.session, lambda s, _: s.draw_random_mask(), False),
+            (self.mask_all.click, self.session, lambda s, _: s.fill(True), False),
+            (self.show_all.click, self.session, lambda s, _: s.fill(False), False),
+        ]
+        for trigger, component, act, opens in events:
             trigger(
-                function,
-                [self.session, *inputs],
+                self._handler(act, opens, clicked=component is None),
+                [self.session] if component is None else [self.session, component],
                 outputs,
                 api_visibility="private",
                 concurrency_id="model",
                 show_progress="hidden",
                 # While a slider is dragged only where it ends counts; every click counts.
-                trigger_mode="always_last" if inputs == [self.checkpoint] else "multiple",
+                trigger_mode="always_last" if component is self.checkpoint else "multiple",
             )
 
-    def _respond(self, session: Session | None, act: Callable[[Session], None], opens: bool = False) -> dict[Any, Any]:
+    def _handler(self, act: Action, opens: bool, clicked: bool) -> Callable:
+        """What gradio calls; it reads from the annotations which functions take the place of a click."""
+
+        def on_click(session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
+            return self._respond(session, act, event.index, opens)
+
+        def on_value(session: Session | None, value: Any) -> dict[Any, Any]:
+            return self._respond(session, act, value, opens)
+
+        return on_click if clicked else on_value
+
+    def _respond(self, session: Session | None, act: Action, value: Any, opens: bool) -> dict[Any, Any]:
         """Acts on the session; updates of the page that show it, or say why that could not be done."""
         updates: dict[Any, Any] = {}
         try:
             if session is None:  # a new visitor, or one whose session was forgotten
                 session, opens = Session(self.explorer), True
                 updates[self.checkpoint] = session.checkpoint
-            act(session)
+            act(session, value)
             updates |= self._show(session, opens)
             text = ""
         except InputError as error:
@@ -240,45 +260,6 @@ class Page:
             updates[self.notes[name]] = _note(TITLES[name], picture.caption)
             updates[self.images[name]] = picture.image
         return updates
-
-    # gradio reads from the annotations which functions want an event's place.
-
-    def start(self, session: Session | None) -> dict[Any, Any]:
-        return self._respond(session, lambda session: None, opens=True)
-
-    def open_upload(self, session: Session | None, path: str) -> dict[Any, Any]:
-        channels = self.explorer.num_channels
-        return self._respond(session, lambda session: session.open(read_upload(path, channels)), opens=True)
-
-    def open_example(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.open(self.explorer.examples[event.index]), opens=True)
-
-    def open_neighbor(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
-        def act(session: Session) -> None:
-            session.open(self.explorer.read_row(session.neighbors[event.index][0]))
-
-        return self._respond(session, act, opens=True)
-
-    def choose_patch(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.choose_patch(session.patch_at(*event.index)))
-
-    def toggle(self, session: Session | None, event: gr.SelectData) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.toggle(session.patch_at(*event.index)))
-
-    def choose_masking(self, session: Session | None, masking: str) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.choose_masking(masking))
-
-    def choose_checkpoint(self, session: Session | None, index: float) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.choose_checkpoint(int(index)))
-
-    def draw_random_mask(self, session: Session | None) -> dict[Any, Any]:
-        return self._respond(session, Session.draw_random_mask)
-
-    def mask_everything(self, session: Session | None) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.fill(True))
-
-    def show_everything(self, session: Session | None) -> dict[Any, Any]:
-        return self._respond(session, lambda session: session.fill(False))
 
 
 def serve(

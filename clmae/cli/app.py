@@ -1,5 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae app`."""
+"""Look at a model in the browser: keep probabilities, masks (learned, random, or clicked), reconstructions,
+errors, attention, patch tokens, nearest images; over the checkpoints of a run. The page is served on this
+machine alone and fetches nothing from elsewhere. Needs: pip install 'clmae[app]'.
+
+examples:
+  clmae app out/cl-mae
+  clmae app org/cl-mae-vit-b --dataset ./my_photos --port 7861
+"""
 
 from __future__ import annotations
 
@@ -9,20 +16,10 @@ from collections.abc import Sequence
 from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 
-EXAMPLES = """\
-  clmae app out/cl-mae
-  clmae app org/cl-mae-vit-b --dataset ./my_photos --port 7861"""
-
 
 def run(argv: Sequence[str]) -> int:
     """Serves a page about a model until it is interrupted."""
-    parser = CommandParser(
-        "clmae app",
-        "Look at a model in the browser: keep probabilities, masks (learned, random, or clicked), reconstructions, "
-        "errors, attention, patch tokens, nearest images; over the checkpoints of a run. The page is served on this "
-        "machine alone and fetches nothing from elsewhere. Needs: pip install 'clmae[app]'.",
-        EXAMPLES,
-    )
+    parser = CommandParser("clmae app", __doc__)
     parser.add_argument("model", metavar="MODEL", help="Output folder of a run, or Hub id.")
     parser.add_argument(
         "--dataset", help="Folder or Hub id of images: examples, and where nearest images are searched."

@@ -1,18 +1,25 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae bench`."""
+"""Measure how fast this machine pretrains, and which batch size fits. Times training steps on random
+images (reading yours is not included). Every option of `clmae pretrain` that says what is trained
+and how applies: --family, --model_size, --image_size, --bf16, --torch_compile, a recipe ...
+
+examples:
+  clmae bench --family cl_mae --model_size small --image_size 96 --patch_size 8
+  clmae bench --config recipes/mae_cifar10.yaml --bf16 --batch_sizes 128 256 512 --num_images 50000
+"""
 
 from __future__ import annotations
 
-import gc
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from transformers import AutoModelForPreTraining, PrinterCallback, TrainerCallback
 from transformers.hf_argparser import HfArg
 
@@ -25,10 +32,6 @@ from clmae.model_cards.record import device_name
 from clmae.training import CurriculumTrainer, PretrainingArguments
 from clmae.training.build import fastest_attention
 from clmae.training.flops import step_flops
-
-EXAMPLES = """\
-  clmae bench --family cl_mae --model_size small --image_size 96 --patch_size 8
-  clmae bench --config recipes/mae_cifar10.yaml --bf16 --batch_sizes 128 256 512 --num_images 50000"""
 
 # Options of `clmae pretrain` that a measurement sets by itself.
 REFUSED = {
@@ -45,7 +48,7 @@ QUIET = {
 }
 _ROW = "{:>6} {:>10} {:>9} {:>11} {:>10}"
 LARGEST = 4096  # MAE's batch over all devices; host memory has to hold it
-DOUBLED = f"on a GPU then doubled until they no longer fit, up to {LARGEST}"
+SIZES_HELP = f"Images per step; on a GPU then doubled until they no longer fit, up to {LARGEST}."
 WARM_UP = 2  # steps, times the interval: compilation and other things that happen once
 
 
@@ -53,7 +56,7 @@ WARM_UP = 2  # steps, times the interval: compilation and other things that happ
 class BenchArguments:
     """What to measure, beside the options of `clmae pretrain` (family, model, precision, compilation ...)."""
 
-    batch_sizes: list[int] = HfArg(default_factory=lambda: [16, 32, 64, 128], help=f"Images per step; {DOUBLED}.")
+    batch_sizes: list[int] = HfArg(default_factory=lambda: [16, 32, 64, 128], help=SIZES_HELP)
     num_steps: int = HfArg(default=5, help="Steps that are timed; the median is reported.")
     num_images: int = HfArg(default=1_281_167, help="Images per epoch; ImageNet-1K's if not given.")
 
@@ -73,35 +76,22 @@ class Measured(NamedTuple):
 
 
 class Stopwatch(TrainerCallback):
-    """The seconds of each step, from an idle device to an idle device."""
+    """The times at which each step begins and ends, with the device idle."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.seconds: list[float] = []
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.start = self._now()
+        if args.device.type == "cuda":
+            torch.cuda.synchronize(args.device)
+        self.times.append(time.perf_counter())
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.start)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    on_step_end = on_step_begin
 
 
 def run(argv: Sequence[str]) -> int:
     """Times training steps on synthetic images, and prints what to expect."""
-    bench, options = CommandParser(
-        "clmae bench",
-        "Measure how fast this machine pretrains, and which batch size fits. Times training steps on random\n"
-        "images (reading yours is not included). Every option of `clmae pretrain` that says what is trained\n"
-        "and how applies: --family, --model_size, --image_size, --bf16, --torch_compile, a recipe ...",
-        EXAMPLES,
-        {"options": BenchArguments},
-        refused=REFUSED,
-    ).read(argv)
+    bench, options = CommandParser("clmae bench", __doc__, {"options": BenchArguments}, refused=REFUSED).read(argv)
     config, args = read(options, bench.batch_sizes[0])
     if args.world_size > 1:
         raise InputError("a measurement runs in one process; start it without torchrun.")
@@ -153,11 +143,9 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
     views = getattr(config, "num_views", 1)
     shape = ((views,) if views > 1 else ()) + (config.num_channels, *pair(config.image_size))
     sample = {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(0))}
-    watch = Stopwatch(args.device)
-    gpu = args.device.type == "cuda"
+    watch, trainer, gpu = Stopwatch(), None, args.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(args.device)
-    trainer = None
     try:
         with tempfile.TemporaryDirectory() as folder:
             args.output_dir = folder
@@ -174,13 +162,11 @@ def measure(config: MAEConfig, args: PretrainingArguments, num_steps: int) -> Me
     finally:
         # The next batch size starts with free memory and without this one's compiled code.
         trainer = None
-        gc.collect()
         torch.compiler.reset()
-        if gpu:
-            torch.cuda.empty_cache()
-    times = watch.seconds[interval * WARM_UP :]
-    means = [statistics.mean(times[i : i + interval]) for i in range(0, len(times), interval)]
-    return Measured(statistics.median(means), torch.cuda.max_memory_allocated(args.device) if gpu else None)
+        clear_device_cache(garbage_collection=True)
+    seconds = np.subtract(watch.times[1::2], watch.times[::2])[interval * WARM_UP :]
+    median = float(np.median(seconds.reshape(-1, interval).mean(1)))
+    return Measured(median, torch.cuda.max_memory_allocated(args.device) if gpu else None)
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae card`."""
+"""Make the model card (README.md) of an output folder from what the run recorded there, with the results that
+`clmae evaluate --output FOLDER/NAME.json` wrote into the folder. The author's section is kept when the card
+is made again; a card that was edited in other places is refused.
+
+examples:
+  clmae card out/cl-mae
+  clmae card out/cl-mae --repo_id org/cl-mae-vit-b --license cc-by-4.0
+"""
 
 from __future__ import annotations
 
@@ -10,22 +17,11 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 from clmae.model_cards.card import write_card
 from clmae.model_cards.run import read_run
-from clmae.training.pictures import curves_figure, save_figure
-
-EXAMPLES = """\
-  clmae card out/cl-mae
-  clmae card out/cl-mae --repo_id org/cl-mae-vit-b --license cc-by-4.0"""
 
 
 def run(argv: Sequence[str]) -> int:
     """Makes `README.md` in an output folder, from what the run and its evaluations wrote there."""
-    parser = CommandParser(
-        "clmae card",
-        "Make the model card (README.md) of an output folder from what the run recorded there, with the results that\n"
-        "`clmae evaluate --output FOLDER/NAME.json` wrote into the folder. The author's section is kept when the card\n"
-        "is made again; a card that was edited in other places is refused.",
-        EXAMPLES,
-    )
+    parser = CommandParser("clmae card", __doc__)
     add_card_arguments(parser)
     parser.add_argument("--repo_id", metavar="ID", help="Where on the Hub the model is: owner/name.")
     (args,) = parser.read(argv)
@@ -44,6 +40,8 @@ def add_card_arguments(parser: CommandParser) -> None:
 
 def make_card(folder: str, repo_id: str | None = None, license: str | None = None, force: bool = False) -> Path:
     """Draws the curves and writes the card; arguments and errors as [`write_card`]'s."""
+    from clmae.training.pictures import curves_figure, save_figure  # the help does not wait for it
+
     if not Path(folder).is_dir():
         raise InputError(f"OUTPUT_DIR {folder!r} is no folder.")
     history = read_run(folder).state.get("log_history")

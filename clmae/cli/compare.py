@@ -1,5 +1,14 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae compare`."""
+"""Pretrain by several recipes on the same images, with the same number of images seen and with the
+same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. If it is
+killed, the same command goes on where it was.
+
+examples:
+  clmae compare --recipes recipes/mae_cifar10.yaml recipes/cl_mae_cifar10.yaml recipes/cmae_cifar10.yaml \\
+      --output_dir out/compare --seeds 0 1 2
+  clmae compare --recipes mae.yaml cl_mae.yaml --dataset ./images --eval_dataset ./labelled --output_dir out/compare \\
+      --images_seen 1000000 --per_device_train_batch_size 128
+"""
 
 from __future__ import annotations
 
@@ -17,12 +26,6 @@ from clmae.configuration.errors import InputError
 from clmae.evaluation.compare import compare
 from clmae.evaluation.plan import BUDGETS, NUM_POINTS, Evaluation, Recipe, make_plan
 from clmae.evaluation.report import PROTOCOLS
-
-EXAMPLES = """\
-  clmae compare --recipes recipes/mae_cifar10.yaml recipes/cl_mae_cifar10.yaml recipes/cmae_cifar10.yaml \\
-      --output_dir out/compare --seeds 0 1 2
-  clmae compare --recipes mae.yaml cl_mae.yaml --dataset ./images --eval_dataset ./labelled --output_dir out/compare \\
-      --images_seen 1000000 --per_device_train_batch_size 128"""
 
 # Options of `clmae pretrain` that a comparison sets by itself.
 REFUSED = {
@@ -66,14 +69,7 @@ class CompareArguments:
 def run(argv: Sequence[str]) -> int:
     """Compares recipes; table and figure are in `--output_dir` afterwards."""
     args, overrides = CommandParser(
-        "clmae compare",
-        "Pretrain by several recipes on the same images, with the same number of images seen and with the\n"
-        "same compute, and evaluate each. Any option of `clmae pretrain` applies to every recipe. If it is\n"
-        "killed, the same command goes on where it was.",
-        EXAMPLES,
-        {"options": CompareArguments},
-        takes_recipe=False,
-        refused=REFUSED,
+        "clmae compare", __doc__, {"options": CompareArguments}, takes_recipe=False, refused=REFUSED
     ).read(argv)
     recipes = [recipe(path, overrides, args.output_dir) for path in args.recipes]
     options = {name.removeprefix("eval_"): value for name, value in asdict(args).items() if name.startswith("eval_")}

@@ -1,5 +1,11 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae convert`."""
+"""Convert weights of facebookresearch/mae, CL-MAE's authors, timm or transformers' ViTMAE.
+
+examples:
+  clmae convert mae_visualize_vit_base.pth out/mae-base
+  clmae convert checkpoint-799.pth out/cl-mae --num_attention_heads 8
+  clmae convert ./vit-mae-base out/mae-base
+"""
 
 from __future__ import annotations
 
@@ -30,12 +36,6 @@ from clmae.configuration.errors import InputError
 from clmae.model_cards.record import read_json
 from clmae.modeling import MAEImageProcessor
 from clmae.modeling.conversion import CL_MAE_AUTHORS, TIMM, Import, read_weights
-from clmae.training.data import make_image_processor
-
-EXAMPLES = """\
-  clmae convert mae_visualize_vit_base.pth out/mae-base
-  clmae convert checkpoint-799.pth out/cl-mae --num_attention_heads 8
-  clmae convert ./vit-mae-base out/mae-base"""
 
 # Fields of the configuration that weights do not tell, or not always; each is an option.
 FIELDS = (
@@ -56,8 +56,7 @@ def run(argv: Sequence[str]) -> int:
     """Converts a checkpoint of another project into a folder of ours, and reports what became of each weight."""
     parser = CommandParser(
         "clmae convert",
-        "Convert weights of facebookresearch/mae, CL-MAE's authors, timm or transformers' ViTMAE.",
-        EXAMPLES,
+        __doc__,
         {"what the weights do not tell": config_options(CLMAEConfig, FIELDS)},
         takes_recipe=False,
     )
@@ -102,6 +101,8 @@ def report(imported: Import) -> str:
 
 def save_image_processor(source: Path, imported: Import, folder: Path) -> None:
     """The source's image processor if it has one, and ImageNet's for the layouts that come without."""
+    from clmae.training.data import make_image_processor  # the help does not wait for it
+
     file, theirs, config = source / "preprocessor_config.json", timm_model(source), imported.config
     if file.is_file():  # transformers would read a folder of timm by timm
         processor = AutoImageProcessor.from_pretrained(source if theirs is None else file)
@@ -211,6 +212,8 @@ def timm_fields(model: Any) -> dict[str, Any]:
 def timm_processor(model: Any) -> BitImageProcessor:
     """The image processor that shows images as timm does for this model; where none can, the nearest, with a note."""
     import timm
+
+    from clmae.training.data import make_image_processor
 
     view = timm.data.resolve_model_data_config(model)
     channels, *size = view["input_size"]

@@ -1,5 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae embed`."""
+"""Turn images into features: columns path (index, where images have no paths), label (if there is one) and
+features. Any encoder that AutoModel loads. Stopped, the same command goes on where it was.
+
+examples:
+  clmae embed out/cl-mae ./my_photos --output features.parquet
+  clmae embed out/cl-mae uoft-cs/cifar10 --split test --output cifar10.npy --plot pca
+  clmae embed facebook/dinov2-base ./my_photos --output dinov2.parquet --batch_size 64 --device cuda:1
+"""
 
 from __future__ import annotations
 
@@ -36,10 +43,6 @@ from clmae.training.data import LABEL_NAMES, load_image_dataset, take_samples
 from clmae.training.integrity import run_lock
 from clmae.training.pictures import save_figure
 
-EXAMPLES = """\
-  clmae embed out/cl-mae ./my_photos --output features.parquet
-  clmae embed out/cl-mae uoft-cs/cifar10 --split test --output cifar10.npy --plot pca
-  clmae embed facebook/dinov2-base ./my_photos --output dinov2.parquet --batch_size 64 --device cuda:1"""
 PART_ROWS = 4096  # of a part and a row group, up to a whole batch
 MAX_POINTS = 3000  # of a picture
 
@@ -72,14 +75,7 @@ class EmbedData(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Encodes images a part at a time, and makes one file of the parts at the end."""
-    parser = CommandParser(
-        "clmae embed",
-        "Turn images into features: columns path (index, where images have no paths), label (if there is one) and\n"
-        "features. Any encoder that AutoModel loads. Stopped, the same command goes on where it was.",
-        EXAMPLES,
-        {"options": EmbedArguments},
-        takes_recipe=False,
-    )
+    parser = CommandParser("clmae embed", __doc__, {"options": EmbedArguments}, takes_recipe=False)
     parser.usage = "clmae embed MODEL DATA --output FILE [--option value ...]"
     parser.add_argument("model", metavar="MODEL", help="Folder or Hub id of an encoder.")
     parser.add_argument("data", metavar="DATA", help="Images: Hub id, folder, parquet file.")

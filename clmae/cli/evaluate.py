@@ -142,9 +142,8 @@ def _read(
     protocol: str, argv: Sequence[str], description: str, groups: dict[str, type], shown: set[str] | None = None
 ) -> tuple[Any, Any]:
     examples = "\n".join(EXAMPLE.format(protocol, more).rstrip() for more in EXAMPLE_OPTIONS.get(protocol, ("",)))
-    prog = f"clmae evaluate {protocol}"
-    parser = CommandParser(prog, f"{TITLES[protocol]} {description}.", examples, groups, shown=shown)
-    options, chosen = parser.read(argv)
+    description = f"{TITLES[protocol]} {description}.\n\nexamples:\n{examples}"
+    options, chosen = CommandParser(f"clmae evaluate {protocol}", description, groups, shown=shown).read(argv)
     if options.output is not None and Path(options.output).suffix != ".json":
         raise InputError(f"`output` is {options.output!r}; give the name of a .json file.")
     return options, chosen

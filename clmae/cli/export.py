@@ -1,5 +1,12 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae export`."""
+"""Write a model for other libraries: transformers' own classes (loaded without clmae and without remote
+code), timm, ONNX, or facebookresearch/mae. The result is run and compared before it is left there.
+
+examples:
+  clmae export --to vit out/cl-mae out/cl-mae-vit
+  clmae export --to timm out/cl-mae out/cl-mae-timm
+  clmae export --to onnx out/classifier out/classifier-onnx
+"""
 
 from __future__ import annotations
 
@@ -28,11 +35,6 @@ from clmae.model_cards.run import read_model_config
 from clmae.modeling.conversion import Export, read_weights, to_beit, to_dinov2, to_mae, to_timm, to_vit, to_vit_mae
 from clmae.modeling.modeling_mae import MAEForImageClassification, MAEForPreTraining, MAEModel, MAEPreTrainedModel
 
-EXAMPLES = """\
-  clmae export --to vit out/cl-mae out/cl-mae-vit
-  clmae export --to timm out/cl-mae out/cl-mae-timm
-  clmae export --to onnx out/classifier out/classifier-onnx"""
-
 TOLERANCE = 1e-4
 Outputs = dict[str, torch.Tensor]
 # What an exporter gives: the exported model's outputs for the source's images and noise, and how to load it.
@@ -50,12 +52,7 @@ class Source(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Writes a model for another library, and checks it against the source before it is left there."""
-    parser = CommandParser(
-        "clmae export",
-        "Write a model for other libraries: transformers' own classes (loaded without clmae and without remote\n"
-        "code), timm, ONNX, or facebookresearch/mae. The result is run and compared before it is left there.",
-        EXAMPLES,
-    )
+    parser = CommandParser("clmae export", __doc__)
     parser.add_argument("source", metavar="SRC", help="Folder or Hub id of a model of ours.")
     parser.add_argument("destination", metavar="DST", help="Folder to write.")
     parser.add_argument("--to", required=True, choices=EXPORTERS, help="What to write.")

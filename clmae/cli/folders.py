@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from clmae.configuration.errors import InputError
@@ -27,7 +27,7 @@ def load_whole(model_class: Any, name: str, argument: str, **options: Any) -> Pr
     """
     try:
         model, report = model_class.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{argument} {name!r} cannot be loaded: {error}") from error
     if report["missing_keys"]:
         what = f"no whole {type(model).__name__}: its weights lack {min(report['missing_keys'])}"
@@ -45,16 +45,12 @@ def new_folder(destination: str) -> Iterator[Path]:
     target = Path(destination)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"DST {destination!r} exists and is not empty; name a new folder.")
-    new_parents = [parent for parent in target.parents if not parent.exists()]
-    folder = target.with_name(f".{target.name}.{os.getpid()}")
-    folder.mkdir(parents=True)
-    try:
+    parent = next(parent for parent in target.absolute().parents if parent.exists())
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent) as temporary:
+        folder = Path(temporary, target.name)  # with the mode of any new folder
+        folder.mkdir()
         yield folder
         if target.exists():
             target.rmdir()
+        target.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in new_parents:
-            parent.rmdir()
-        raise

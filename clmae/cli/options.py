@@ -87,7 +87,8 @@ class CommandParser(HfArgumentParser):
     """The parser of one command.
 
     Args:
-        prog, description, examples: For the help.
+        prog: The command, `clmae` included.
+        description: For the help: what the command does, then examples.
         groups: Dataclasses of options, by their titles in the help; others are added by `add_argument`.
         takes_recipe: Whether the command takes `--config RECIPE.yaml`.
         shown: The options that `--help` explains, in a sentence each; `--help-all` explains all. `None`: both do.
@@ -98,8 +99,7 @@ class CommandParser(HfArgumentParser):
     def __init__(
         self,
         prog: str,
-        description: str,
-        examples: str,
+        description: str | None,
         groups: Mapping[str, Any] | None = None,
         *,
         takes_recipe: bool = True,
@@ -114,7 +114,7 @@ class CommandParser(HfArgumentParser):
             list((groups or {}).values()),
             prog=prog,
             usage=f"{prog} {recipe}[--option value ...]" if groups else None,
-            description=f"{description}\n\nexamples:\n{examples}",
+            description=(description or "").strip(),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )

@@ -1,5 +1,11 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae pretrain`."""
+"""Pretrain a masked autoencoder on images. A recipe (--config) is a YAML file of these options.
+
+examples:
+  clmae pretrain --family cl_mae --model_size small --dataset ./my_photos --output_dir out/cl-mae
+  clmae pretrain --config recipes/cl_mae_cifar10.yaml --output_dir out/cifar --num_train_epochs 50
+  clmae pretrain --config recipes/cl_mae_cifar10.yaml --output_dir out/cifar --resume_from_checkpoint last
+"""
 
 from __future__ import annotations
 
@@ -20,11 +26,6 @@ from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArgu
 from clmae.training.data import DataArguments, ImageDataset
 from clmae.training.initial import initial_config
 from clmae.training.integrity import checkpoints
-
-EXAMPLES = """\
-  clmae pretrain --family cl_mae --model_size small --dataset ./my_photos --output_dir out/cl-mae
-  clmae pretrain --config recipes/cl_mae_cifar10.yaml --output_dir out/cifar --num_train_epochs 50
-  clmae pretrain --config recipes/cl_mae_cifar10.yaml --output_dir out/cifar --resume_from_checkpoint last"""
 
 # What `--help` explains; `--help-all` explains all.
 SHOWN = {
@@ -95,13 +96,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[MAEConfig, DataArguments, Pretr
         "evaluation": OnlineEvaluationArguments,
         f"model (fields of {config_class.__name__})": config_options(config_class),
     }
-    family, data, args, _, model_options = parts = CommandParser(
-        "clmae pretrain",
-        "Pretrain a masked autoencoder on images. A recipe (--config) is a YAML file of these options.",
-        EXAMPLES,
-        groups,
-        shown=SHOWN,
-    ).read(argv)
+    parts = CommandParser("clmae pretrain", __doc__, groups, shown=SHOWN).read(argv)
+    family, data, args, _, model_options = parts
     if args.init and family.model_size:
         raise InputError(f"`init` is {args.init!r}, whose sizes the model has; leave out `model_size`.")
     if args.init:

@@ -1,5 +1,13 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae push`."""
+"""Upload a model to the Hub: weights, configuration, the model's code, image processor, card and the pictures
+that it shows (they show held-out images), scores. No checkpoints, data or logs. Log in with `hf auth
+login`, or set HF_TOKEN.
+
+examples:
+  clmae push out/cl-mae org/cl-mae-vit-b
+  clmae push out/cl-mae org/cl-mae-vit-b --private
+  clmae push org/cl-mae-vit-b org/cl-mae-page --space
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ import importlib.metadata
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -21,11 +30,6 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 from clmae.model_cards.card import CARD_NAME, EditedCardError, author_section, is_edited
 from clmae.model_cards.hub import check_card, check_folder, hub_files, upload
-
-EXAMPLES = """\
-  clmae push out/cl-mae org/cl-mae-vit-b
-  clmae push out/cl-mae org/cl-mae-vit-b --private
-  clmae push org/cl-mae-vit-b org/cl-mae-page --space"""
 
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SPACE_README = """\
@@ -47,13 +51,7 @@ serve({model!r}, host=None, port=None)  # where the Space says
 
 def run(argv: Sequence[str]) -> int:
     """Checks an output folder, makes its card, and uploads what belongs on the Hub, in one commit."""
-    parser = CommandParser(
-        "clmae push",
-        "Upload a model to the Hub: weights, configuration, the model's code, image processor, card and the pictures "
-        "that it shows (they show held-out images), scores. No checkpoints, data or logs. Log in with `hf auth "
-        "login`, or set HF_TOKEN.",
-        EXAMPLES,
-    )
+    parser = CommandParser("clmae push", __doc__)
     add_card_arguments(parser)
     parser.add_argument("repo_id", metavar="ID", help="Where on the Hub: owner/name; created if it does not exist.")
     parser.add_argument("--private", action="store_true", help="Make it private; refused if it exists and is public.")
@@ -92,13 +90,8 @@ def _write_card(args: argparse.Namespace) -> None:
 
 
 def _push(folder: str, args: argparse.Namespace) -> None:
-    api, repo_id = HfApi(), args.repo_id
-    api.create_repo(repo_id, private=args.private, exist_ok=True)
-    before = api.model_info(repo_id)
-    if args.private and not before.private:
-        raise InputError(
-            f"{repo_id!r} exists already, and is public: make it private on the Hub, or take another name."
-        )
+    repo_id = args.repo_id
+    before = _create_repository(args)
     if not args.force:
         _check_remote_card(repo_id, folder)
     sizes = {name: Path(folder, name).stat().st_size for name in hub_files(folder)}
@@ -108,6 +101,18 @@ def _push(folder: str, args: argparse.Namespace) -> None:
     commit = upload(folder, repo_id, commit_message=args.message)
     changed = commit.oid != before.sha
     print(f"pushed to {commit.repo_url}" if changed else f"nothing has changed at {commit.repo_url}")
+
+
+def _create_repository(args: argparse.Namespace, repo_type: str = "model", **options: str) -> Any:
+    """What the Hub says of the repository, which is made if there is none; one that is public stays public."""
+    api, repo_id = HfApi(), args.repo_id
+    api.create_repo(repo_id, repo_type=repo_type, private=args.private, exist_ok=True, **options)
+    info = api.repo_info(repo_id, repo_type=repo_type)
+    if args.private and not info.private:
+        raise InputError(
+            f"{repo_id!r} exists already, and is public: make it private on the Hub, or take another name."
+        )
+    return info
 
 
 def _check_remote_card(repo_id: str, folder: str) -> None:
@@ -127,8 +132,7 @@ def _check_remote_card(repo_id: str, folder: str) -> None:
 
 def _push_space(model: str, args: argparse.Namespace) -> None:
     """A Space with the page for a model: one on the Hub, or a folder, whose files then go with it."""
-    repo_id, private = args.repo_id, args.private
-    folder, package = Path(model), Path(clmae.__file__).parent
+    repo_id, folder, package = args.repo_id, Path(model), Path(clmae.__file__).parent
     names = hub_files(folder) if folder.is_dir() else []
     requirements = [line for line in importlib.metadata.requires("clmae") or [] if "extra ==" not in line]
     name, models = repo_id.split("/")[1], "" if names else f"models: [{model}]\n"
@@ -140,10 +144,7 @@ def _push_space(model: str, args: argparse.Namespace) -> None:
         "app.py": SPACE_APP.format(model="model" if names else model).encode(),
         "requirements.txt": "\n".join([*requirements, "gradio>=6\n"]).encode(),
     }
-    api = HfApi()
-    api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
-    if private and not api.space_info(repo_id).private:
-        raise InputError(f"{repo_id!r} is there already, and public: make it private on the Hub, or take another name.")
+    _create_repository(args, repo_type="space", space_sdk="gradio")
     operations = [CommitOperationAdd(file, content) for file, content in files.items()]
-    commit = api.create_commit(repo_id, operations, commit_message=args.message, repo_type="space")
+    commit = HfApi().create_commit(repo_id, operations, commit_message=args.message, repo_type="space")
     print(f"pushed {len(files)} files to {commit.repo_url}")

@@ -1,5 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae visualize`."""
+"""Draw masks and reconstructions of images.
+
+examples:
+  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,6 @@ from clmae.cli.options import CommandParser
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.model_cards.run import read_model_config
-from clmae.training.data import center_view, decode_image, normalize, sample_generator
-from clmae.training.pictures import reconstruction_figure, save_figure
-
-EXAMPLES = "  clmae visualize --model out/cl-mae --images photo1.jpg photo2.jpg --output masks.png"
 
 
 @dataclass
@@ -35,8 +35,10 @@ class VisualizeArguments:
 
 def run(argv: Sequence[str]) -> int:
     """Draws images, masks, reconstructions and keep probabilities into one PNG file."""
-    description = "Draw masks and reconstructions of images."
-    (args,) = CommandParser("clmae visualize", description, EXAMPLES, {"options": VisualizeArguments}).read(argv)
+    (args,) = CommandParser("clmae visualize", __doc__, {"options": VisualizeArguments}).read(argv)
+    from clmae.training.data import center_view, decode_image, normalize, sample_generator  # the help does not wait
+    from clmae.training.pictures import reconstruction_figure, save_figure
+
     if Path(args.output).suffix.lower() != ".png":
         raise InputError(f"`output` is {args.output!r}; give the name of a .png file.")
     read_model_config(args.model)

@@ -36,7 +36,7 @@ class House:
 
 def parse_both(*argv, **options):
     groups = {"animals": Animal, "houses": House}
-    return CommandParser("zoo keep", "Keep a zoo.", "  zoo keep --name Leo", groups, **options).read(argv)
+    return CommandParser("zoo keep", "Keep a zoo.\n\nexamples:\n  zoo keep --name Leo", groups, **options).read(argv)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_booleans_take_a_value(text, value):
 
 
 def test_arguments_without_a_dataclass():
-    parser = CommandParser("zoo open", "Open it.", "  zoo open GATE")
+    parser = CommandParser("zoo open", "Open it.")
     parser.add_argument("gate", metavar="GATE")
     parser.add_argument("--force", action="store_true")
     (args,) = parser.read(["north", "--force"])
@@ -79,7 +79,7 @@ def test_arguments_without_a_dataclass():
 
 
 def test_options_that_are_passed_on():
-    parser = CommandParser("zoo move", "Move it.", "  zoo move", {"houses": House}, refused={"name": "names stay"})
+    parser = CommandParser("zoo move", "Move it.", {"houses": House}, refused={"name": "names stay"})
     argv = ["--config", "r.yaml", "--rooms", "2", "--legs", "-1", "3", "--tame", "--hidden-room=1", "--sizes=1"]
     assert parser.read(argv) == (House(2, 1), ["--config", "r.yaml", "--legs", "-1", "3", "--tame", "--sizes=1"])
     with pytest.raises(InputError, match="--name is not for `zoo move`: names stay"):
@@ -192,7 +192,7 @@ def test_recipe_to_argv():
 
 
 def parse_config(config_class, *argv):
-    (options,) = CommandParser("p", "d", "e", {"model": config_options(config_class)}).read(argv)
+    (options,) = CommandParser("p", "d", {"model": config_options(config_class)}).read(argv)
     return given(options)
 
 
