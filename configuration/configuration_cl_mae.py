@@ -52,8 +52,6 @@ class CLMAEConfig(MAEConfig):
             the run: `"linear"`, `"cosine"`, or `"constant"` (stays at `curriculum_start`).
         curriculum_start (`float`, *optional*, defaults to 1.0): λ_CL at the first step; positive is a partner.
         curriculum_end (`float`, *optional*, defaults to -1.0): λ_CL at the last step; negative is an adversary.
-        curriculum_cooldown (`float`, *optional*, defaults to 0.0): Last share of the run, in [0, 1), whose masks are
-            random and whose masking module rests; the curriculum ends where it begins.
 
     Raises:
         InputError: A field has the wrong type or value; the message names field, value and remedy.
@@ -78,7 +76,6 @@ class CLMAEConfig(MAEConfig):
     curriculum_shape: str = "linear"
     curriculum_start: float = 1.0
     curriculum_end: float = -1.0
-    curriculum_cooldown: float = 0.0
 
     _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
         *MAEConfig._rules,
@@ -89,14 +86,13 @@ class CLMAEConfig(MAEConfig):
         (number("[0, inf)"), "gauss_loss_weight kl_loss_weight diversity_loss_weight diversity_scale"),
         (number("(-inf, inf)"), "curriculum_start curriculum_end"),
         (number("(0, inf)"), "masker_error_scale"),
-        (number("[0, 1)"), "curriculum_cooldown"),
         (choice(*MASKER_OBJECTIVES), "masker_objective"),
         (choice(*SOFT_MASKINGS), "soft_masking"),
         (choice(*KL_REDUCTIONS), "kl_reduction"),
         (choice(*CURRICULUM_SHAPES), "curriculum_shape"),
     )
 
-    _earlier: ClassVar[dict[str, Any]] = {"masker_objective": "soft", "curriculum_cooldown": 0.0}
+    _earlier: ClassVar[dict[str, Any]] = {"masker_objective": "soft"}
 
     @property
     def learns_masks(self) -> bool:

@@ -31,13 +31,12 @@ TINY = dict(
     patch_size=4,
 )
 TINY_MASKER = dict(
-    **dict(masker_objective="soft", curriculum_cooldown=0.0),
+    **dict(masker_objective="soft"),
     **dict(masker_num_hidden_layers=2, masker_num_attention_heads=2, masker_intermediate_size=48),
 )
 # All of its tasks, in the form that is easiest to compute by hand.
 TINY_CMAE = dict(
     masker_objective="soft",
-    curriculum_cooldown=0.0,
     contrastive_loss_weight=0.1,
     position_loss_weight=0.1,
     projection_batch_norm=False,

@@ -37,8 +37,8 @@ def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_int
     Args:
         config: Of any family; CL-MAE's part counts where the masks are learned, CMAE's tasks where they have a weight.
         batch_size: Images; two views of an image are one image.
-        masker_update_interval: The masking module learns at every k-th step only; the result is the mean over the
-            steps of a run, its cool-down among them.
+        masker_update_interval: The masking module learns at every k-th step only; the result is the mean over its
+            steps.
 
     Returns:
         FLOPs by the part's name, of the parts that there are: `"encoder"` (of visible patches) and `"decoder"`,
@@ -52,13 +52,12 @@ def step_flops_by_part(config: MAEConfig, batch_size: int = 1, masker_update_int
     decoded = 1 / 2 if views == 2 and config.decoded_views == 1 else 1.0
     parts["decoder"] = 3 * decoded * sum(_decoder(config, visible + 1, config.prediction_ratio))
     if config.learns_masks:
-        learned = 1 - config.curriculum_cooldown
-        share = learned / masker_update_interval
+        share = 1 / masker_update_interval
         if config.masker_objective == "error":
-            parts["masking module"] = (learned + 2 * share) * _error_predictor(config)
+            parts["masking module"] = (1 + 2 * share) * _error_predictor(config)
             parts["masking module"] -= share * _linear(patches, width, config.masker_hidden_size)  # tokens: no gradient
         else:
-            parts["masking module"] = (learned + 2 * share) * _masking_module(config)
+            parts["masking module"] = (1 + 2 * share) * _masking_module(config)
             parts["pass B"] = share * _pass_b(config)
     if config.model_type == "cmae" and config.position_loss_weight:
         parts["token positions"] = 3 * _linear(int(visible * config.position_mask_ratio), width, patches) + embedding
@@ -161,9 +160,6 @@ def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     flops: float = count(curriculum_factor=1.0, compute_masker_loss=True)
     if interval > 1:
         flops = (flops + (interval - 1) * count(curriculum_factor=1.0, compute_masker_loss=False)) / interval
-    cooldown = config.curriculum_cooldown if config.learns_masks else 0
-    if cooldown:
-        flops = (1 - cooldown) * flops + cooldown * count(masking="random", compute_masker_loss=False)
     return args.total_train_batch_size // args.train_batch_size * flops
 
 

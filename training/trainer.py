@@ -113,11 +113,10 @@ class CurriculumTrainer(BaseTrainer):
         if self._normalizes:
             data_collator = ImageCollator(train_dataset.mean, train_dataset.std)
         if args.ddp_find_unused_parameters is None and isinstance(model, MAEPreTrainedModel):
-            # A step uses all parameters, so that there is nothing to look for; but with an interval or a cool-down the
-            # masking module has no gradient on some steps, and must then stay as it is: a gradient of zero would still
-            # let AdamW's momentum and weight decay move it.
-            rests = model.config.learns_masks and model.config.curriculum_cooldown > 0
-            args.ddp_find_unused_parameters = args.masker_update_interval > 1 or rests
+            # A step uses all parameters, so that there is nothing to look for; but with an interval the masking module
+            # has no gradient on some steps, and must then stay as it is: a gradient of zero would still let AdamW's
+            # momentum and weight decay move it.
+            args.ddp_find_unused_parameters = args.masker_update_interval > 1
         if args.init:
             load_initial_weights(model, args.init)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, *rest, **kwargs)
@@ -281,9 +280,8 @@ class CurriculumTrainer(BaseTrainer):
             # would try to split it.
             as_tensor = self.args.n_gpu <= 1
             inputs["curriculum_factor"] = torch.full((), factor, device=self.args.device) if as_tensor else factor
-            cools_down = step >= self._curriculum_steps
-            inputs["masking"] = "random" if cools_down else "learned"
-            inputs["compute_masker_loss"] = not cools_down and step % self.args.masker_update_interval == 0
+            inputs["masking"] = "learned"
+            inputs["compute_masker_loss"] = step % self.args.masker_update_interval == 0
         elif self.has_masking_module:
             inputs["masking"] = "random"
         if "noise" not in inputs and self._accepts_noise and (not training or _uses_noise(self.model.config)):
@@ -302,13 +300,8 @@ class CurriculumTrainer(BaseTrainer):
         if not self.state.max_steps:
             return config.curriculum_start if config.curriculum_shape == "constant" else config.curriculum_end
         return curriculum_factor(
-            step, self._curriculum_steps, config.curriculum_shape, config.curriculum_start, config.curriculum_end
+            step, self.state.max_steps, config.curriculum_shape, config.curriculum_start, config.curriculum_end
         )
-
-    @property
-    def _curriculum_steps(self) -> int:
-        """Steps of the run before the cool-down."""
-        return round(self.state.max_steps * (1 - self.model.config.curriculum_cooldown))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Logs; the training log also carries the means of every scalar since the last, over all processes.
@@ -406,7 +399,6 @@ class CurriculumTrainer(BaseTrainer):
 def _uses_noise(config: Any) -> bool:
     """Whether a training step draws its masks, the tokens whose positions are withheld, or what is predicted."""
     drawn = not getattr(config, "learns_masks", False) or config.masker_objective == "error"
-    drawn = drawn or bool(config.curriculum_cooldown)
     return drawn or bool(getattr(config, "position_loss_weight", 0)) or config.prediction_ratio < 1
 
 

@@ -205,7 +205,7 @@ def test_a_family_that_goes_on_from_a_mae_is_what_its_configuration_says(tmp_pat
     configuration, _, kind, *_ = clmae.FAMILIES[family]
     model = kind.from_pretrained(tmp_path).train()
     fresh = configuration(**tiny_config("mae").to_diff_dict() | {"model_type": family})
-    names = ("masker_objective", "curriculum_cooldown", "masker_num_hidden_layers", "masker_hidden_size")
+    names = ("masker_objective", "masker_num_hidden_layers", "masker_hidden_size")
     assert [getattr(model.config, name) for name in names] == [getattr(fresh, name) for name in names]
     pixel_values = make_images(model.config, 8)
     loss = model(pixel_values.unflatten(0, (4, 2)) if family == "cmae" else pixel_values).loss

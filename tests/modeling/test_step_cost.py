@@ -21,7 +21,6 @@ FAMILIES = {
     "cmae-one-view": ("cmae", {"contrastive_loss_weight": 0.0}),
     "cmae-no-tasks": ("cmae", {"contrastive_loss_weight": 0.0, "position_loss_weight": 0.0}),
     "cmae-learned": ("cmae", {"learned_masks": True}),
-    "cl_mae-cooldown": ("cl_mae", {"masker_objective": "error", "curriculum_cooldown": 0.25}),
     "mae-partial": ("mae", {"prediction_ratio": 0.4}),
     "cl_mae-error": ("cl_mae", {"masker_objective": "error"}),
     "cmae-error": ("cmae", {"learned_masks": True, "masker_objective": "error", "decoded_views": 1}),

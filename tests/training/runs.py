@@ -29,16 +29,16 @@ CONFIG = dict(
     patch_size=4,
 )
 MASKER = dict(
-    **dict(masker_objective="soft", curriculum_cooldown=0.0),
+    **dict(masker_objective="soft"),
     **dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=48),
 )
 TASKS = dict(contrastive_loss_weight=0.1, position_loss_weight=0.1, projection_batch_norm=False, decoded_views=2)
 VARIANTS: dict[str, dict[str, Any]] = {
     "mae": {},
     "cl_mae": MASKER,
-    "cl_mae-error": dict(masker_num_attention_heads=2, curriculum_cooldown=0.0),
+    "cl_mae-error": dict(masker_num_attention_heads=2),
     "cmae": MASKER | TASKS,
-    "cmae-error": dict(learned_masks=True, masker_num_attention_heads=2, curriculum_cooldown=0.0, prediction_ratio=0.5),
+    "cmae-error": dict(learned_masks=True, masker_num_attention_heads=2, prediction_ratio=0.5),
 }
 QUIET = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", dataloader_pin_memory=False)
 SHORT = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=1e-3, warmup_steps=0)

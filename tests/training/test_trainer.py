@@ -902,33 +902,6 @@ def test_masks_by_predicted_errors_are_easier_then_harder(tmp_path):
     assert all(loss < 1.5 for loss in list(logged(trainer, "prediction_loss").values())[-20:])
 
 
-def test_cool_down(tmp_path):
-    """Its masks are the dataset's random ones, and the masking module rests; the curriculum has ended before it."""
-    model = tiny_model("cl_mae-error", curriculum_cooldown=0.5)
-    recorder = Recorder(model)
-    trainer = tiny_trainer(tmp_path, model, max_steps=8)
-    after = {}
-    trainer.add_callback(KeepWeights(after))
-    trainer.train()
-    masking = [inputs["masking"] for inputs in recorder.inputs]
-    assert masking == ["learned"] * 4 + ["random"] * 4
-    assert list(logged(trainer, "curriculum_factor").values()) == pytest.approx([1, 1 / 3, -1 / 3, -1] + [-1] * 4)
-    rested = [name for name in after[4] if "masking_module" in name]
-    assert all(torch.equal(after[4][name], after[8][name]) for name in rested)
-    assert not torch.equal(after[3][rested[0]], after[4][rested[0]])
-    assert "prediction_loss" not in trainer.state.log_history[6]
-
-
-class KeepWeights(TrainerCallback):
-    """Keeps a copy of all weights after each step."""
-
-    def __init__(self, kept):
-        self.kept = kept
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        self.kept[state.global_step] = weights(model)
-
-
 # -- saving ---------------------------------------------------------------------------------------------------------
 
 
