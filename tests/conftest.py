@@ -17,6 +17,7 @@ import clmae
 from clmae.configuration.configuration_mae import pair
 
 from .local_hub import Client, LocalHub
+from .processes import Processes
 
 TINY = dict(
     hidden_size=32,
@@ -95,16 +96,21 @@ def hub():
 
 
 @pytest.fixture(scope="session")
-def client(hub, tmp_path_factory):
-    """A process that talks to `hub`, for whoever is to use it; its start takes seconds."""
-    started = Client(hub, tmp_path_factory.mktemp("client"))
+def processes(hub, tmp_path_factory):
+    """What starts processes for tests; their huggingface_hub talks to `hub`."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    started = Processes(tmp_path_factory.mktemp("processes"), {**settings, "NO_PROXY": "127.0.0.1"})
     yield started
     started.close()
 
 
 @pytest.fixture(scope="session")
-def bare_client(hub, tmp_path_factory):
+def client(processes, tmp_path_factory):
+    """A process that talks to `hub`, for whoever is to use it."""
+    return Client(processes, tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="session")
+def bare_client(processes, tmp_path_factory):
     """The same, without `clmae`."""
-    started = Client(hub, tmp_path_factory.mktemp("client"), with_clmae=False)
-    yield started
-    started.close()
+    return Client(processes, tmp_path_factory.mktemp("client"), clmae=False)

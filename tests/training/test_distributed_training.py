@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-
-import clmae
+import torch.distributed as dist
 
 from .runs import record_run, tiny_model, weights
 
@@ -53,30 +49,26 @@ STREAM = dict(SHORT, stream=True)
 UNEVEN = dict(SHORT, count=13, everything=True, dataloader_drop_last=False, optim="adamw_torch")
 RESUMED = dict(UNEVEN, resume=f"{len(RUNS) + 1}/rank-0/checkpoint-2")
 UNEVEN |= dict(save_strategy="steps", save_steps=2)
-PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
+
+
+def one_of_two(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """What each process does: run i leaves its files in `<i>/rank-<rank>`; what is resumed is relative to the folder."""
+    for i, options in enumerate(runs):
+        output_dir = folder / str(i) / f"rank-{os.environ['RANK']}"
+        output_dir.mkdir(parents=True)
+        if "resume" in options:
+            options["resume"] = str(folder / options["resume"])
+        result = record_run(output_dir, **options)
+        torch.save(result | {"world_size": dist.get_world_size()}, output_dir / "result.pt")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
+def two_processes(tmp_path_factory, processes) -> Path:
     """The folder with what both processes left of every run."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    script = Path(__file__).with_name("distributed_run.py")
-    runs = json.dumps(
-        [{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)]
-    )
-    done = subprocess.run(
-        [*launcher, str(script), str(folder), runs],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)]
+    processes.launch(2, one_of_two, folder, runs)
     return folder
 
 
