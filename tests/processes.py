@@ -40,6 +40,7 @@ def script(program: Path | str, *arguments: str) -> None:
         sys.path.insert(0, str(program.parent))
         runpy.run_path(str(program), run_name="__main__")
     else:
+        sys.path.insert(0, "")
         exec(compile(program, "-c", "exec"), {"__name__": "__main__"})
 
 
@@ -49,25 +50,31 @@ def _enter(
     os.setsid()
     os.chdir(folder)
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    sys.stdout = sys.stderr = os.fdopen(file, "a", buffering=1)
+    for number, name in enumerate(("stdout", "stderr"), start=1):
+        file = log.with_suffix(f".{name}").open("a", buffering=1)
+        os.dup2(file.fileno(), number)
+        setattr(sys, name, file)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # its own processes start as they do everywhere
     if not clmae:
         sys.meta_path.insert(0, Refuse())
     sys.exit(target(*args))
 
 
 class Started:
-    """A process, the leader of a group of its own, and the file of what it prints."""
+    """A process, the leader of a group of its own, and what it prints."""
 
     def __init__(self, process: Any, log: Path) -> None:
-        self.process, self.log, self.pid = process, log, process.pid
+        self.process, self.pid = process, process.pid
+        self._stdout, self._stderr = log.with_suffix(".stdout"), log.with_suffix(".stderr")
 
     @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+    def stdout(self) -> str:
+        return self._stdout.read_text(errors="replace")
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text(errors="replace")
 
     @property
     def running(self) -> bool:
@@ -80,7 +87,7 @@ class Started:
     def wait(self, timeout: float = 300) -> int:
         """The exit code; minus the signal's number if one ended it."""
         self.process.join(timeout)
-        assert not self.running, f"still running after {timeout} s:\n{self.output[-3000:]}"
+        assert not self.running, f"still running after {timeout} s:\n{self.stderr[-3000:]}"
         return self.process.exitcode
 
 
@@ -127,21 +134,21 @@ class Processes:
             environment: What it adds to the server's; libraries that read it when they are imported have done so.
             clmae: Whether `clmae` can be imported.
         """
-        log = self.folder / f"{len(self.started)}.log"
+        log = self.folder / str(len(self.started))
         given = (target, args, folder or Path.cwd(), log, environment or {}, clmae)
         process = self.context.Process(target=_enter, args=given)
         process.start()
         self.started.append(Started(process, log))
         return self.started[-1]
 
-    def run(self, target: Callable[..., Any], *args: Any, **options: Any) -> str:
-        """What a process prints, whose exit code must be 0; `options` as in `start`."""
+    def run(self, target: Callable[..., Any], *args: Any, **options: Any) -> Started:
+        """A process that has ended, with exit code 0; `options` as in `start`."""
         started = self.start(target, *args, **options)
-        assert started.wait() == 0, started.output[-3000:]
-        return started.output
+        assert started.wait() == 0, started.stderr[-3000:]
+        return started
 
-    def launch(self, count: int, target: Callable[..., Any], *args: Any, **options: Any) -> str:
-        """Runs `count` processes of one group as `torchrun` would; what all printed. If one fails, all are ended."""
+    def launch(self, count: int, target: Callable[..., Any], *args: Any, **options: Any) -> list[Started]:
+        """Runs `count` processes of one group as `torchrun` would. If one fails, all are ended."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -153,14 +160,13 @@ class Processes:
         ]
         end = time.monotonic() + 300
         while any(one.running for one in group) and not any(one.process.exitcode for one in group):
-            assert time.monotonic() < end, [one.output[-3000:] for one in group]
+            assert time.monotonic() < end, [one.stderr[-3000:] for one in group]
             time.sleep(0.02)
         for one in group:
             if one.running:
                 one.signal(signal.SIGKILL)
-        output = "\n".join(one.output for one in group)
-        assert [one.wait() for one in group] == [0] * count, output[-6000:]
-        return output
+        assert [one.wait() for one in group] == [0] * count, [one.stderr[-3000:] for one in group]
+        return group
 
     def close(self) -> None:
         """Ends what still runs."""

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import Trainer
 from clmae.evaluation import plan
 from clmae.model_cards.card import write_card
 
+from .processes import script
 from .training.runs import pil_dataset
 
 pytestmark = pytest.mark.slow
@@ -134,15 +133,13 @@ def test_cells_straight_and_stopped(study, home, monkeypatch):
     assert "pictures/step-000004.png" in write_card(runs[1] / "model").read_text()
 
 
-def test_two_processes_do_each_cell_once(study, home, tmp_path):
+def test_two_processes_do_each_cell_once(study, home, tmp_path, processes):
     options = ["--seeds", "0", "--recipes", "mae", "cl_mae", "--budgets", "images", "--protocols", "knn"]
-    script = [sys.executable, BENCHMARKS / "study.py", "run", "tiny"]
-    argv = [*script, "--output_dir", tmp_path, "--dataset", "data", *options]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(argv, cwd=home, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    lines = [line for text in printed for line in text.splitlines() if "pretraining in" in line or "%" in line]
+    argv = [BENCHMARKS / "study.py", "run", "tiny", "--output_dir", tmp_path, "--dataset", "data", *options]
+    started = [processes.start(script, *argv, folder=home) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    printed = "".join(process.stdout for process in started)
+    lines = [line for line in printed.splitlines() if "pretraining in" in line or "%" in line]
     assert len(lines) == 2 + len(cells(tmp_path)) == 6
 
 

@@ -6,9 +6,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from clmae import MAEForPreTraining
 from clmae.cli import main
 
 from ..local_hub import Fault
+from ..processes import script
 
 OWNER = "hf_owner_token"
 NUMBERS = itertools.count()
@@ -235,7 +233,7 @@ def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
 
 
 @pytest.mark.slow
-def test_space(hub, push, folder, repo_id, tmp_path):
+def test_space(hub, push, folder, repo_id, tmp_path, processes):
     (folder / "trainer_state.json").unlink()
     code, output = push(folder, repo_id, "--space")
     assert code == 0, output
@@ -252,11 +250,8 @@ def test_space(hub, push, folder, repo_id, tmp_path):
         (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / name).write_bytes(content)
     # As a Space runs it: nothing of the repository, and `serve` up to the page.
-    script = "from clmae.app import Explorer; import clmae; print(Explorer('model').describe(), clmae.__file__)"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path / "space", env=environment, capture_output=True, text=True
-    )
+    code = "from clmae.app import Explorer; import clmae; print(Explorer('model').describe(), clmae.__file__)"
+    result = processes.run(script, code, folder=tmp_path / "space")
     assert result.stdout.startswith("MAE, "), result.stderr
     assert str(tmp_path) in result.stdout
     assert "serve('model', host=None, port=None)" in files["app.py"].decode()

@@ -466,7 +466,7 @@ def test_two_processes_equal_one(tiny_config, tmp_path, processes):
     data = {size: image_dataset(random_images(size), [0, 1, 2, 0, 1, 2, 0][:size]) for size in sizes}
     for size in sizes:
         data[size].save_to_disk(tmp_path / str(size))
-    printed = processes.launch(2, one_of_two, tmp_path, sizes)
+    group = processes.launch(2, one_of_two, tmp_path, sizes)
     for size in sizes:
         alone = LabelledImages(data[size], processor())
         features, labels = extract_features(model, alone, batch_size=2, progress=False)
@@ -479,7 +479,7 @@ def test_two_processes_equal_one(tiny_config, tmp_path, processes):
             assert torch.equal(found["labels"], labels)
             assert found["encoded"].item() == (1 - rank if size == 1 else 4 - rank)
     assert len(list((tmp_path / "cache").iterdir())) == 2
-    assert printed.count("features: 100%") == 2  # one bar each
+    assert sum(one.stderr.count("features: 100%") for one in group) == 2  # one bar each
 
 
 # -- baselines ------------------------------------------------------------------------------------------------------

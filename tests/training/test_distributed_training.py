@@ -52,7 +52,7 @@ UNEVEN |= dict(save_strategy="steps", save_steps=2)
 
 
 def one_of_two(folder: Path, runs: list[dict[str, Any]]) -> None:
-    """What each process does: run i leaves its files in `<i>/rank-<rank>`; what is resumed is relative to the folder."""
+    """What each process does: run i leaves its files in `<i>/rank-<rank>`; `resume` is relative to the folder."""
     for i, options in enumerate(runs):
         output_dir = folder / str(i) / f"rank-{os.environ['RANK']}"
         output_dir.mkdir(parents=True)
