@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from typing import Any
 
@@ -33,7 +32,6 @@ from transformers import (
     ViTMAEModel,
     initialization,
 )
-from transformers.utils import TransformersKwargs
 
 import clmae
 
@@ -476,14 +474,6 @@ def test_backbone_feature_maps(build, family, apply_layernorm, reshape_hidden_st
 
 
 # -- clients ----------------------------------------------------------------------------------------------------------
-
-
-@every_model
-def test_forward_names_its_keywords(build, family, head):
-    model, _ = build(family, head)
-    annotation = str(inspect.signature(type(model).forward).parameters["kwargs"].annotation)
-    assert annotation == "Unpack[TransformersKwargs]"
-    assert set(TransformersKwargs.__annotations__) >= {"output_hidden_states", "output_attentions"}
 
 
 @every_model

@@ -360,30 +360,6 @@ def test_the_masking_module_needs_the_configured_size(build, inputs):
         build()(torch.randn(2, 3, 32, 32), interpolate_pos_encoding=True, **inputs)
 
 
-# -- compilers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_changing_factor_does_not_recompile(build, make_images):
-    model = build(num_hidden_layers=1, decoder_num_hidden_layers=1, masker_num_hidden_layers=1)
-    graphs = []
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    pixel_values = make_images(model.config, 4)
-    counts = []
-    for factor in (1.0, 0.4, -1.0):
-        expected, (reference_outputs,) = step(model, "plain", pixel_values, curriculum_factor=factor)
-        model.zero_grad()
-        outputs = compiled(pixel_values, curriculum_factor=torch.tensor(factor))
-        outputs.loss.backward()
-        torch.testing.assert_close(outputs.loss, reference_outputs.loss)
-        actual = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert_same(actual, expected, atol=1e-6, rtol=1e-5)
-        counts.append(len(graphs))
-    assert counts[0] > 0
-    assert counts == counts[:1] * 3
-
-
 # -- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from clmae.training.callbacks import EpochCallback
 from clmae.training.data import make_image_processor
 from clmae.training.integrity import verify
 
-from .runs import assert_equal_weights, logged, tiny_trainer, weights
+from .runs import EachStep, assert_equal_weights, logged, tiny_trainer, weights
 
 # -- epochs ---------------------------------------------------------------------------------------------------------
 
@@ -153,9 +153,9 @@ def signalled():
 def test_run_that_nobody_stops(tmp_path, handler):
     interrupt = InterruptCallback()
     seen = []
-    trainer = tiny_trainer(tmp_path, max_steps=2, callbacks=[interrupt])
-    trainer.add_callback(type("Look", (TrainerCallback,), {"on_step_end": lambda *a, **k: seen.append(signalled())})())
-    trainer.train()
+    tiny_trainer(
+        tmp_path, max_steps=2, callbacks=[interrupt, EachStep(lambda *a, **k: seen.append(signalled()))]
+    ).train()
     assert not interrupt.interrupted
     assert seen == [True, True]
     assert not (tmp_path / "pictures").exists()  # with `picture_steps` 0

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from clmae.training.finite import NonFiniteError
 from clmae.training.integrity import checkpoints, verify
 
-from .runs import assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, warned, weights
+from .runs import EachStep, assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, warned, weights
 
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None, max_steps=8)
 
@@ -101,11 +101,10 @@ def test_data_without_keys_and_the_last_step(tmp_path):
 
 
 def test_a_model_saved_by_a_callback_is_checked(tmp_path):
-    class Keeper(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            trainer.save_model(str(tmp_path / f"model-{state.global_step}"), _internal_call=True)
+    def keep(step, **kwargs):
+        trainer.save_model(str(tmp_path / f"model-{step}"), _internal_call=True)
 
-    trainer = tiny_trainer(tmp_path, "mae", max_steps=4, logging_steps=100, callbacks=[Keeper()])
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=4, logging_steps=100, callbacks=[EachStep(keep)])
     Poison(trainer, 3)
     with pytest.raises(NonFiniteError):
         trainer.train()
@@ -117,11 +116,8 @@ def test_a_model_saved_by_a_callback_is_checked(tmp_path):
 def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, caplog, what):
     seen = {}
 
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen[state.global_step] = weights(trainer.model)
-
-    trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, max_skipped_steps=1, logging_steps=2, callbacks=[Look()])
+    look = EachStep(lambda step, model, **kwargs: seen.update({step: weights(model)}))
+    trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, max_skipped_steps=1, logging_steps=2, callbacks=[look])
     Poison(trainer, 4, what)
     trainer.train()
     (message,) = warned(caplog)
