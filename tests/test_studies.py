@@ -29,7 +29,7 @@ MASKER = {"masker_objective": "soft", "masker_num_hidden_layers": 1, "masker_num
 TINY = {
     **dict(reference="cl_mae", compared_with="mae", baselines=["random", "raw", "scratch"], measure=True),
     "recipes": {
-        "mae": {"label": "MAE", "options": {"family": "mae"}},
+        "mae": {"label": "MAE", "options": {"family": "mae", "picture_steps": 4}},
         "cl_mae": {"label": "CL-MAE", "options": {"family": "cl_mae"}},
         "calm": {
             **{"label": "Calm", "budgets": ["images"], "protocols": ["knn"]},
@@ -40,7 +40,7 @@ TINY = {
         **SHAPE,
         **dict(patch_size=4, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2),
         **dict(eval_split="test", max_eval_samples=8, per_device_train_batch_size=8, learning_rate=1.0e-3),
-        **dict(use_cpu=True, disable_tqdm=True, report_to="none", difficulty_steps=0, picture_steps=4),
+        **dict(use_cpu=True, disable_tqdm=True, report_to="none", difficulty_steps=0, picture_steps=0),
     },
     "scales": {
         "cpu": {

@@ -24,7 +24,7 @@ from clmae.training.trainer import CurriculumTrainer
 
 pytestmark = pytest.mark.slow
 INTERVAL = 4  # steps between checkpoints
-SHORT = f"num_train_epochs: 3\nnum_held_out: 0\nsave_steps: {INTERVAL}\n"
+SHORT = f"num_train_epochs: 3\nnum_held_out: 0\nsave_steps: {INTERVAL}\npicture_steps: 0\n"
 EVERYTHING = "learned_masks: true\nmasker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\ncontrastive_crop: true\n"
 
 

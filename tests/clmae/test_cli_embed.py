@@ -239,7 +239,7 @@ def test_a_killed_process_goes_on(model, many_images, monkeypatch, processes):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(model, many_images, monkeypatch):
     """Counted by the tensors of features that are alive whenever a part is written."""
-    monkeypatch.setattr(embed, "PART_ROWS", 128)
+    monkeypatch.setattr(embed, "PART_ROWS", 64)
     write, alive = embed._write_part, []
 
     def counted(path, values, *rest):
@@ -248,8 +248,8 @@ def test_memory_does_not_grow_with_the_images(model, many_images, monkeypatch):
         write(path, values, *rest)
 
     monkeypatch.setattr(embed, "_write_part", counted)
-    run(model, many_images(2048), "--output", "f.npy", "--batch_size=64")
-    assert len(alive) == 16
+    run(model, many_images(512), "--output", "f.npy", "--batch_size=32")
+    assert len(alive) == 8
     assert max(alive[1:]) <= max(alive[:2])
 
 

@@ -20,7 +20,6 @@ from ..processes import script
 
 OWNER = "hf_owner_token"
 NUMBERS = itertools.count()
-slow = pytest.mark.slow  # they start a client in a process of its own
 
 
 @pytest.fixture
@@ -95,7 +94,6 @@ def test_wrong_use_of_card(tmp_path, error, arguments, message):
 # -- clmae push -------------------------------------------------------------------------------------------------------
 
 
-@slow
 def test_push(hub, push, folder, repo_id):
     code, output = push(folder, repo_id)
     assert code == 0, output
@@ -112,7 +110,6 @@ def test_push(hub, push, folder, repo_id):
     assert not hub.repos[repo_id].private
 
 
-@slow
 def test_a_second_push_changes_nothing_and_a_changed_model_is_one_commit(hub, push, folder, repo_id):
     push(folder, repo_id)
     head = hub.repos[repo_id].head
@@ -130,7 +127,6 @@ def test_a_second_push_changes_nothing_and_a_changed_model_is_one_commit(hub, pu
     assert "pictures/curves.png" not in hub.repos[repo_id].files  # the card no longer shows it
 
 
-@slow
 def test_private(hub, push, folder, repo_id):
     assert push(folder, repo_id, "--private")[0] == 0
     assert hub.repos[repo_id].private
@@ -145,7 +141,6 @@ def test_private(hub, push, folder, repo_id):
     assert "public" in output
 
 
-@slow
 def test_somebody_elses_name(hub, push, folder, repo_id):
     code, output = push(folder, repo_id, token="hf_other_token")
     assert code == 2
@@ -154,7 +149,6 @@ def test_somebody_elses_name(hub, push, folder, repo_id):
     assert repo_id not in hub.repos
 
 
-@slow
 def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     before, requests = snapshot(folder), len(hub.requests)
     code, output = push(folder, repo_id, token=None)
@@ -164,7 +158,6 @@ def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     assert len(hub.requests) == requests
 
 
-@slow
 def test_a_connection_that_breaks(hub, push, folder, repo_id):
     for request, files in (("/api/repos/create", None), (f"/api/models/{repo_id}/commit/", [".gitattributes"])):
         hub.faults = [Fault(request, times=99)]
@@ -184,7 +177,6 @@ def test_a_connection_that_breaks(hub, push, folder, repo_id):
     assert len(hub.repos[repo_id].commits) == 2
 
 
-@slow
 def test_words_written_on_the_hub_are_not_lost(hub, push, folder, repo_id):
     push(folder, repo_id)
     repo = hub.repos[repo_id]
@@ -204,7 +196,6 @@ def test_words_written_on_the_hub_are_not_lost(hub, push, folder, repo_id):
     assert b"More." not in repo.files["README.md"]
 
 
-@slow
 def test_a_card_edited_here_goes_as_it_is(hub, push, folder, repo_id):
     push(folder, repo_id)
     edited = (folder / "README.md").read_text(encoding="utf-8") + "\nMine.\n"
@@ -215,7 +206,6 @@ def test_a_card_edited_here_goes_as_it_is(hub, push, folder, repo_id):
     assert hub.repos[repo_id].files["README.md"].decode() == edited
 
 
-@slow
 def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
     path, requests = folder / "model.safetensors", len(hub.requests)
     weights = load_file(path)

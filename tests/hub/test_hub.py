@@ -20,7 +20,6 @@ from ..local_hub import Fault, Repo
 
 OWNER, OTHER = "hf_owner_token", "hf_other_token"
 NUMBERS = itertools.count()
-pytestmark = pytest.mark.slow  # they start clients in processes of their own
 
 TRAIN = """
 from pathlib import Path

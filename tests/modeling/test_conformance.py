@@ -275,6 +275,7 @@ def test_eager_and_sdpa_agree(build, family):
     assert_same(step(model, inputs), trained, atol=1e-12, rtol=0)
 
 
+@pytest.mark.slow
 @every_autoencoder
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention(build, family):

@@ -18,8 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clmae import CLMAEForPreTraining
 
-pytestmark = pytest.mark.slow
-
 TERMS = ("reconstruction_loss", "soft_reconstruction_loss", "gauss_loss", "kl_loss", "diversity_loss")
 # (curriculum factor, gradient checkpointing, weights switched off, micro-batches) of each case.
 CASES = {

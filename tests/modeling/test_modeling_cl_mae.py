@@ -76,7 +76,7 @@ def only(model, *terms: str) -> None:
 # -- golden -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -90,7 +90,7 @@ def test_equals_the_reference(build, make_images, batch_size, fields):
     model = build(**fields).double()
     pixel_values = make_images(model.config, batch_size, torch.float64)
     params = {name: value.clone() for name, value in model.state_dict().items()}
-    for factor in (1.0, 0.0, -0.5, -1.0):
+    for factor in (1.0, -0.7):
         expected = reference.cl_mae_gradients(params, model.config, pixel_values, factor)
         actual, (outputs,) = step(model, "plain", pixel_values, curriculum_factor=factor)
         for name in ("loss", "reconstruction_loss", *reference.TERMS, "logits", "keep_probabilities"):
@@ -102,7 +102,7 @@ def test_equals_the_reference(build, make_images, batch_size, fields):
 
 
 @pytest.mark.parametrize("term", reference.TERMS)
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_each_term_has_the_references_gradient(build, make_images, batch_size, term):
     model = build().double()
     pixel_values = make_images(model.config, batch_size, torch.float64)

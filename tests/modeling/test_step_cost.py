@@ -62,19 +62,20 @@ def make_step(tiny_config, make_images):
 # -- FLOPs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("size", ["tiny", "small"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, {}) for name in FAMILIES), ("mae", SMALL), ("cl_mae", SMALL), ("cmae-error", SMALL)]
+)
 def test_formula_is_what_is_counted(tiny_config, name, size):
     family, fields = FAMILIES[name]
-    config = tiny_config(family, **({**SMALL, **fields} if size == "small" else fields))
+    config = tiny_config(family, **size, **fields)
     counted = count_step_flops(config, arguments(per_device_train_batch_size=4))
     assert step_flops(config, 4) == pytest.approx(counted, rel=0.03)
 
 
-@pytest.mark.parametrize("name", ["mae", "cl_mae"])
-def test_formula_follows_the_masker_interval(tiny_config, name):
-    family, fields = FAMILIES[name]
-    config = tiny_config(family, **fields)
+@pytest.mark.slow
+def test_formula_follows_the_masker_interval(tiny_config):
+    config = tiny_config("cl_mae")
     args = arguments(per_device_train_batch_size=4, masker_update_interval=4)
     assert step_flops(config, 4, 4) == pytest.approx(count_step_flops(config, args), rel=0.03)
 

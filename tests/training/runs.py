@@ -166,7 +166,6 @@ def record_run(
         eval_strategy="steps",
         eval_steps=2,
         difficulty_steps=2,
-        picture_steps=2,
         callbacks=[first],
         **{"optim": "sgd", **options},
     )

@@ -128,7 +128,7 @@ def handler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("step", "workers"), [(3, 0), (4, 0), (5, 2)])
+@pytest.mark.parametrize(("step", "workers"), [(3, 0), (4, 2)])
 def test_ctrl_c_leaves_a_checkpoint_from_which_the_run_goes_on_bit_by_bit(tmp_path, handler, step, workers):
     run = dict(num_train_epochs=2, difficulty_steps=2, dataloader_num_workers=workers)
     whole = tiny_trainer(tmp_path / "whole", **run)

@@ -13,8 +13,6 @@ import torch.distributed as dist
 
 from .runs import record_run, tiny_model, weights
 
-pytestmark = pytest.mark.slow
-
 # Means over processes of means over 4 images are means over the 8. (keep_std and keep_spread are no means.)
 SAME = (
     "eval_mask_difficulty",
@@ -29,7 +27,7 @@ SAME += ("keep_mean", "keep_low", "keep_high", "curriculum_factor", "learning_ra
 
 SHORT = dict(max_steps=4, learning_rate=0.01)
 RUNS = {
-    "every_step": SHORT,
+    "every_step": dict(SHORT, picture_steps=2),
     "every_second_step": dict(SHORT, masker_update_interval=2),
     # Here transformers would not look for parameters without gradient.
     "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
@@ -124,8 +122,8 @@ def test_boxes(runs):
     torch.testing.assert_close(first["boxes"], alone["boxes"], rtol=0, atol=1 / 16 + 1e-6)
 
 
-def test_only_the_first_process_draws(runs):
-    *_, folder = runs
+def test_only_the_first_process_draws(two_processes):
+    folder = two_processes / str(list(RUNS).index("every_step"))
     drawn = sorted(path.name for path in (folder / "rank-0" / "pictures").iterdir())
     assert drawn == ["curves.png", "step-000000.png", "step-000002.png", "step-000004.png"]
     assert not (folder / "rank-1" / "pictures").exists()

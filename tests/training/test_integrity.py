@@ -113,12 +113,12 @@ def test_a_broken_manifest_is_a_problem(folder, content):
 
 
 @pytest.mark.slow
-def test_every_bit_of_the_manifest_counts(folder):
+def test_every_byte_of_the_manifest_counts(folder):
     path = folder / "checkpoint-9" / "sealed.json"
     whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
+    for place in range(len(whole)):
         changed = bytearray(whole)
-        changed[bit // 8] ^= 1 << bit % 8
+        changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
         problems = verify(folder / "checkpoint-9")
         # A tab for a space and the like change nothing.

@@ -373,12 +373,9 @@ ASTRAY = ["collapsed", "saturated", "left the mask ratio"]
 @pytest.mark.parametrize(
     ("steps", "logging", "batch_size", "first", "kinds"),
     [
-        (101, 1, 8, 51, ASTRAY),
-        (101, 20, 8, 60, ASTRAY),
-        # Where nothing is logged, every hundred steps: nothing may pile up.
-        (101, 1000, 8, 100, ASTRAY),
-        (101, "no", 8, 100, ASTRAY),
-        (50, 1, 8, None, []),  # too early
+        (53, 1, 8, 51, ASTRAY),
+        (80, 20, 8, 60, ASTRAY),
+        (101, "no", 8, 100, ASTRAY),  # where nothing is logged, every hundred steps: nothing may pile up
         (52, 1, 7, 51, ASTRAY[1:]),  # too few images to compare
     ],
 )
@@ -490,8 +487,11 @@ def test_terms_are_logged_as_means_over_the_steps_that_computed_them(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make_model", [lambda: tiny_model("mae"), tiny_model, vit_mae], ids=["mae", "cl_mae", "vit"])
-@pytest.mark.parametrize("plain", [False, True], ids=["images", "plain"])
+@pytest.mark.parametrize(
+    ("make_model", "plain"),
+    [(lambda: tiny_model("mae"), True), (tiny_model, False), (tiny_model, True), (vit_mae, False)],
+    ids=["mae-plain", "cl_mae-images", "cl_mae-plain", "vit-images"],
+)
 def test_families_train(tmp_path, make_model, plain):
     model = make_model()
     before = weights(model)
@@ -511,6 +511,7 @@ def test_families_train(tmp_path, make_model, plain):
     assert (tmp_path / "pictures" / "step-000006.png").is_file()
 
 
+@pytest.mark.slow
 def test_masks_of_data_without_noise_are_new_each_batch_and_the_same_each_run(tmp_path):
     def run(seed):
         model = tiny_model("mae")
@@ -593,6 +594,7 @@ def test_an_own_collator_makes_pixels_of_what_it_likes(tmp_path):
     tiny_trainer(tmp_path, tiny_model("mae", image_size=20), max_steps=1, picture_steps=1, **own).train()
 
 
+@pytest.mark.slow
 def test_bf16(tmp_path):
     model = tiny_model()
     recorder = Recorder(model)
@@ -623,8 +625,7 @@ def test_torch_compile(tmp_path, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["map", "stream"])
-@pytest.mark.parametrize("family", ["cl_mae", "cmae"])
+@pytest.mark.parametrize(("family", "data"), [("cl_mae", "stream"), ("cmae", "map")])
 def test_batches_are_normalised_on_the_device_as_samples_would_be(tmp_path, family, data):
     views = 2 if family == "cmae" else 1
     found = {}
@@ -884,7 +885,7 @@ def test_cool_down(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", ["mae", "cl_mae", "cmae-error"])
 def test_saved_model_is_loaded_by_the_auto_classes(tmp_path, family):
     processor = make_image_processor(16, 3, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     trainer = tiny_trainer(tmp_path, family, processing_class=processor, max_steps=2, save_strategy="steps")
