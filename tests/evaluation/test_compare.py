@@ -94,6 +94,7 @@ def test_cost_of_looking_for_objects(recipe):
     assert found == [0, 1, 1, 3, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", [False, True])
 def test_steps_for_flops_is_the_most_that_fits(recipe, crop):
     cost = Cost(recipe("cmae", data={"contrastive_crop": crop}), 40)
@@ -153,6 +154,7 @@ def test_equal_compute_may_be_a_recipes_own(recipe, make_plan):
         make_plan([recipe("mae")], reference="cmae")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "images_seen", "steps"),
     [({"max_steps": -1, "num_train_epochs": 2.5}, None, 25), ({}, 130, 32), ({}, 1, 1)],

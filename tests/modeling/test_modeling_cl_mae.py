@@ -101,6 +101,7 @@ def test_equals_the_reference(build, make_images, batch_size, fields):
         assert actual.keys() == expected["grads"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", reference.TERMS)
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_each_term_has_the_references_gradient(build, make_images, batch_size, term):
@@ -171,6 +172,7 @@ def test_how_many_parts_pass_b_has(build):
     assert build(mask_ratio=0.5).soft_parts(1024, 197) == 2
 
 
+@pytest.mark.slow
 @every_setting
 @pytest.mark.parametrize("batch_size", [16, 14])
 def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting, batch_size):

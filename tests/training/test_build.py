@@ -17,6 +17,7 @@ def test_attention():
     assert [fastest_attention(torch.device(name)) for name in ("cpu", "cuda")] == ["eager", "sdpa"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("as_exact", "before", "options", "expected"),
     [

@@ -181,6 +181,7 @@ def test_the_same_trainer_goes_on_after_ctrl_c(tmp_path):
     assert not interrupt.interrupted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 2])
 def test_sigterm_saves_and_leaves_out_an_evaluation(tmp_path, times):
     before = signal.getsignal(signal.SIGTERM)

@@ -123,6 +123,7 @@ def test_parameter_groups(tmp_path, family):
         assert group["betas"] == (0.9, 0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "masker_schedule"),
     [
@@ -191,6 +192,7 @@ def test_given_optimisers_and_schedulers_are_left_alone(tmp_path):
 # -- curriculum -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_curriculum_factor_reaches_the_model(tmp_path, accumulation):
     model = tiny_model(curriculum_shape="cosine", curriculum_start=0.5)
@@ -258,6 +260,7 @@ def test_mae_gets_no_curriculum_and_logs_its_reconstruction_loss_alone(tmp_path)
     assert not logged(trainer, "mask_difficulty")
 
 
+@pytest.mark.slow
 def test_a_second_run_logs_nothing_of_the_first(tmp_path):
     model = tiny_model()
     recorder = Recorder(model)
@@ -280,6 +283,7 @@ def reconstruction_loss(model, samples, **kwargs):
     return model.eval()(**batch, **kwargs).reconstruction_loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", VARIANTS)
 def test_evaluation_is_the_loss_under_the_datasets_noise(tmp_path, family):
     dataset = image_dataset(10, train=False)
@@ -586,6 +590,7 @@ def test_empty_datasets_are_refused_at_once(tmp_path, empty, name):
         tiny_trainer(tmp_path, "mae", max_steps=1, dataloader_drop_last=False, **{name: empty})
 
 
+@pytest.mark.slow
 def test_an_own_collator_makes_pixels_of_what_it_likes(tmp_path):
     def collate(images):
         return {"pixel_values": torch.stack([torch.from_numpy(np.array(i)).permute(2, 0, 1) / 255 for i in images])}
@@ -666,6 +671,7 @@ def test_a_subclass_keeps_its_own_samples(tmp_path):
     assert {image.sum().item() for image in seen} == {image.sum().item() for image in expected}
 
 
+@pytest.mark.slow
 def test_a_dataset_that_is_changed_or_replaced_is_seen_as_it_is(tmp_path):
     model = tiny_model()
     recorder = Recorder(model)
@@ -687,6 +693,7 @@ def test_a_dataset_that_is_changed_or_replaced_is_seen_as_it_is(tmp_path):
     assert min(inputs["pixel_values"].min() for inputs in recorder.inputs) < -0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{"remove_unused_columns": True}, {"include_num_input_tokens_seen": "all"}], ids=str)
 def test_what_looks_at_batches_as_they_are_loaded(tmp_path, fields):
     trainer = tiny_trainer(tmp_path, max_steps=1, **fields)
@@ -696,6 +703,7 @@ def test_what_looks_at_batches_as_they_are_loaded(tmp_path, fields):
         assert trainer.state.num_input_tokens_seen == 4 * 3 * 16 * 16
 
 
+@pytest.mark.slow
 def test_the_count_of_flops_is_that_of_the_steps(tmp_path):
     def collate(samples):  # which may add what the model takes
         return {"interpolate_pos_encoding": None, **default_data_collator(samples)}
@@ -838,6 +846,7 @@ def test_resumed_runs_end_bit_by_bit_as_whole_ones(
     assert history(resumed) == history(whole)
 
 
+@pytest.mark.slow
 def test_resume_of_data_without_noise(tmp_path):
     options = dict(train_dataset=plain_dataset(8), num_train_epochs=2, save_strategy="steps", save_steps=2)
     whole = tiny_trainer(tmp_path / "whole", "mae", **options)
