@@ -22,7 +22,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # gradio needs an older Pillow than the other tests run with: a second environment, which finds the rest in the first.
 test-app: install
@@ -33,7 +33,7 @@ test-app: install
 	PYTHONPATH=. $(VENV)-app/bin/python -m pytest -rs tests/clmae/test_app.py tests/training/test_trackers.py -k "TestPage or trackio"
 
 quick: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 types: install
 	$(BIN)/python -m mypy

@@ -12,6 +12,7 @@ the mean intersection over union (mIoU) of the 11 classes (background and ten di
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from clmae.training import CurriculumTrainer, PretrainingArguments
 
 SIZE = 48
 CLASSES = ["background", *map(str, range(10))]
+read_digits = functools.cache(mnist_data)  # a text file; reading it takes seconds
 
 
 class DigitsOnPhotographs(Dataset):
@@ -39,7 +41,7 @@ class DigitsOnPhotographs(Dataset):
     """
 
     def __init__(self, length: int, train: bool, with_labels: bool = True):
-        digits, classes = mnist_data()
+        digits, classes = read_digits()
         chosen = (np.arange(len(digits)) % 5 == 0) != train
         self.digits, self.classes = digits[chosen].reshape(-1, 28, 28).astype(np.uint8), classes[chosen]
         halves = [np.array_split(photograph, [450], axis=1) for photograph in load_sample_images().images]

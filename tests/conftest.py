@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import datasets
+import huggingface_hub
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ import clmae
 from clmae.configuration.configuration_mae import pair
 
 from .local_hub import Client, LocalHub
+from .processes import Processes
 
 TINY = dict(
     hidden_size=32,
@@ -44,11 +47,29 @@ TINY_CMAE = dict(
 )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks as slow what starts a process or needs a model that was trained first."""
+    for item in items:
+        if {"processes", "trained", "finished_run"} & set(item.fixturenames):
+            item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """One seed, and one thread unless OMP_NUM_THREADS says otherwise: tiny models are slower on several."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of `datasets` that no other test has filled, and no Hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -93,16 +114,21 @@ def hub():
 
 
 @pytest.fixture(scope="session")
-def client(hub, tmp_path_factory):
-    """A process that talks to `hub`, for whoever is to use it; its start takes seconds."""
-    started = Client(hub, tmp_path_factory.mktemp("client"))
+def processes(hub, tmp_path_factory):
+    """What starts processes for tests; their huggingface_hub talks to `hub`."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    started = Processes(tmp_path_factory.mktemp("processes"), {**settings, "NO_PROXY": "127.0.0.1"})
     yield started
     started.close()
 
 
 @pytest.fixture(scope="session")
-def bare_client(hub, tmp_path_factory):
+def client(processes, tmp_path_factory):
+    """A process that talks to `hub`, for whoever is to use it."""
+    return Client(processes, tmp_path_factory.mktemp("client"))
+
+
+@pytest.fixture(scope="session")
+def bare_client(processes, tmp_path_factory):
     """The same, without `clmae`."""
-    started = Client(hub, tmp_path_factory.mktemp("client"), with_clmae=False)
-    yield started
-    started.close()
+    return Client(processes, tmp_path_factory.mktemp("client"), clmae=False)

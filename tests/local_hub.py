@@ -9,23 +9,24 @@ others, 403 to who may not write. Connections can be made to break.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import io
 import json
+import multiprocessing
 import os
 import re
-import subprocess
-import sys
 import threading
+import traceback
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-import clmae
+from .processes import Processes
 
 TOKENS = {"hf_owner_token": "org", "hf_other_token": "somebody"}  # whose they are
-_ROOT = Path(clmae.__file__).parents[1]  # new processes import what is imported here
 LFS_SUFFIXES = (".safetensors", ".pt", ".pth", ".png")
 
 
@@ -294,76 +295,51 @@ class _Handler(BaseHTTPRequestHandler):
 
 # -- clients --------------------------------------------------------------------------------------------------------
 
-# Runs what it is sent, line by line, in one namespace: importing transformers takes seconds, and the client reads its
-# settings at import, so that it cannot live in the tests' own process.
-_CLIENT = """
-import contextlib, io, json, os, sys, traceback
-channel, sys.stdout = sys.stdout, sys.stderr
-if os.environ.get("WITHOUT_CLMAE"):
-    class Refuse:
-        def find_spec(self, name, path=None, target=None):
-            if name.split(".")[0] == "clmae":
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    sys.meta_path.insert(0, Refuse())
-namespace = {}
-for line in sys.stdin:
-    code, token = json.loads(line)
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.update({"HF_TOKEN": token} if token else {})
-    output, answer = io.StringIO(), {"result": None, "error": ""}
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+
+def _answer(connection: Any) -> None:
+    """Runs the code it is sent in one namespace, until nobody is left to send it."""
+    namespace: dict[str, Any] = {}
+    while True:
         try:
-            exec(code, namespace)
-            answer["result"] = namespace.pop("result", None)
-        except BaseException as error:
-            traceback.print_exc()
-            answer["error"] = f"{type(error).__name__}: {error}"
-    print(json.dumps({**answer, "output": output.getvalue()}), file=channel, flush=True)
-"""
+            code, token = connection.recv()
+        except EOFError:
+            return
+        os.environ.pop("HF_TOKEN", None)
+        os.environ.update({"HF_TOKEN": token} if token else {})
+        output, answer = io.StringIO(), {"result": None, "error": ""}
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            try:
+                exec(code, namespace)
+                answer["result"] = namespace.pop("result", None)
+            except BaseException as error:
+                traceback.print_exc()
+                answer["error"] = f"{type(error).__name__}: {error}"
+        connection.send({**answer, "output": output.getvalue()})
 
 
 class Client:
-    """A process whose huggingface_hub talks to a local Hub, with a cache of its own.
+    """A process that talks to the Hub: huggingface_hub reads its address at import, so that a test cannot do it itself.
 
     Args:
-        folder: Of its cache, and where it works.
-        with_clmae: Whether `clmae` can be imported there.
+        folder: Where it works.
+        clmae: Whether `clmae` can be imported there.
     """
 
-    def __init__(self, hub: LocalHub, folder: Path, with_clmae: bool = True):
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-        own |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "NO_PROXY": "127.0.0.1"}
-        own["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), inherited.get("PYTHONPATH"))))
-        own |= {} if with_clmae else {"WITHOUT_CLMAE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CLIENT],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=inherited | own,
-            cwd=folder,
-        )
+    def __init__(self, processes: Processes, folder: Path, clmae: bool = True):
+        self._connection, there = multiprocessing.Pipe()
+        processes.start(_answer, there, folder=folder, clmae=clmae)
+        there.close()
 
     def attempt(self, code: str, token: str | None = None) -> dict[str, Any]:
         """Runs code as the user of a token, one of `TOKENS`, or as a stranger.
 
-        Returns `result` (what the code put there, as JSON), `output` (all that it printed) and `error`.
+        Returns `result` (what the code put there), `output` (all that it printed) and `error`.
         """
-        print(json.dumps([code, token]), file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        assert line, "the client has died"
-        return json.loads(line)
+        self._connection.send((code, token))
+        return self._connection.recv()
 
     def run(self, code: str, token: str | None = None) -> Any:
         """The `result` of code that must not fail."""
         answer = self.attempt(code, token)
         assert not answer["error"], answer["output"]
         return answer["result"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from .processes import script as run_script
 from .training.runs import pil_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -151,10 +152,18 @@ def test_input_pipeline_benchmark(tmp_path, script):
 
 
 @pytest.mark.slow
-def test_scaling_benchmark(tmp_path, script):
-    processes = min(2, script("scaling")[0].usable_cores())
-    options = f"--processes {processes} --families mae --shape tiny --batch 2 --steps 2 --rounds 1 --output".split()
-    subprocess.run([sys.executable, ROOT / "benchmarks" / "scaling.py", *options, tmp_path], check=True)
+def test_scaling_benchmark(tmp_path, script, processes, monkeypatch):
+    module, call = script("scaling")
+
+    def torchrun(command, **options):  # in processes that need not import everything
+        count, program, *arguments = command[command.index("--nproc_per_node") + 1 :]
+        processes.launch(int(count), run_script, Path(program), *arguments)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(module.subprocess, "run", torchrun)
+    count = min(2, module.usable_cores())
+    options = f"--processes {count} --families mae --shape tiny --batch 2 --steps 2 --rounds 1 --output"
+    call(*options.split(), tmp_path)
     text = (tmp_path / "scaling.md").read_text()
     row = text.splitlines()[-1].strip("| ").split(" | ")
     assert row[0] == "mae"

@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import nbclient
 import nbformat
 import pytest
 
@@ -31,20 +30,27 @@ def test_outputs_are_stripped(path):
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
+def run_cells(cells):
+    """As a Jupyter kernel does, until one fails."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    shell = InteractiveShell.instance()
+    for cell in cells:
+        shell.run_cell(cell).raise_error()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(tmp_path, monkeypatch, path):
+def test_a_notebook_runs(tmp_path, processes, path):
     # As in the repository, so that relative paths mean the same.
     folder = tmp_path / "notebooks"
     folder.mkdir()
     (tmp_path / "model_cards").symlink_to(ROOT / "model_cards")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        for text, replacement in SHORTER.items():
-            cell.source = cell.source.replace(text, replacement)
-        if "!" in cell.source:  # IPython does not fail where a command of the shell does
-            cell.source += "\nassert _exit_code == 0"
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    for text, replacement in SHORTER.items():
+        cells = [cell.replace(text, replacement) for cell in cells]
+    # IPython does not fail where a command of the shell does.
+    cells = [cell + "\nassert _exit_code == 0" * ("!" in cell) for cell in cells]
+    environment = {"PYTHONPATH": paths, "IPYTHONDIR": str(tmp_path / "ipython")}
+    processes.run(run_cells, cells, folder=folder, environment=environment)

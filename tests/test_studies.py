@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers import Trainer
 from clmae.evaluation import plan
 from clmae.model_cards.card import write_card
 
+from .processes import script
 from .training.runs import pil_dataset
 
 pytestmark = pytest.mark.slow
@@ -30,7 +29,7 @@ MASKER = {"masker_objective": "soft", "masker_num_hidden_layers": 1, "masker_num
 TINY = {
     **dict(reference="cl_mae", compared_with="mae", baselines=["random", "raw", "scratch"], measure=True),
     "recipes": {
-        "mae": {"label": "MAE", "options": {"family": "mae"}},
+        "mae": {"label": "MAE", "options": {"family": "mae", "picture_steps": 4}},
         "cl_mae": {"label": "CL-MAE", "options": {"family": "cl_mae"}},
         "calm": {
             **{"label": "Calm", "budgets": ["images"], "protocols": ["knn"]},
@@ -41,7 +40,7 @@ TINY = {
         **SHAPE,
         **dict(patch_size=4, decoder_hidden_size=8, decoder_num_hidden_layers=1, decoder_num_attention_heads=2),
         **dict(eval_split="test", max_eval_samples=8, per_device_train_batch_size=8, learning_rate=1.0e-3),
-        **dict(use_cpu=True, disable_tqdm=True, report_to="none", difficulty_steps=2, picture_steps=4),
+        **dict(use_cpu=True, disable_tqdm=True, report_to="none", difficulty_steps=2, picture_steps=0),
     },
     "scales": {
         "cpu": {
@@ -134,15 +133,13 @@ def test_cells_straight_and_stopped(study, home, monkeypatch):
     assert "pictures/step-000004.png" in write_card(runs[1] / "model").read_text()
 
 
-def test_two_processes_do_each_cell_once(study, home, tmp_path):
+def test_two_processes_do_each_cell_once(study, home, tmp_path, processes):
     options = ["--seeds", "0", "--recipes", "mae", "cl_mae", "--budgets", "images", "--protocols", "knn"]
-    script = [sys.executable, BENCHMARKS / "study.py", "run", "tiny"]
-    argv = [*script, "--output_dir", tmp_path, "--dataset", "data", *options]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(argv, cwd=home, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    printed = [process.communicate(timeout=300)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    lines = [line for text in printed for line in text.splitlines() if "pretraining in" in line or "%" in line]
+    argv = [BENCHMARKS / "study.py", "run", "tiny", "--output_dir", tmp_path, "--dataset", "data", *options]
+    started = [processes.start(script, *argv, folder=home) for _ in range(2)]
+    assert [process.wait() for process in started] == [0, 0]
+    printed = "".join(process.stdout for process in started)
+    lines = [line for line in printed.splitlines() if "pretraining in" in line or "%" in line]
     assert len(lines) == 2 + len(cells(tmp_path)) == 6
 
 

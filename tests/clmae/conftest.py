@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import datasets
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -35,13 +33,8 @@ TINY_MASKER = "masker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\n"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _without_hub(tmp_path_factory):
-    """A cache of its own, and no Hub."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        yield
+def _without_hub(offline):
+    """See `offline`."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,11 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
-"""`clmae compare`, from the arguments to the files, and killed on the way.
-
-Run as a script, it is what is killed: `python test_cli_compare.py ARGUMENTS` starts the comparison again and again,
-each time in a new process that kills itself at another place, and at last in one that may finish.
-"""
+"""`clmae compare`, from the arguments to the files, and killed on the way."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -23,16 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import Trainer
 
-import clmae
 import clmae.evaluation.compare as module
 from clmae.cli import main
 from clmae.evaluation import plan
 from clmae.training.trainer import CurriculumTrainer
 
-PACKAGE = Path(clmae.__file__).parents[1]  # new processes import what is imported here
 pytestmark = pytest.mark.slow
 INTERVAL = 4  # steps between checkpoints
-SHORT = f"num_train_epochs: 3\nnum_held_out: 0\nsave_steps: {INTERVAL}\n"
+SHORT = f"num_train_epochs: 3\nnum_held_out: 0\nsave_steps: {INTERVAL}\npicture_steps: 0\n"
 EVERYTHING = "learned_masks: true\nmasker_num_hidden_layers: 1\nmasker_num_attention_heads: 2\ncontrastive_crop: true\n"
 
 
@@ -188,13 +180,10 @@ def test_wrong_use_is_refused_before_anything_is_written(home, error, more, mess
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_point_it_ends_with_the_same_table(finished, home):
-    own = {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    own["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
-    argv = [sys.executable, __file__, *command("killed")]
-    process = subprocess.run(argv, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-4000:]
-    assert json.loads(process.stdout.splitlines()[-1]) == [-signal.SIGKILL] * len(PLACES) + [0], process.stderr[-4000:]
+def test_killed_at_any_point_it_ends_with_the_same_table(finished, home, processes):
+    cache = datasets.config.HF_DATASETS_CACHE
+    codes = [processes.start(compare, command("killed"), place, cache).wait() for place in [*PLACES, None]]
+    assert codes == [-signal.SIGKILL] * len(PLACES) + [0]
     assert table_without_seconds(home / "killed") == table_without_seconds(finished)
     trained = len((home / "killed" / "steps.txt").read_text())
     once = sum(int(name.split("-")[1]) for name in os.listdir(finished / "runs") if "steps" in name)
@@ -221,11 +210,27 @@ def half_an_optimizer(trainer, folder):
     Path(folder, "optimizer.pt").write_bytes(b"half of it")
 
 
+def in_the_seventh_step_of_the_second_run():
+    kill_at(CurriculumTrainer, "training_step", 6 + 7)
+
+
+def in_its_second_checkpoint():
+    kill_at(Trainer, "_save_optimizer_and_scheduler", 1, half_an_optimizer)
+
+
+def between_the_points_of_its_curve():
+    kill_at(plan, "evaluate_model", 2)
+
+
+def when_only_the_table_is_to_be_written():
+    kill_at(module, "summarize")
+
+
 PLACES = [
-    lambda: kill_at(CurriculumTrainer, "training_step", 6 + 7),  # in the 7th step of the second run
-    lambda: kill_at(Trainer, "_save_optimizer_and_scheduler", 1, half_an_optimizer),  # in its second checkpoint
-    lambda: kill_at(plan, "evaluate_model", 2),  # between the points of its curve
-    lambda: kill_at(module, "summarize"),  # when only table.json is written
+    in_the_seventh_step_of_the_second_run,
+    in_its_second_checkpoint,
+    between_the_points_of_its_curve,
+    when_only_the_table_is_to_be_written,
 ]
 
 
@@ -241,23 +246,10 @@ def count_steps(path):
     CurriculumTrainer.training_step = training_step
 
 
-def killed_again_and_again(argv):
-    """Exit codes of the processes, each a fork: only this one has to import everything."""
-    torch.set_num_threads(1)
-    codes = []
-    for place in [*PLACES, None]:
-        child = os.fork()
-        if child == 0:
-            try:
-                count_steps(Path(argv[argv.index("--output_dir") + 1], "steps.txt"))
-                if place is not None:
-                    place()
-                os._exit(main(argv))
-            finally:
-                os._exit(1)
-        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    print(json.dumps(codes))
-
-
-if __name__ == "__main__":
-    killed_again_and_again(sys.argv[1:])
+def compare(argv, place, cache):
+    """The comparison in a process that kills itself at a place, if one is given."""
+    datasets.config.HF_DATASETS_CACHE = cache
+    count_steps(Path(argv[argv.index("--output_dir") + 1], "steps.txt"))
+    if place is not None:
+        place()
+    return main(argv)

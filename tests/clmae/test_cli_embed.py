@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from importlib.machinery import ModuleSpec
@@ -215,18 +213,20 @@ def many_images():
     return save
 
 
+def embed_in_parts(argv):
+    embed.PART_ROWS = 64
+    return embed.run(argv)
+
+
 @pytest.mark.slow
-def test_a_killed_process_goes_on(model, many_images, monkeypatch):
+def test_a_killed_process_goes_on(model, many_images, monkeypatch, processes):
     source = many_images(1000)
-    code = "import sys; from clmae.cli import embed; embed.PART_ROWS = 64; sys.exit(embed.run(sys.argv[1:]))"
     argv = [model, source, "--batch_size=32", "--device=cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *argv, "--output=f.parquet"], env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = processes.start(embed_in_parts, [*argv, "--output=f.parquet"])
     while not Path("f.parquet.parts/000000000192.parquet").exists():
-        assert process.poll() is None
+        assert process.running
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.signal(signal.SIGKILL)
     process.wait()
     assert not Path("f.parquet").exists()
     monkeypatch.setattr(embed, "PART_ROWS", 64)
@@ -239,7 +239,7 @@ def test_a_killed_process_goes_on(model, many_images, monkeypatch):
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_images(model, many_images, monkeypatch):
     """Counted by the tensors of features that are alive whenever a part is written."""
-    monkeypatch.setattr(embed, "PART_ROWS", 128)
+    monkeypatch.setattr(embed, "PART_ROWS", 64)
     write, alive = embed._write_part, []
 
     def counted(path, values, *rest):
@@ -248,8 +248,8 @@ def test_memory_does_not_grow_with_the_images(model, many_images, monkeypatch):
         write(path, values, *rest)
 
     monkeypatch.setattr(embed, "_write_part", counted)
-    run(model, many_images(2048), "--output", "f.npy", "--batch_size=64")
-    assert len(alive) == 16
+    run(model, many_images(512), "--output", "f.npy", "--batch_size=32")
+    assert len(alive) == 8
     assert max(alive[1:]) <= max(alive[:2])
 
 

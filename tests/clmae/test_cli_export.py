@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,6 +18,8 @@ import clmae.cli.export
 from clmae import FAMILIES, MAEModel
 from clmae.cli import main
 from clmae.training.data import make_image_processor
+
+from ..processes import script
 
 KINDS = ("encoder", "autoencoder", "mean", "cls")  # "mean" and "cls": classifiers, by their pooling
 # Every kind of model that transformers' own classes can hold.
@@ -37,11 +36,6 @@ STOCK = [
 # Loads every export with the Auto class alone: no flag, and `clmae` cannot be imported.
 STRANGER = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "clmae":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Refuse())
 import torch, transformers
 inputs, outputs = torch.load("inputs.pt"), {}
 for case in sys.argv[1:]:
@@ -92,21 +86,15 @@ def differences(printed):
 
 
 @pytest.fixture(scope="module")
-def stock(sources, tmp_path_factory):
+def stock(sources, tmp_path_factory, processes):
     """The folders of all exports to transformers' classes, and what a process without `clmae` computes by them."""
     root = tmp_path_factory.mktemp("stock")
     inputs = {"images": torch.randn(2, 3, 16, 16), "noise": torch.rand(2, 16)}
     torch.save(inputs, root / "inputs.pt")
     for target, kind in STOCK:
         export("--to", target, sources(kind)[0], root / f"{target}-{kind}")
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *(f"{target}-{kind}" for target, kind in STOCK)],
-        cwd=root,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    cases = [f"{target}-{kind}" for target, kind in STOCK]
+    processes.run(script, STRANGER, *cases, folder=root, clmae=False)
     return root, inputs, torch.load(root / "outputs.pt")
 
 

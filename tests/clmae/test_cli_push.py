@@ -6,9 +6,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,10 +16,10 @@ from clmae import MAEForPreTraining
 from clmae.cli import main
 
 from ..local_hub import Fault
+from ..processes import script
 
 OWNER = "hf_owner_token"
 NUMBERS = itertools.count()
-slow = pytest.mark.slow  # they start a client in a process of its own
 
 
 @pytest.fixture
@@ -97,7 +94,6 @@ def test_wrong_use_of_card(tmp_path, error, arguments, message):
 # -- clmae push -------------------------------------------------------------------------------------------------------
 
 
-@slow
 def test_push(hub, push, folder, repo_id):
     code, output = push(folder, repo_id)
     assert code == 0, output
@@ -114,7 +110,6 @@ def test_push(hub, push, folder, repo_id):
     assert not hub.repos[repo_id].private
 
 
-@slow
 def test_a_second_push_changes_nothing_and_a_changed_model_is_one_commit(hub, push, folder, repo_id):
     push(folder, repo_id)
     head = hub.repos[repo_id].head
@@ -132,7 +127,6 @@ def test_a_second_push_changes_nothing_and_a_changed_model_is_one_commit(hub, pu
     assert "pictures/curves.png" not in hub.repos[repo_id].files  # the card no longer shows it
 
 
-@slow
 def test_private(hub, push, folder, repo_id):
     assert push(folder, repo_id, "--private")[0] == 0
     assert hub.repos[repo_id].private
@@ -147,7 +141,6 @@ def test_private(hub, push, folder, repo_id):
     assert "public" in output
 
 
-@slow
 def test_somebody_elses_name(hub, push, folder, repo_id):
     code, output = push(folder, repo_id, token="hf_other_token")
     assert code == 2
@@ -156,7 +149,6 @@ def test_somebody_elses_name(hub, push, folder, repo_id):
     assert repo_id not in hub.repos
 
 
-@slow
 def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     before, requests = snapshot(folder), len(hub.requests)
     code, output = push(folder, repo_id, token=None)
@@ -166,7 +158,6 @@ def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     assert len(hub.requests) == requests
 
 
-@slow
 def test_a_connection_that_breaks(hub, push, folder, repo_id):
     for request, files in (("/api/repos/create", None), (f"/api/models/{repo_id}/commit/", [".gitattributes"])):
         hub.faults = [Fault(request, times=99)]
@@ -186,7 +177,6 @@ def test_a_connection_that_breaks(hub, push, folder, repo_id):
     assert len(hub.repos[repo_id].commits) == 2
 
 
-@slow
 def test_words_written_on_the_hub_are_not_lost(hub, push, folder, repo_id):
     push(folder, repo_id)
     repo = hub.repos[repo_id]
@@ -206,7 +196,6 @@ def test_words_written_on_the_hub_are_not_lost(hub, push, folder, repo_id):
     assert b"More." not in repo.files["README.md"]
 
 
-@slow
 def test_a_card_edited_here_goes_as_it_is(hub, push, folder, repo_id):
     push(folder, repo_id)
     edited = (folder / "README.md").read_text(encoding="utf-8") + "\nMine.\n"
@@ -217,7 +206,6 @@ def test_a_card_edited_here_goes_as_it_is(hub, push, folder, repo_id):
     assert hub.repos[repo_id].files["README.md"].decode() == edited
 
 
-@slow
 def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
     path, requests = folder / "model.safetensors", len(hub.requests)
     weights = load_file(path)
@@ -235,7 +223,7 @@ def test_what_is_not_fit_is_refused_at_once(hub, push, folder, repo_id):
 
 
 @pytest.mark.slow
-def test_space(hub, push, folder, repo_id, tmp_path):
+def test_space(hub, push, folder, repo_id, tmp_path, processes):
     (folder / "trainer_state.json").unlink()
     code, output = push(folder, repo_id, "--space")
     assert code == 0, output
@@ -252,11 +240,8 @@ def test_space(hub, push, folder, repo_id, tmp_path):
         (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / name).write_bytes(content)
     # As a Space runs it: nothing of the repository, and `serve` up to the page.
-    script = "from clmae.app import Explorer; import clmae; print(Explorer('model').describe(), clmae.__file__)"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path / "space", env=environment, capture_output=True, text=True
-    )
+    code = "from clmae.app import Explorer; import clmae; print(Explorer('model').describe(), clmae.__file__)"
+    result = processes.run(script, code, folder=tmp_path / "space")
     assert result.stdout.startswith("MAE, "), result.stderr
     assert str(tmp_path) in result.stdout
     assert "serve('model', host=None, port=None)" in files["app.py"].decode()

@@ -8,8 +8,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import os
-import subprocess
 import sys
 
 import pytest
@@ -27,6 +25,8 @@ from clmae.configuration import CLMAEConfig
 from clmae.configuration.hub_code import AUTO_CLASSES, hub_auto_map, hub_code
 from clmae.training import CurriculumTrainer, PretrainingArguments
 
+from ..processes import script
+
 # All that a family's folder may hold: nothing of another family that it does not build on.
 MAE_FILES = {"configuration_mae.py", "errors.py", "hub_code.py", "losses.py", "masking.py", "modeling_mae.py"}
 CL_MAE_FILES = MAE_FILES | {"configuration_cl_mae.py", "modeling_cl_mae.py"}
@@ -39,11 +39,6 @@ FILES = {
 # Loads every folder with every Auto class where `clmae` cannot be imported, saves again, and keeps what came out.
 STRANGER = """
 import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "clmae":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Refuse())
 import json, torch, transformers
 from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
 root, families, images = sys.argv[1], sys.argv[2].split(","), torch.load(sys.argv[1] + "/images.pt")
@@ -86,17 +81,8 @@ def python_files(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.py")}
 
 
-def run(root, program, *arguments):
-    """What the program prints, in a process of its own, offline and with an empty cache."""
-    environment = os.environ | {"HF_HOME": str(root / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory, tiny_config, make_images):
+def shared(tmp_path_factory, tiny_config, make_images, processes):
     """Every class of every family, saved here; outputs and saved folders of a process without `clmae`."""
     root = tmp_path_factory.mktemp("hub")
     images = make_images(tiny_config())
@@ -107,7 +93,7 @@ def shared(tmp_path_factory, tiny_config, make_images):
             folder = root / family / model_class.__name__.removeprefix(config.__class__.__name__.removesuffix("Config"))
             model_class(config).save_pretrained(folder)
             BitImageProcessor(size={"shortest_edge": 16}).save_pretrained(folder)
-    run(root, STRANGER, str(root), ",".join(FAMILIES))
+    processes.run(script, STRANGER, root, ",".join(FAMILIES), clmae=False)
     return root, images, torch.load(root / "outputs.pt"), json.loads((root / "classes.json").read_text())
 
 
@@ -258,8 +244,8 @@ def users_folders(tmp_path_factory, tiny_config):
 
 
 @pytest.mark.slow
-def test_a_users_subclass_is_loaded_as_itself(users_folders):
-    root, folders = users_folders
+def test_a_users_subclass_is_loaded_as_itself(users_folders, processes):
+    _, folders = users_folders
     for (family, own), folder in folders.items():
         users = {"AutoConfig": "UsersConfig", "AutoModelForPreTraining": "UsersModel"}
         users = {auto_class: f"{folder.name}.{name}" for auto_class, name in users.items()}
@@ -268,7 +254,7 @@ def test_a_users_subclass_is_loaded_as_itself(users_folders):
     # With the family's `model_type`, transformers takes the family's class once `clmae` is imported; so that one first.
     order = [folders["mae", False], *(folder for (_, own), folder in folders.items() if own)]
     for _ in range(2):  # and again, as what was loaded so saved it
-        assert run(root, READER, *map(str, order)).split() == ["UsersModel", "UsersConfig"] * len(order)
+        assert processes.run(script, READER, *order).stdout.split() == ["UsersModel", "UsersConfig"] * len(order)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

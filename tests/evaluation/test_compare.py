@@ -85,6 +85,7 @@ def test_step_flops_follow_accumulation_and_masker_interval(tiny_config):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_cost_of_looking_for_objects(recipe):
     plain, crops = (Cost(recipe("cmae", data={"contrastive_crop": on}), 40) for on in (False, True))
     refresh = 40 * count_encoder_flops(recipe("cmae").config)
@@ -93,6 +94,7 @@ def test_cost_of_looking_for_objects(recipe):
     assert found == [0, 1, 1, 3, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", [False, True])
 def test_steps_for_flops_is_the_most_that_fits(recipe, crop):
     cost = Cost(recipe("cmae", data={"contrastive_crop": crop}), 40)
@@ -102,6 +104,7 @@ def test_steps_for_flops_is_the_most_that_fits(recipe, crop):
     assert cost.steps_for(0) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "factor"), [(False, 2), (True, 1)])
 def test_cost_is_that_of_all_processes(recipe, monkeypatch, split, factor):
     alone = Cost(recipe("mae"), 40)
@@ -127,6 +130,7 @@ def make_plan(labelled):
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plan_gives_equal_images_and_equal_compute(recipe, make_plan):
     small = recipe("mae", "small", {"per_device_train_batch_size": 2})
     plan = make_plan([recipe("mae"), small, recipe("cl_mae")])
@@ -138,6 +142,7 @@ def test_plan_gives_equal_images_and_equal_compute(recipe, make_plan):
         assert 0 <= flops["cl_mae"] - flops[name] < plan.costs[name].step_flops
 
 
+@pytest.mark.slow
 def test_equal_compute_may_be_a_recipes_own(recipe, make_plan):
     plan = make_plan([recipe("mae"), recipe("cl_mae")], reference="mae")
     assert plan.steps["compute"] == {
@@ -149,6 +154,7 @@ def test_equal_compute_may_be_a_recipes_own(recipe, make_plan):
         make_plan([recipe("mae")], reference="cmae")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("args", "images_seen", "steps"),
     [({"max_steps": -1, "num_train_epochs": 2.5}, None, 25), ({}, 130, 32), ({}, 1, 1)],
@@ -199,6 +205,7 @@ def test_recipes_that_cannot_be_compared_are_refused(recipe, make_plan, labelled
         make_plan([recipe()], evaluation={"dataset": str(tmp_path / "bare")})
 
 
+@pytest.mark.slow
 def test_only_the_same_plan_goes_on(recipe, make_plan, tmp_path):
     path = tmp_path / "plan.json"
     for _ in range(2):
@@ -213,6 +220,7 @@ def test_only_the_same_plan_goes_on(recipe, make_plan, tmp_path):
     assert path.read_text() == written
 
 
+@pytest.mark.slow
 def test_every_evaluation_once(recipe, labelled):
     fine = {"finetune-10": {"label_fraction": 0.1, "use_cpu": True}}
     evaluations = {

@@ -28,6 +28,7 @@ def test_one_image_of_each_of_two_classes_by_hand():
     assert result.l2[1] == [ONE_SHOT_L2] * 3
 
 
+@pytest.mark.slow
 def test_it_is_logistic_regression_on_the_images_drawn():
     (train, labels), (test, truth) = clouds(90), clouds(60, seed=1)
     options = dict(shots=(1, 8), num_draws=3, seed=4, l2_grid=(1.0, 0.1, 0.01))
@@ -63,6 +64,7 @@ def test_choice_by_cross_validation():
     assert accuracies == {l2: count / 12 for l2, count in right.items()}
 
 
+@pytest.mark.slow
 def test_choice_ignores_the_test_set():
     (train, labels), (test, truth) = clouds(60, spread=2.0), clouds(60, seed=1, spread=2.0)
     result = few_shot_probe(train, labels, test, truth, shots=(4,), l2_grid=(1.0, 0.01))

@@ -8,7 +8,6 @@ import torch
 from sklearn.linear_model import LogisticRegression as SklearnLogisticRegression
 
 from clmae.evaluation.linear import (
-    L2_GRID,
     linear_probe,
     regularization_path,
     standardize,
@@ -157,10 +156,6 @@ def test_draws_nothing_from_the_global_random_state():
 def test_works_under_no_grad():
     with torch.no_grad():
         assert linear_probe(*blobs(), *blobs(n=100, seed=1)).accuracy > 0.5
-
-
-def test_default_grid_goes_from_strong_to_weak():
-    assert L2_GRID == (10.0, 1.0, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from clmae.evaluation.metrics.classes import Predictions, confusion_figure
 from clmae.evaluation.metrics.modules import (
     MacroF1,
     MeanPerClassAccuracy,
-    Top1Accuracy,
     Top5Accuracy,
 )
 
@@ -97,12 +96,6 @@ def test_bad_input(predictions, references, message):
         Top5Accuracy().compute(predictions=predictions, references=references)
     with pytest.raises(ValueError, match="`name` is 'accuracy'; choose one of top1_accuracy"):
         metric_folder("accuracy")
-
-
-def test_instances():
-    scores, references = imbalanced()
-    combined = evaluate.combine([Top1Accuracy(), Top5Accuracy(), MeanPerClassAccuracy(), MacroF1()])
-    assert combined.compute(predictions=scores, references=references) == pytest.approx(expected(scores, references))
 
 
 # -- tables by class ------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def in_memory(n: int = 12) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": images, "label": [i % 2 for i in range(n)]}, features=features)
 
 
+@pytest.mark.slow
 def test_whole_path(model_folder, image_folder, tmp_path):
     results = evaluate_model(model_folder, image_folder, test_split="validation", progress=False, seed=3)
     assert list(results) == ["knn", "linear"]
@@ -122,6 +123,7 @@ def test_whole_path(model_folder, image_folder, tmp_path):
     assert settings["date"].startswith("20")
 
 
+@pytest.mark.slow
 def test_scores_are_of_the_test_split(model_folder, image_folder):
     results = evaluate_model(model_folder, image_folder, progress=False)  # its classes are exchanged
     assert set(results["knn"].rows[2].accuracies.values()) == {0.0}
@@ -175,6 +177,7 @@ def test_table_with_intervals_and_spread():
     assert table[2] == "| pretrained | 52.6 ± 1.2 [51.7, 53.6] | 60.0 [59.0, 61.0] |"
 
 
+@pytest.mark.slow
 def test_few_shot(model_folder, image_folder):
     protocol = FewShotProtocol(shots=(1, 2, 32), num_draws=3, l2_grid=(1.0, 0.1), seed=5)
     result = evaluate_model(model_folder, image_folder, [protocol], test_split="validation", progress=False)["fewshot"]
@@ -188,6 +191,7 @@ def test_few_shot(model_folder, image_folder):
     assert result.save_class_files("none.json") == []
 
 
+@pytest.mark.slow
 def test_imbalanced_classes_and_the_top_five(model_folder):
     """Nine greys, of which the first has most of the images and is learnt; the rest are of one look."""
     images = [Image.new("RGB", (16, 16), (0,) * 3 if i < 40 else (200,) * 3) for i in range(72)]
@@ -204,6 +208,7 @@ def test_imbalanced_classes_and_the_top_five(model_folder):
     assert low <= 100 * 2 / 9 <= high
 
 
+@pytest.mark.slow
 def test_words_are_classes(model_folder):
     words = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     names = [["blue", "red"][i % 2] for i in range(12)]
@@ -252,6 +257,7 @@ def test_training_data_is_no_test_data(model_folder, where, tmp_path):
         evaluate_model(model_folder, data, test_split="test", max_train_samples=8, max_test_samples=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_without_a_test_split_a_fifth_is_held_out(model_folder, where, tmp_path):
     data = in_memory()

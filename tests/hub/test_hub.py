@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,18 +19,13 @@ from clmae.training.data import make_image_processor
 from ..local_hub import Fault, Repo
 
 OWNER, OTHER = "hf_owner_token", "hf_other_token"
-RUNS = Path(__file__).parents[1] / "training" / "runs.py"
 NUMBERS = itertools.count()
-pytestmark = pytest.mark.slow  # they start clients in processes of their own
 
 TRAIN = """
-import importlib.util
 from pathlib import Path
+from tests.training.runs import tiny_trainer
 from transformers import BitImageProcessor
-spec = importlib.util.spec_from_file_location("runs", {runs!r})
-runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(runs)
-trainer = runs.tiny_trainer(
+trainer = tiny_trainer(
     Path({folder!r}), max_steps=4, save_strategy="steps", save_steps=2, push_to_hub=True, hub_model_id={repo_id!r},
     hub_strategy={strategy!r}, hub_token={token!r}, hub_private_repo=True, hub_always_push=True,
     processing_class=BitImageProcessor(size={{"shortest_edge": 16}}),
@@ -170,7 +164,7 @@ def test_an_interrupted_download_is_taken_up_where_it_broke(hub, client, publish
 @pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints"])
 def test_a_run_goes_to_the_hub_as_it_trains(hub, client, bare_client, tmp_path, strategy):
     repo_id, folder = f"org/run-{next(NUMBERS)}", tmp_path / "out"
-    code = TRAIN.format(runs=str(RUNS), folder=str(folder), repo_id=repo_id, strategy=strategy, token=OWNER)
+    code = TRAIN.format(folder=str(folder), repo_id=repo_id, strategy=strategy, token=OWNER)
     head = client.run(code)
     repo = hub.repos[repo_id]
     assert repo.private

@@ -76,7 +76,7 @@ def only(model, *terms: str) -> None:
 # -- golden -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize(
     "fields",
     [
@@ -90,7 +90,7 @@ def test_equals_the_reference(build, make_images, batch_size, fields):
     model = build(**fields).double()
     pixel_values = make_images(model.config, batch_size, torch.float64)
     params = {name: value.clone() for name, value in model.state_dict().items()}
-    for factor in (1.0, 0.0, -0.5, -1.0):
+    for factor in (1.0, -0.7):
         expected = reference.cl_mae_gradients(params, model.config, pixel_values, factor)
         actual, (outputs,) = step(model, "plain", pixel_values, curriculum_factor=factor)
         for name in ("loss", "reconstruction_loss", *reference.TERMS, "logits", "keep_probabilities"):
@@ -101,8 +101,9 @@ def test_equals_the_reference(build, make_images, batch_size, fields):
         assert actual.keys() == expected["grads"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("term", reference.TERMS)
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_each_term_has_the_references_gradient(build, make_images, batch_size, term):
     model = build().double()
     pixel_values = make_images(model.config, batch_size, torch.float64)
@@ -171,6 +172,7 @@ def test_how_many_parts_pass_b_has(build):
     assert build(mask_ratio=0.5).soft_parts(1024, 197) == 2
 
 
+@pytest.mark.slow
 @every_setting
 @pytest.mark.parametrize("batch_size", [16, 14])
 def test_pass_b_in_parts_is_pass_b(build, make_images, monkeypatch, setting, batch_size):
@@ -358,30 +360,6 @@ def test_unknown_masking(build, make_images):
 def test_the_masking_module_needs_the_configured_size(build, inputs):
     with pytest.raises(ValueError, match=r"needs images of 16 pixels.*16 patches.*`masking='random'`"):
         build()(torch.randn(2, 3, 32, 32), interpolate_pos_encoding=True, **inputs)
-
-
-# -- compilers --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_a_changing_factor_does_not_recompile(build, make_images):
-    model = build(num_hidden_layers=1, decoder_num_hidden_layers=1, masker_num_hidden_layers=1)
-    graphs = []
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
-    pixel_values = make_images(model.config, 4)
-    counts = []
-    for factor in (1.0, 0.4, -1.0):
-        expected, (reference_outputs,) = step(model, "plain", pixel_values, curriculum_factor=factor)
-        model.zero_grad()
-        outputs = compiled(pixel_values, curriculum_factor=torch.tensor(factor))
-        outputs.loss.backward()
-        torch.testing.assert_close(outputs.loss, reference_outputs.loss)
-        actual = {name: parameter.grad for name, parameter in model.named_parameters()}
-        assert_same(actual, expected, atol=1e-6, rtol=1e-5)
-        counts.append(len(graphs))
-    assert counts[0] > 0
-    assert counts == counts[:1] * 3
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,15 @@ import clmae
 from clmae.training import CurriculumTrainer, PretrainingArguments
 from clmae.training.data import ImageDataset, StreamingImageDataset
 
-CONFIG = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
-    decoder_hidden_size=16,
-    decoder_num_hidden_layers=1,
-    decoder_num_attention_heads=2,
-    decoder_intermediate_size=32,
-    image_size=16,
-    patch_size=4,
-)
-MASKER = dict(
-    **dict(masker_objective="soft"),
-    **dict(masker_num_hidden_layers=1, masker_num_attention_heads=2, masker_intermediate_size=48),
-)
-TASKS = dict(contrastive_loss_weight=0.1, position_loss_weight=0.1, projection_batch_norm=False, decoded_views=2)
+from ..conftest import TINY, TINY_CMAE, TINY_MASKER
+
+CONFIG = TINY | dict(decoder_num_hidden_layers=1)
+MASKER = TINY_MASKER | dict(masker_num_hidden_layers=1)
 VARIANTS: dict[str, dict[str, Any]] = {
     "mae": {},
     "cl_mae": MASKER,
     "cl_mae-error": dict(masker_num_attention_heads=2),
-    "cmae": MASKER | TASKS,
+    "cmae": MASKER | TINY_CMAE,
     "cmae-error": dict(learned_masks=True, masker_num_attention_heads=2, prediction_ratio=0.5),
 }
 QUIET = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", dataloader_pin_memory=False)
@@ -60,10 +48,18 @@ def pil_dataset(count: int, size: int = 20) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"image": list(pixels)}, features=features)
 
 
-def image_dataset(count: int = 16, train: bool = True, **settings: Any) -> ImageDataset:
+VIEWS = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3, std=[0.25] * 3)
+
+
+def image_dataset(count: int = 16, **settings: Any) -> ImageDataset:
     """Samples as every tiny model reads them."""
-    defaults = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3)
-    return ImageDataset(pil_dataset(count), "image", train=train, **{**defaults, "std": [0.25] * 3, **settings})
+    return ImageDataset(pil_dataset(count), "image", **{**VIEWS, **settings})
+
+
+def streaming_dataset(count: int = 16, shards: int = 2, **settings: Any) -> StreamingImageDataset:
+    """A stream of them."""
+    stream = pil_dataset(count).to_iterable_dataset(num_shards=shards)
+    return StreamingImageDataset(stream, "image", **{**VIEWS, **settings})
 
 
 def plain_dataset(count: int = 16) -> list[dict[str, torch.Tensor]]:
@@ -108,6 +104,17 @@ def logged(trainer: CurriculumTrainer, name: str) -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in trainer.state.log_history if name in entry}
 
 
+class EachStep(TrainerCallback):
+    """Calls a function at the end of each step."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See the class."""
+        self.function(state.global_step, **kwargs)
+
+
 class FirstGradients(TrainerCallback):
     """Keeps what the first optimiser step was given."""
 
@@ -143,9 +150,7 @@ def record_run(
     model = tiny_model("cmae", learned_masks=True) if everything else tiny_model()
     dataset = image_dataset(count, contrastive_crop=everything, num_views=1 + everything, device_resident=resident)
     if stream:
-        rows, names = pil_dataset(16).to_iterable_dataset(num_shards=2), ("image_size", "num_channels", "num_patches")
-        fields = {name: getattr(dataset, name) for name in (*names, "patch_size", "mean", "std")}
-        dataset = StreamingImageDataset(rows, "image", **fields)
+        dataset = streaming_dataset()
     seen: list[float] = []  # a number of each image in an epoch, in the order of the training
 
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -161,7 +166,6 @@ def record_run(
         eval_strategy="steps",
         eval_steps=2,
         difficulty_steps=2,
-        picture_steps=2,
         callbacks=[first],
         **{"optim": "sgd", **options},
     )

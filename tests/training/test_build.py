@@ -6,28 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
 
 from clmae.training import matmul
 from clmae.training.build import fastest_attention
 
-from .runs import tiny_trainer
+from .runs import EachStep, tiny_trainer
 
 
 def test_attention():
     assert [fastest_attention(torch.device(name)) for name in ("cpu", "cuda")] == ["eager", "sdpa"]
 
 
-class Precisions(TrainerCallback):
-    """Those that the steps ran under."""
-
-    def __init__(self):
-        self.seen = set()
-
-    def on_step_end(self, *args, **kwargs):
-        self.seen.add(torch.get_float32_matmul_precision())
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("as_exact", "before", "options", "expected"),
     [
@@ -38,14 +28,14 @@ class Precisions(TrainerCallback):
     ],
 )
 def test_matmul_precision(tmp_path, monkeypatch, as_exact, before, options, expected):
-    messages = []
+    messages, seen = [], set()
     monkeypatch.setattr(matmul, "medium_is_float32", lambda: as_exact)
     monkeypatch.setattr(matmul.logger, "info", messages.append)
-    seen = Precisions()
+    look = EachStep(lambda *args, **kwargs: seen.add(torch.get_float32_matmul_precision()))
     torch.set_float32_matmul_precision(before)
     try:
-        tiny_trainer(tmp_path, "mae", max_steps=1, callbacks=[seen], **options).train()
-        assert seen.seen == {expected}
+        tiny_trainer(tmp_path, "mae", max_steps=1, callbacks=[look], **options).train()
+        assert seen == {expected}
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")

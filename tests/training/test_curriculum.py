@@ -22,33 +22,24 @@ def test_ends_are_exact(shape, start, end, total_steps):
     assert curriculum_factor(total_steps - 1, total_steps, shape, start, end) == end
 
 
-def test_linear_by_hand():
-    factors = [curriculum_factor(step, 5, "linear", 1.0, -1.0) for step in range(5)]
-    assert factors == [1.0, 0.5, 0.0, -0.5, -1.0]
-    assert curriculum_factor(1, 5, "linear", 0.2, 1.0) == pytest.approx(0.4)
+HALF = math.sqrt(0.5)
 
 
-def test_cosine_by_hand():
-    # p = 1/4: (1 - cos(pi/4)) / 2 = (1 - sqrt(2)/2) / 2, so that the factor is sqrt(2)/2.
-    factors = [curriculum_factor(step, 5, "cosine", 1.0, -1.0) for step in range(5)]
-    assert factors == pytest.approx([1.0, math.sqrt(0.5), 0.0, -math.sqrt(0.5), -1.0], abs=1e-12)
-    # p = 1/3: (1 - cos(pi/3)) / 2 = 1/4 of the way from 2 to 6.
-    assert curriculum_factor(1, 4, "cosine", 2.0, 6.0) == pytest.approx(3.0)
-
-
-@pytest.mark.parametrize("value", [1.0, 0.0, -1.0])
-def test_constant_stays_at_the_start(value):
-    assert {curriculum_factor(step, 9, "constant", value, 0.5) for step in range(9)} == {value}
-
-
-@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
-def test_a_run_of_one_step_has_the_start(shape):
-    assert curriculum_factor(0, 1, shape, 0.75, -1.0) == 0.75
-
-
-@pytest.mark.parametrize("shape", ["linear", "cosine"])
-def test_stays_at_the_end_beyond_the_last_step(shape):
-    assert curriculum_factor(12, 10, shape, 1.0, -1.0) == -1.0
+@pytest.mark.parametrize(
+    ("shape", "start", "end", "factors"),
+    [
+        ("linear", 1.0, -1.0, [1.0, 0.5, 0.0, -0.5, -1.0, -1.0, -1.0]),  # beyond the last step it stays at the end
+        ("linear", 0.2, 1.0, [0.2, 0.4, 0.6, 0.8, 1.0]),
+        # p = 1/4: (1 - cos(pi/4)) / 2 = (1 - sqrt(2)/2) / 2, so that the factor is sqrt(2)/2.
+        ("cosine", 1.0, -1.0, [1.0, HALF, 0.0, -HALF, -1.0, -1.0, -1.0]),
+        ("constant", 1.0, 0.5, [1.0] * 7),
+        ("constant", -1.0, 0.5, [-1.0] * 7),
+    ],
+)
+def test_factors_of_five_steps_by_hand(shape, start, end, factors):
+    actual = [curriculum_factor(step, 5, shape, start, end) for step in range(len(factors))]
+    assert actual == pytest.approx(factors, abs=1e-12)
+    assert curriculum_factor(0, 1, shape, 0.75, -1.0) == 0.75  # a run of one step
 
 
 def test_unknown_shape_is_refused():

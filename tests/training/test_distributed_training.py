@@ -3,21 +3,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-
-import clmae
+import torch.distributed as dist
 
 from .runs import record_run, tiny_model, weights
-
-pytestmark = pytest.mark.slow
 
 # Means over processes of means over 4 images are means over the 8. (keep_std and keep_spread are no means.)
 SAME = (
@@ -33,7 +27,7 @@ SAME += ("keep_mean", "keep_low", "keep_high", "curriculum_factor", "learning_ra
 
 SHORT = dict(max_steps=4, learning_rate=0.01)
 RUNS = {
-    "every_step": SHORT,
+    "every_step": dict(SHORT, picture_steps=2),
     "every_second_step": dict(SHORT, masker_update_interval=2),
     # Here transformers would not look for parameters without gradient.
     "checkpointing": dict(SHORT, masker_update_interval=2, gradient_checkpointing=True),
@@ -53,30 +47,26 @@ STREAM = dict(SHORT, stream=True)
 UNEVEN = dict(SHORT, count=13, everything=True, dataloader_drop_last=False, optim="adamw_torch")
 RESUMED = dict(UNEVEN, resume=f"{len(RUNS) + 1}/rank-0/checkpoint-2")
 UNEVEN |= dict(save_strategy="steps", save_steps=2)
-PACKAGE = Path(clmae.__file__).parents[1]  # the processes import what is imported here
+
+
+def one_of_two(folder: Path, runs: list[dict[str, Any]]) -> None:
+    """What each process does: run i leaves its files in `<i>/rank-<rank>`; `resume` is relative to the folder."""
+    for i, options in enumerate(runs):
+        output_dir = folder / str(i) / f"rank-{os.environ['RANK']}"
+        output_dir.mkdir(parents=True)
+        if "resume" in options:
+            options["resume"] = str(folder / options["resume"])
+        result = record_run(output_dir, **options)
+        torch.save(result | {"world_size": dist.get_world_size()}, output_dir / "result.pt")
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
+def two_processes(tmp_path_factory, processes) -> Path:
     """The folder with what both processes left of every run."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
-    script = Path(__file__).with_name("distributed_run.py")
-    runs = json.dumps(
-        [{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)]
-    )
-    done = subprocess.run(
-        [*launcher, str(script), str(folder), runs],
-        env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    runs = [{"per_device_train_batch_size": 4, **options} for options in (*RUNS.values(), STREAM, UNEVEN, RESUMED)]
+    processes.launch(2, one_of_two, folder, runs)
     return folder
 
 
@@ -132,8 +122,8 @@ def test_boxes(runs):
     torch.testing.assert_close(first["boxes"], alone["boxes"], rtol=0, atol=1 / 16 + 1e-6)
 
 
-def test_only_the_first_process_draws(runs):
-    *_, folder = runs
+def test_only_the_first_process_draws(two_processes):
+    folder = two_processes / str(list(RUNS).index("every_step"))
     drawn = sorted(path.name for path in (folder / "rank-0" / "pictures").iterdir())
     assert drawn == ["curves.png", "step-000000.png", "step-000002.png", "step-000004.png"]
     assert not (folder / "rank-1" / "pictures").exists()

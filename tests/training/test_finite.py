@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from clmae.training.finite import NonFiniteError
 from clmae.training.integrity import checkpoints, verify
 
-from .runs import assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, warned, weights
+from .runs import EachStep, assert_equal_weights, logged, plain_dataset, tiny_model, tiny_trainer, warned, weights
 
 SAVING = dict(save_strategy="steps", save_steps=2, save_total_limit=None, max_steps=8)
 
@@ -53,10 +53,14 @@ def named_images(trainer, message, epoch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "named"),
-    [("loss", "the loss (loss) is"), ("gauss_loss", "the loss (loss, gauss_loss) is"), ("gradient", "the gradient is")],
+    ("what", "named", "logging_steps"),
+    [
+        ("loss", "the loss (loss) is", 50),
+        ("gauss_loss", "the loss (loss, gauss_loss) is", 1),
+        ("gradient", "the gradient is", 1),
+        ("gradient", "the gradient is", 50),
+    ],
 )
-@pytest.mark.parametrize("logging_steps", [1, 50])
 def test_the_run_stops_before_anything_poisoned_is_saved(tmp_path, what, named, logging_steps):
     trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, logging_steps=logging_steps)
     poison = Poison(trainer, 5, what)
@@ -101,11 +105,10 @@ def test_data_without_keys_and_the_last_step(tmp_path):
 
 
 def test_a_model_saved_by_a_callback_is_checked(tmp_path):
-    class Keeper(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            trainer.save_model(str(tmp_path / f"model-{state.global_step}"), _internal_call=True)
+    def keep(step, **kwargs):
+        trainer.save_model(str(tmp_path / f"model-{step}"), _internal_call=True)
 
-    trainer = tiny_trainer(tmp_path, "mae", max_steps=4, logging_steps=100, callbacks=[Keeper()])
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=4, logging_steps=100, callbacks=[EachStep(keep)])
     Poison(trainer, 3)
     with pytest.raises(NonFiniteError):
         trainer.train()
@@ -117,11 +120,8 @@ def test_a_model_saved_by_a_callback_is_checked(tmp_path):
 def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, caplog, what):
     seen = {}
 
-    class Look(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen[state.global_step] = weights(trainer.model)
-
-    trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, max_skipped_steps=1, logging_steps=2, callbacks=[Look()])
+    look = EachStep(lambda step, model, **kwargs: seen.update({step: weights(model)}))
+    trainer = tiny_trainer(tmp_path, "cl_mae", **SAVING, max_skipped_steps=1, logging_steps=2, callbacks=[look])
     Poison(trainer, 4, what)
     trainer.train()
     (message,) = warned(caplog)
@@ -136,9 +136,7 @@ def test_a_skipped_step_moves_nothing_and_leaves_no_trace(tmp_path, caplog, what
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-@pytest.mark.parametrize(
-    ("family", "fields"), [("mae", {}), ("cl_mae", {}), ("cmae", {}), ("cmae", {"learned_masks": True})]
-)
+@pytest.mark.parametrize(("family", "fields"), [("mae", {}), ("cmae", {"learned_masks": True})])
 def test_a_window_of_skipped_steps_logs_what_is_known(tmp_path, family, fields, what):
     trainer = tiny_trainer(tmp_path, tiny_model(family, **fields), max_steps=4, max_skipped_steps=2, logging_steps=2)
     for step in (1, 2):
@@ -153,7 +151,7 @@ def test_a_window_of_skipped_steps_logs_what_is_known(tmp_path, family, fields, 
 
 @pytest.mark.slow
 def test_nothing_piles_up_where_nothing_is_logged(tmp_path):
-    trainer = tiny_trainer(tmp_path, "mae", max_steps=110, logging_strategy="no")
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=101, logging_strategy="no")
     Poison(trainer, 3)
     with pytest.raises(NonFiniteError, match="Step 3: "):
         trainer.train()

@@ -10,8 +10,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import subprocess
-import sys
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -34,6 +33,7 @@ from clmae.training.integrity import (
     verify,
 )
 
+from ..processes import script
 from .runs import assert_equal_weights, image_dataset, tiny_model, tiny_trainer, warned, weights
 
 SAVING = dict(save_strategy="steps", save_steps=2, max_steps=6, save_total_limit=None)
@@ -113,12 +113,12 @@ def test_a_broken_manifest_is_a_problem(folder, content):
 
 
 @pytest.mark.slow
-def test_every_bit_of_the_manifest_counts(folder):
+def test_every_byte_of_the_manifest_counts(folder):
     path = folder / "checkpoint-9" / "sealed.json"
     whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
+    for place in range(len(whole)):
         changed = bytearray(whole)
-        changed[bit // 8] ^= 1 << bit % 8
+        changed[place] ^= 1 << place % 8
         path.write_bytes(changed)
         problems = verify(folder / "checkpoint-9")
         # A tab for a space and the like change nothing.
@@ -360,10 +360,10 @@ def test_a_model_that_is_written_over_has_no_manifest_meanwhile(finished, tmp_pa
 
 
 @pytest.mark.slow
-def test_importing_leaves_torchs_deserialisers_as_they_are():
+def test_importing_leaves_torchs_deserialisers_as_they_are(processes):
     code = "import torch; known = list(torch.serialization._package_registry); import clmae.training, clmae.evaluation"
     code += "; assert torch.serialization._package_registry == known"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    processes.run(script, code)
 
 
 # -- one run at a time ------------------------------------------------------------------------------------------------
@@ -376,16 +376,14 @@ def hold(folder, connection):
 
 
 @pytest.fixture
-def other(tmp_path):
+def other(tmp_path, processes):
     """A process that holds the lock of `tmp_path`."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=hold, args=(tmp_path, there))
-    process.start()
+    here, there = multiprocessing.Pipe()
+    process = processes.start(hold, tmp_path, there)
     assert here.poll(60)
     yield process
-    process.kill()
-    process.join()
+    if process.running:
+        process.signal(signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -393,8 +391,8 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path, other):
     trainer = tiny_trainer(tmp_path, "mae", max_steps=1)
     with pytest.raises(ValueError, match=rf"in use by another run \(process {other.pid} on "):
         trainer.train()
-    other.kill()
-    other.join()
+    other.signal(signal.SIGKILL)
+    other.wait()
     assert (tmp_path / LOCK_NAME).is_file()  # left by the dead; it keeps nobody out
     trainer.train()
     assert trainer.state.global_step == 1

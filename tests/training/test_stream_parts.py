@@ -7,17 +7,9 @@ import pytest
 from torch.utils.data import DataLoader
 
 from clmae.training import PretrainingArguments
-from clmae.training.data import StreamingImageDataset
 from clmae.training.trainer import _reads_in_parts
 
-from .runs import pil_dataset
-
-
-def stream(shards):
-    settings = dict(image_size=(16, 16), num_channels=3, num_patches=16, patch_size=(4, 4), mean=[0.5] * 3)
-    return StreamingImageDataset(
-        pil_dataset(13).to_iterable_dataset(num_shards=shards), "image", std=[0.5] * 3, **settings
-    )
+from .runs import streaming_dataset
 
 
 def noises(dataset):
@@ -26,7 +18,7 @@ def noises(dataset):
 
 @pytest.mark.parametrize("shards", [1, 3, 4])  # 4 are divided as they are
 def test_parts_are_the_whole(shards):
-    whole = stream(shards)
+    whole = streaming_dataset(13, shards)
     parts = [whole.part(i, 2) for i in range(2)]
     for epoch in (0, 1):
         whole.set_epoch(epoch)
@@ -40,7 +32,7 @@ def test_parts_are_the_whole(shards):
 
 
 def test_parts_have_workers():
-    part = stream(4).part(1, 2)
+    part = streaming_dataset(13, 4).part(1, 2)
     loader = DataLoader(part, batch_size=None, num_workers=2, persistent_workers=True)
     for epoch in (0, 1):
         part.set_epoch(epoch)

@@ -102,8 +102,10 @@ class Killed(Exception):
     """As if the process had been killed."""
 
 
-@pytest.mark.parametrize("fields", [dict(), dict(ema_decay=0.5)], ids=["plain", "average"])
-@pytest.mark.parametrize("moment", ["first save", "second save", "after the last step"])
+@pytest.mark.parametrize(
+    ("moment", "fields"),
+    [("first save", {}), ("second save", dict(ema_decay=0.5)), ("after the last step", dict(ema_decay=0.5))],
+)
 def test_killed_run_goes_on_from_its_newest_whole_checkpoint(
     saved, dataset, arguments, monkeypatch, tmp_path, moment, fields
 ):

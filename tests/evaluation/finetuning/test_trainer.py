@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from transformers import TrainerCallback, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from clmae.evaluation.finetuning import (
@@ -25,6 +25,7 @@ from clmae.evaluation.finetuning import (
 from clmae.training.finite import NonFiniteError
 from clmae.training.integrity import checkpoints, run_lock, verify
 
+from ...training.runs import EachStep
 from .samples import PLAIN, STRONG, VIT, augmented, coloured_images
 
 
@@ -70,16 +71,13 @@ def test_what_is_frozen_stays_bit_for_bit_and_in_evaluation_mode(saved, argument
     before = copy.deepcopy(dict(model.named_parameters()))
     modes = []
 
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            frozen, trained = (
-                (model.encoder, model.classifier)
-                if kind is LinearLarsArguments
-                else (model.vit.layers[0], model.vit.layers[1])
-            )
-            modes.append((frozen.training, any(part.training for part in frozen.modules()), trained.training))
+    linear = kind is LinearLarsArguments
+    frozen, trained = (model.encoder, model.classifier) if linear else model.vit.layers
 
-    trainer = train(model, args, callbacks=[Watch()])
+    def watch(step, **kwargs):
+        modes.append((frozen.training, any(part.training for part in frozen.modules()), trained.training))
+
+    trainer = train(model, args, callbacks=[EachStep(watch)])
     assert modes == [(False, False, True)] * 3
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in model.named_parameters():
@@ -124,15 +122,14 @@ def test_accumulated_batches_are_one_batch(tmp_path, arguments):
 def test_average_of_the_weights_is_what_is_judged_and_survives_a_resume(saved, arguments, tmp_path):
     decay, history = 0.7, []
 
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            history.append(model.classifier.weight.detach().clone())
+    def watch(step, model, **kwargs):
+        history.append(model.classifier.weight.detach().clone())
 
     args = arguments(ema_decay=decay, learning_rate=1e-2, max_steps=4, save_strategy="steps", save_steps=2)
     args.save_total_limit = None
     model = load_classifier(saved, args, 3)
     expected = model.classifier.weight.detach().clone()
-    trainer = train(model, args, callbacks=[Watch()])
+    trainer = train(model, args, callbacks=[EachStep(watch)])
     for weight in history:
         expected = decay * expected + (1 - decay) * weight
     torch.testing.assert_close(trainer.model.classifier.weight.detach(), expected)

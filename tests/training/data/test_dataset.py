@@ -162,17 +162,18 @@ def two_epochs(dataset, **kwargs):
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-WORKERS = [
-    *(dict(num_workers=2, multiprocessing_context="fork", persistent_workers=persistent) for persistent in (0, 1)),
-    pytest.param(dict(num_workers=1, multiprocessing_context="spawn"), marks=pytest.mark.slow),
-]
+@pytest.fixture(params=["fork", pytest.param("forkserver", marks=pytest.mark.slow)])
+def start_method(request):
+    """How workers start: as forks of this process, or of a server, which inherit nothing."""
+    return request.getfixturevalue("processes").context if request.param == "forkserver" else request.param
 
 
-@pytest.mark.parametrize("options", WORKERS)
-def test_workers_change_nothing(options):
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_change_nothing(start_method, persistent):
     alone = ImageDataset(memory(8, bad=[2, 6]), "image", **SETTINGS, on_bad_image="skip")
     shared = ImageDataset(memory(8, bad=[2, 6]), "image", **SETTINGS, on_bad_image="skip")
     expected = two_epochs(alone)
+    options = dict(num_workers=2, multiprocessing_context=start_method, persistent_workers=persistent)
     assert same(expected, two_epochs(shared, **options))
     assert len(expected["noise"].unique(dim=0)) == 16, "each epoch has its own masks"
     assert shared.num_bad_images == alone.num_bad_images == 2, "what workers find is known here"
@@ -323,11 +324,11 @@ def test_stream_order_changes_with_the_epoch():
     assert order(0) == order(0) != order(1)
 
 
-@pytest.mark.parametrize("options", WORKERS[1:])
-def test_stream_with_persistent_workers(options):
+def test_stream_with_persistent_workers(start_method):
     alone = StreamingImageDataset(stream(12, bad=[3]), "image", **SETTINGS, on_bad_image="skip")
     shared = StreamingImageDataset(stream(12, bad=[3]), "image", **SETTINGS, on_bad_image="skip")
-    loader = DataLoader(shared, batch_size=None, **{**options, "persistent_workers": True})
+    options = dict(num_workers=2, multiprocessing_context=start_method, persistent_workers=True)
+    loader = DataLoader(shared, batch_size=None, **options)
     for epoch in range(2):
         alone.set_epoch(epoch)
         shared.set_epoch(epoch)

@@ -19,6 +19,7 @@ def float_dataset(**settings):
     return ImageDataset(arrays(datasets.Array3D((20, 30, 3), "float32"), list(pixels)), "bands", **SETTINGS, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"num_views": 2}, {"num_views": 2, "contrastive_crop": True}, {"horizontal_flip": False}]
 )
