@@ -79,8 +79,11 @@ class OnlineEvaluationCallback(PeriodicCallback):
     @classmethod
     def from_arguments(cls, trainer: Any, arguments: OnlineEvaluationArguments) -> OnlineEvaluationCallback:
         """As `arguments` say, whose `knn_dataset` is given."""
-        dataset, column = load_image_dataset(arguments.knn_dataset, arguments.knn_split)
-        return cls(trainer, take_samples(dataset, arguments.knn_max_samples), arguments.knn_steps, column)
+        try:
+            dataset, column = load_image_dataset(arguments.knn_dataset, arguments.knn_split)
+            return cls(trainer, take_samples(dataset, arguments.knn_max_samples), arguments.knn_steps, column)
+        except InputError as error:
+            raise InputError(str(error).replace("`dataset`", "`knn_dataset`")) from error
 
     def interval(self, args: Any) -> int:
         """See the class."""
@@ -99,22 +102,29 @@ class OnlineEvaluationCallback(PeriodicCallback):
 
 
 def trend(log_history: list[dict[str, float]], num_queries: int) -> str | None:
-    """A sentence on whether the k-NN accuracy still rises at the end of a run; `None` with fewer than four values.
+    """What the logged accuracies were at first and at last, and whether the k-NN accuracy still rises.
 
     The best of the last quarter is compared with the best before it. What lies within the standard error of an accuracy
-    of `num_queries` images is no rise.
+    of `num_queries` images is no rise. `None` with fewer than two values; no comparison with fewer than four.
     """
-    values = [(entry["step"], entry["knn_accuracy"]) for entry in log_history if "knn_accuracy" in entry]
-    if len(values) < 4:
+    entries = [entry for entry in log_history if "knn_accuracy" in entry]
+    if len(entries) < 2:
         return None
-    split = len(values) - max(1, len(values) // 4)
-    step, before = max(values[:split], key=lambda value: value[1])
-    after = max(accuracy for _, accuracy in values[split:])
-    error = math.sqrt(after * (1 - after) / num_queries)
-    shown = f"k-NN accuracy on `knn_dataset`: {values[0][1]:.1%} untrained, {values[-1][1]:.1%} now"
-    if after > before + error:
-        return f"{shown}. It still rises: a longer run should give more."
-    return f"{shown}; no rise beyond chance since step {step:.0f} ({before:.1%}). More of the same gives little."
+    first, last = entries[0], entries[-1]
+    accuracy = last["knn_accuracy"]
+    error = math.sqrt(accuracy * (1 - accuracy) / num_queries)
+    text = (
+        f"On {num_queries} labelled images (±{196 * error:.1f} points), untrained and now: k-NN "
+        f"{first['knn_accuracy']:.1%}, {accuracy:.1%}; linear {first['linear_accuracy']:.1%}, "
+        f"{last['linear_accuracy']:.1%}."
+    )
+    if len(entries) < 4:
+        return text
+    split = len(entries) - len(entries) // 4
+    before = max(entries[:split], key=lambda entry: entry["knn_accuracy"])
+    if max(entry["knn_accuracy"] for entry in entries[split:]) > before["knn_accuracy"] + error:
+        return f"{text} k-NN still rises: a longer run should give more."
+    return f"{text} No rise of k-NN beyond chance was seen after step {before['step']:.0f}."
 
 
 __all__ = ["OnlineEvaluationArguments", "OnlineEvaluationCallback", "trend"]

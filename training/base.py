@@ -28,7 +28,7 @@ from clmae.training.arguments import ScaledRateArguments
 from clmae.training.callbacks import EpochCallback, RunComponent, shield_workers
 from clmae.training.data import ImageDataset, sample_generator
 from clmae.training.finite import FiniteCallback
-from clmae.training.integrity import choose_checkpoint, rotate_checkpoints, run_lock, seal, unseal
+from clmae.training.integrity import check_shapes, choose_checkpoint, rotate_checkpoints, run_lock, seal, unseal
 
 
 class EpochSampler(Sampler[int]):
@@ -121,6 +121,8 @@ class BaseTrainer(Trainer):
             if checkpoint and self.args.device.type == "cpu" and self.args.world_size > 1:
                 _let_torch_load_numbered_cpus()
             try:
+                if checkpoint:
+                    check_shapes(checkpoint, self.model.state_dict())
                 self.start_run(checkpoint)
                 return super().train(resume_from_checkpoint=checkpoint, **kwargs)
             finally:

@@ -15,11 +15,12 @@ import re
 import shutil
 import socket
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import safe_open
 from transformers.utils import logging
 
 from clmae.configuration.errors import InputError
@@ -191,6 +192,25 @@ def choose_checkpoint(resume: str | os.PathLike | bool | None, output_dir: str |
     if problems:
         logger.warning(f"{resume} has no manifest ({MANIFEST_NAME}): whether it is complete cannot be checked.")
     return str(resume)
+
+
+def check_shapes(checkpoint: str | os.PathLike, weights: Mapping[str, Any]) -> None:
+    """Refuses a checkpoint whose tensors have other shapes than those of `weights`, by name.
+
+    Raises:
+        InputError: See above. Checkpoints in another form than one safetensors file are not looked at.
+    """
+    path = Path(checkpoint, "model.safetensors")
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(weights.keys() & set(file.keys())):
+            saved, shape = tuple(file.get_slice(name).get_shape()), tuple(weights[name].shape)
+            if saved != shape:
+                raise InputError(
+                    f"`resume_from_checkpoint` is {str(checkpoint)!r}, where {name} has shape {saved}, but in this "
+                    f"model {shape}: resume with the options of that run (its config.json has them)."
+                )
 
 
 def rotate_checkpoints(

@@ -33,7 +33,7 @@ SHOWN = {
     *("dataset", "max_train_samples", "min_crop_scale", "contrastive_crop"),
     *("output_dir", "num_train_epochs", "per_device_train_batch_size", "base_learning_rate", *MOST_USED),
     *("image_size", "patch_size", "mask_ratio", "masker_objective", "curriculum_end"),
-    *("learned_masks", "contrastive_loss_weight", "knn_dataset"),
+    *("learned_masks", "contrastive_loss_weight", "knn_dataset", "knn_steps"),
 }
 
 
@@ -62,6 +62,8 @@ def run(argv: Sequence[str]) -> int:
     interrupt = InterruptCallback()
     trainer = build_trainer(config, data, args, [interrupt])
     online = OnlineEvaluationArguments(**{f.name: values[f.name] for f in fields(OnlineEvaluationArguments)})
+    if trainer.is_world_process_zero():
+        print(describe(trainer), flush=True)
     evaluation = OnlineEvaluationCallback.from_arguments(trainer, online) if online.knn_dataset else None
     if evaluation is not None:
         trainer.add_callback(evaluation)
@@ -80,6 +82,23 @@ def run(argv: Sequence[str]) -> int:
         print(trend(trainer.state.log_history, len(evaluation.queries)) or "", flush=True)
     trainer.accelerator.end_training()
     return 0
+
+
+def describe(trainer: CurriculumTrainer) -> str:
+    """What is about to be trained, on what, and for how long."""
+    model, args = trainer.model, trainer.args
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    parts = ", ".join(f"{name.replace('vit', 'encoder').replace('_', ' ')} {n / 1e6:.2f}" for name, n in sizes.items())
+    text = f"{model.config.model_type}: {parts} million parameters; images of {model.config.image_size} pixels, "
+    text += f"{model.config.num_patches} patches; {args.total_train_batch_size} images per step."
+    if isinstance(trainer.train_dataset, ImageDataset):
+        held_out = 0 if trainer.eval_dataset is None else len(trainer.eval_dataset)
+        images = len(trainer.train_dataset)
+        epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * args.total_train_batch_size / images
+        text += f" {images:,} images to learn from, {held_out:,} to evaluate on; {epochs:,.4g} epochs."
+    if sizes["decoder"] > sizes["vit"]:
+        text += " The decoder is larger than the encoder, and takes most of the time: see the `decoder_…` options."
+    return text
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[MAEConfig, DataArguments, PretrainingArguments, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -186,8 +187,10 @@ def test_signals_leave_a_checkpoint_from_which_the_run_ends(capsys, recipe, phot
 @pytest.mark.slow
 def test_resume_passes_over_a_damaged_checkpoint_or_says_that_none_is_left(error, trained, recipe, photos):
     shutil.copytree(trained("mae"), "out")
-    os.truncate("out/checkpoint-4/optimizer.pt", 10)
     argv = ["--config", recipe("mae"), "--dataset", photos, "--output_dir", "out", "--max_steps", "4"]
+    message = error("pretrain", *argv, "--hidden_size", "64", "--resume_from_checkpoint", "out/checkpoint-4")
+    assert re.search(r"where \S+ has shape \(.*32.*\), but in this model \(.*64.*\): resume with the options", message)
+    os.truncate("out/checkpoint-4/optimizer.pt", 10)
     for newest in ("last", "true"):
         message = error("pretrain", *argv, "--resume_from_checkpoint", newest)
         assert "no valid checkpoint: checkpoint-4: optimizer.pt has 10 bytes" in message
