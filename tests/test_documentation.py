@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from clmae.cli import main
 from clmae.cli.pretrain import read_arguments
@@ -24,7 +25,8 @@ SHORTER = {
     "num_train_epochs=100": "max_steps=1, picture_steps=0, per_device_train_batch_size=4, use_cpu=True",
     '"org/cl-mae-vit-b"': '"out/cl-mae"',
 }
-MODEL = "--model_size tiny --num_hidden_layers 1 --image_size 16 --patch_size 8 --use_cpu true --disable_tqdm true "
+SIZES = "--model_size tiny --num_hidden_layers 1 --image_size 16 --patch_size 8 "
+MODEL = SIZES + "--use_cpu true --disable_tqdm true "
 STEP = MODEL + "--max_steps 1 --per_device_train_batch_size 4 --num_held_out 2 --picture_steps 0 "
 OPTIONS = {
     "pretrain": STEP,
@@ -77,6 +79,11 @@ def run_command(line: str) -> None:
     options = OPTIONS.get(command, "").split()
     if command == "pretrain" and not {"./my_photos", "./my_icons", "./photos"} & {*arguments}:
         options += ["--dataset", "./my_icons"]  # instead of the recipe's
+    if "--init" in arguments:  # a stand-in for the released weights
+        sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+        ViTMAEForPreTraining(ViTMAEConfig(**sizes, decoder_num_hidden_layers=1)).save_pretrained("released")
+        arguments[arguments.index("--init") + 1] = "released"
+        options = options[len(SIZES.split()) :]
     if "--resume_from_checkpoint" in arguments:
         place = arguments.index("--resume_from_checkpoint")
         begin = arguments[:place] + arguments[place + 2 :]
