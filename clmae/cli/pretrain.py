@@ -30,7 +30,7 @@ from clmae.training.integrity import checkpoints
 # What `--help` explains; `--help-all` explains all.
 SHOWN = {
     *("family", "model_size", "init"),
-    *("dataset", "max_train_samples", "min_crop_scale"),
+    *("dataset", "min_crop_scale"),
     *("output_dir", "num_train_epochs", "per_device_train_batch_size", "base_learning_rate", *MOST_USED),
     *("image_size", "patch_size", "mask_ratio", "masker_objective", "curriculum_end"),
     *("learned_masks", "contrastive_loss_weight", "knn_dataset", "knn_steps"),
