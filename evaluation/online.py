@@ -30,9 +30,7 @@ class OnlineEvaluationArguments:
 
     knn_dataset: str | None = field(
         default=None,
-        metadata={
-            "help": "Labelled images, given as `dataset` is; their k-NN and linear accuracy is logged while training."
-        },
+        metadata={"help": "Labelled images: their k-NN and linear accuracy is logged."},
     )
     knn_split: str = field(default="train", metadata={"help": "Split of knn_dataset."})
     knn_steps: int = field(default=500, metadata={"help": "Evaluate on knn_dataset every that many steps."})

@@ -116,10 +116,7 @@ class PretrainingArguments(ScaledRateArguments):
 
     init: str | None = field(
         default=None,
-        metadata={
-            "help": "Start from the weights of a masked autoencoder: folder or Hub id (MAE, CL-MAE, CMAE, or "
-            "transformers' ViTMAE). On the command line its sizes take the place of model_size."
-        },
+        metadata={"help": "Start from a folder or Hub id: MAE, CL-MAE, CMAE or ViTMAE; sizes are its own."},
     )
     masker_learning_rate_multiplier: float = field(
         default=1.0, metadata={"help": "Masking module's learning rate, as a multiple of the autoencoder's."}

@@ -98,6 +98,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cmae_1_jitter_one_norm_sharp": dict(
         decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, temperature=0.1
     ),
+    "cmae_1_jitter_one_norm_sharper": dict(
+        decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, temperature=0.05
+    ),
+    "cmae_1_jitter_one_norm_sharp_error": dict(
+        **dict(decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True),
+        **dict(temperature=0.1, masks="error", beta=1.0),
+    ),
     "cmae_1_jitter_one_norm_ratio_60": dict(
         decoder=SMALL_DECODER, contrast=1.0, jitter=True, decoded_views=1, projector_norm=True, ratio=0.6
     ),

@@ -33,7 +33,7 @@ SHOWN = {
     *("dataset", "min_crop_scale"),
     *("output_dir", "num_train_epochs", "per_device_train_batch_size", "base_learning_rate", *MOST_USED),
     *("image_size", "patch_size", "mask_ratio", "masker_objective", "curriculum_end"),
-    *("learned_masks", "contrastive_loss_weight", "knn_dataset", "knn_steps"),
+    *("learned_masks", "knn_dataset", "knn_steps"),
 }
 
 
@@ -44,9 +44,7 @@ class FamilyArguments:
     family: str = HfArg(
         default="cl_mae", help="mae (random masks), cl_mae (masks learned under a curriculum) or cmae (encoder tasks)."
     )
-    model_size: str | None = HfArg(
-        default=None, help=f"Preset: {', '.join(SIZES)} (default: base); any option below overrides a part of it."
-    )
+    model_size: str | None = HfArg(default=None, help=f"{', '.join(SIZES)}; options below override parts. [base]")
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
