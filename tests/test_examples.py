@@ -10,17 +10,34 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
+from transformers import pipeline
+
+import clmae  # noqa: F401 (registers the backbone with transformers)
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_segmentation(tmp_path):
+def run_example(name, folder):
     sizes = ["--unlabelled", "64", "--labelled", "16", "--test", "16", "--pretraining_epochs", "1", "--epochs", "1"]
-    command = [sys.executable, str(ROOT / "examples" / "segmentation.py"), "--output_dir", str(tmp_path), *sizes]
+    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--output_dir", str(folder), *sizes]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    table = pd.read_csv(tmp_path / "miou.csv", index_col="encoder")
+    table = pd.read_csv(folder / f"{name}.csv", index_col="encoder")
     assert list(table.index) == ["pretrained", "random"]
-    assert table["mIoU"].between(0, 100).all()
+    assert table.stack().between(0, 100).all()
+    return list(table.columns)
+
+
+def test_segmentation(tmp_path):
+    assert run_example("segmentation", tmp_path) == ["mIoU"]
+
+
+def test_detection(tmp_path):
+    assert run_example("detection", tmp_path) == ["AP50", "IoU"]
+    detector = pipeline("object-detection", model=str(tmp_path / "pretrained"))
+    boxes = detector(Image.new("RGB", (60, 40)), threshold=0)
+    assert boxes
+    assert {box["label"] for box in boxes} <= set("0123456789")
