@@ -129,6 +129,7 @@ def detect(encoder: Path, pretrained: bool, folder: Path, num_images: int, num_t
 
 
 def main() -> None:
+    """Pretrains, trains both detectors, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/detection"))
     parser.add_argument("--encoder", type=Path, help="folder of a pretrained encoder (default: pretrain one)")
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--labelled", type=int, default=400, help="images with boxes")
     parser.add_argument("--test", type=int, default=500, help="images to evaluate on")
     parser.add_argument("--pretraining_epochs", type=float, default=6)
-    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--epochs", type=float, default=14)
     arguments = parser.parse_args()
     encoder = arguments.encoder or arguments.output_dir / "encoder"
     if arguments.encoder is None:

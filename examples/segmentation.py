@@ -47,8 +47,9 @@ def segment(encoder: Path, pretrained: bool, folder: Path, num_images: int, num_
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=16,
-        learning_rate=5e-4,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
+        warmup_steps=50,
         weight_decay=0.05,
         save_strategy="no",
         report_to="none",
@@ -69,15 +70,17 @@ def main() -> None:
     """Pretrains, trains both segmentation models, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/segmentation"))
+    parser.add_argument("--encoder", type=Path, help="folder of a pretrained encoder (default: pretrain one)")
     parser.add_argument("--unlabelled", type=int, default=4000, help="images to pretrain on")
     parser.add_argument("--labelled", type=int, default=200, help="images with masks")
     parser.add_argument("--test", type=int, default=500, help="images to evaluate on")
     parser.add_argument("--pretraining_epochs", type=float, default=40)
     parser.add_argument("--epochs", type=float, default=40)
     arguments = parser.parse_args()
-    encoder = arguments.output_dir / "encoder"
-    set_seed(0)
-    pretrain(encoder, arguments.unlabelled, arguments.pretraining_epochs)
+    encoder = arguments.encoder or arguments.output_dir / "encoder"
+    if arguments.encoder is None:
+        set_seed(0)
+        pretrain(encoder, arguments.unlabelled, arguments.pretraining_epochs)
     rows = {}
     for name, pretrained in (("pretrained", True), ("random", False)):
         set_seed(0)
