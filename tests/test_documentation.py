@@ -42,6 +42,7 @@ NOT_RUN = (
         "clmae app ",
         "clmae convert mae_pretrain_vit_base.pth ",
         "python benchmarks/study.py ",
+        "python examples/",
         "for scale in ",
         "done",
     ),
