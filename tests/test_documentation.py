@@ -43,7 +43,6 @@ NOT_RUN = (
         "clmae convert mae_pretrain_vit_base.pth ",
         "python benchmarks/study.py ",
         "python examples/",
-        "python examples/",
         "for scale in ",
         "done",
     ),
