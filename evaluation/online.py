@@ -69,8 +69,11 @@ class OnlineEvaluationCallback(PeriodicCallback):
                 f"{type(trainer.model).__name__}."
             )
         self.steps = steps
+        reading = dict(image_column=image_column, num_channels=config.num_channels)
+        # Classes that are words are numbered alike in both halves, also where one of them lacks a class.
+        class_names = LabelledImages(dataset, trainer.processing_class, **reading).class_names
         self.references, self.queries = (
-            LabelledImages(part, trainer.processing_class, image_column=image_column, num_channels=config.num_channels)
+            LabelledImages(part, trainer.processing_class, class_names=class_names, **reading)
             for part in hold_out(dataset, 0.5)
         )
 

@@ -247,7 +247,8 @@ def _load_whole(dataset: Any, indices: list[int]) -> tuple[list[int], torch.Tens
 def _exit_with_parent() -> None:
     # Not the process that forked this one, which may be a fork server.
     parent = multiprocessing.parent_process()
-    while parent is not None and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 

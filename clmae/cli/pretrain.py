@@ -76,8 +76,9 @@ def run(argv: Sequence[str]) -> int:
         trainer.accelerator.end_training()
         return 128 + interrupt.received
     _finish(trainer, result.metrics)
-    if evaluation is not None and trainer.is_world_process_zero():
-        print(trend(trainer.state.log_history, len(evaluation.queries)) or "", flush=True)
+    text = None if evaluation is None else trend(trainer.state.log_history, len(evaluation.queries))
+    if text is not None and trainer.is_world_process_zero():
+        print(text, flush=True)
     trainer.accelerator.end_training()
     return 0
 

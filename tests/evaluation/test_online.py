@@ -53,6 +53,16 @@ def test_accuracies_are_logged_and_change_nothing(tmp_path, family):
     assert len(logged(trainer, "reconstruction_loss")) == 4  # the training log is complete
 
 
+def test_words_have_one_number_in_both_halves(tmp_path):
+    """Also a word that is in one half alone, and first in the alphabet."""
+    dataset = labelled_images(7).remove_columns("label").add_column("label", [*"bcbcbc", "a"])
+    trainer = online_trainer(tmp_path, steps=0)
+    callback = OnlineEvaluationCallback(trainer, dataset)
+    names = [[part.class_names[label] for label in part.labels] for part in (callback.references, callback.queries)]
+    assert callback.references.class_names == callback.queries.class_names == ["a", "b", "c"]
+    assert sorted(names[0] + names[1]) == [*"abbbccc"]
+
+
 def test_labels_are_needed(tmp_path):
     labelled_images().remove_columns("label").to_parquet(tmp_path / "images.parquet")
     arguments = OnlineEvaluationArguments(knn_dataset=str(tmp_path / "images.parquet"))
