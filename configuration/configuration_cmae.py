@@ -26,7 +26,7 @@ class CMAEConfig(CLMAEConfig):
         decoder_num_attention_heads (`int`, *optional*, defaults to 4): Attention heads in each decoder block.
         contrastive_loss_weight (`float`, *optional*, defaults to 1.0): Weight of the contrast between two views of an
             image; 0: not computed, and one view is enough.
-        contrastive_temperature (`float`, *optional*, defaults to 0.2): What similarities are divided by.
+        contrastive_temperature (`float`, *optional*, defaults to 0.1): What similarities are divided by.
         projection_size (`int`, *optional*, defaults to 128): Width of the vectors that are compared.
         projection_hidden_size (`int`, *optional*): Width of the projector's hidden layer; four times the encoder's, at
             least 512, if not given.
@@ -50,7 +50,7 @@ class CMAEConfig(CLMAEConfig):
     decoder_num_hidden_layers: int = 1
     decoder_num_attention_heads: int = 4
     contrastive_loss_weight: float = 1.0
-    contrastive_temperature: float = 0.2
+    contrastive_temperature: float = 0.1
     projection_size: int = 128
     projection_batch_norm: bool = True
     decoded_views: int = 1
