@@ -140,9 +140,9 @@ def test_what_is_declared_is_imported():
     assert declared("export") - needed(SOURCES) == NOT_IMPORTED
 
 
-def test_what_only_benchmarks_import_is_their_extra():
+def test_benchmarks_need_no_more_than_the_package():
     scripts = {path: text for path, text in SCRIPTS.items() if "benchmarks" in path}
-    assert needed(scripts) - declared() == declared("benchmarks") - declared()
+    assert needed(scripts) - declared() == set()
 
 
 # -- size -------------------------------------------------------------------------------------------------------------

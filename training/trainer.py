@@ -33,6 +33,7 @@ from clmae.training.data import (
     ResidentImageDataset,
     StreamingImageDataset,
     normalize,
+    resident_if_small,
     sample_generator,
     unnormalized,
 )
@@ -106,8 +107,11 @@ class CurriculumTrainer(BaseTrainer):
             check_samples(train_dataset, eval_dataset, _pixel_values, _REMEDY)
         if isinstance(train_dataset, StreamingImageDataset) and _reads_in_parts(args):
             train_dataset = train_dataset.part(args.process_index, args.world_size)
-        if getattr(train_dataset, "device_resident", False):
+        resident = getattr(train_dataset, "device_resident", False)
+        if resident:
             train_dataset = ResidentImageDataset(train_dataset, args.device)
+        elif resident is None and not args.dataloader_num_workers:
+            train_dataset = resident_if_small(train_dataset, args.device, args.world_size)
         # Uint8 to the device, and normalised there; but an own collator gets the samples that it knows.
         self._normalizes = data_collator is None and isinstance(train_dataset, (ImageDataset, StreamingImageDataset))
         if self._normalizes:

@@ -21,7 +21,7 @@ from clmae.training.data.pixels import (
     normalize,
 )
 from clmae.training.data.randomness import sample_generator, sample_state, uniform
-from clmae.training.data.resident import ResidentImageDataset
+from clmae.training.data.resident import ResidentImageDataset, resident_if_small
 from clmae.training.data.sources import IMAGE_SUFFIXES, hold_out, load_image_dataset, take_samples
 from clmae.training.data.streaming import StreamingImageDataset
 
@@ -53,6 +53,7 @@ __all__ = [
     "object_heat_map",
     "random_resized_crop_box",
     "refresh_epochs",
+    "resident_if_small",
     "sample_generator",
     "sample_state",
     "take_samples",

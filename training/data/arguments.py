@@ -68,10 +68,10 @@ class DataArguments:
     contrastive_crop: bool = _option(
         False, "Crop around the objects that the encoder finds while it trains (ContrastiveCrop)."
     )
-    device_resident: bool = _option(
-        False,
+    device_resident: bool | None = _option(
+        None,
         "Keep all training images, which must be of one size, on the training device and augment there, a batch at "
-        "once: for small sets such as CIFAR-10 (3 KB per image), without workers.",
+        "once, without workers. If not given: where they fit in a tenth of its memory, and no workers are asked for.",
     )
     crop_ratio: float | None = _option(
         None, "Share of the sides that evaluation shows; 0.875 from 160 pixels on, 1 for smaller images."
@@ -150,8 +150,8 @@ def build_datasets(
         args._refuse_stream()
         train_dataset = StreamingImageDataset(train, column, excluded=excluded, **settings)
     else:
-        options = dict(contrastive_crop=args.contrastive_crop, device_resident=args.device_resident)
-        train_dataset = ImageDataset(train, column, **options, **settings)
+        of_files: dict[str, Any] = dict(contrastive_crop=args.contrastive_crop, device_resident=args.device_resident)
+        train_dataset = ImageDataset(train, column, **of_files, **settings)
     eval_dataset: PretrainingDataset | None = None
     if evaluation is not None:
         is_stream = isinstance(evaluation.dataset, datasets.IterableDataset)

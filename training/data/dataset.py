@@ -202,7 +202,7 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
         contrastive_crop: Whether random crops have their centres in `crop_boxes`, `(len(dataset), 4)` in shared
             memory, at first the whole image; `ContrastiveCropCallback` moves them to the objects.
         device_resident: Whether `CurriculumTrainer` keeps all images on its device, and makes batches there (see
-            [`ResidentImageDataset`]).
+            [`ResidentImageDataset`]); `None`: where [`resident_if_small`] finds it suits them.
         color_jitter: Whether the last view of a training sample has other colours (see [`jitter_colours`]).
         on_bad_image: `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
@@ -217,7 +217,7 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
         image_column: str,
         *,
         contrastive_crop: bool = False,
-        device_resident: bool = False,
+        device_resident: bool | None = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(dataset, image_column, **kwargs)

@@ -7,12 +7,21 @@ No workers, no loop over images, and nothing waits for the device.
 from __future__ import annotations
 
 import numpy as np
+import psutil
 import torch
+from transformers.utils import logging
 
 from clmae.configuration.errors import InputError
 from clmae.training.data.dataset import ImageDataset
 from clmae.training.data.pixels import crop_and_resize_batch, normalize
 from clmae.training.data.randomness import uint64
+
+logger = logging.get_logger(__name__)
+SHARE_OF_MEMORY = 0.1
+
+
+class UnequalImagesError(InputError):
+    """The images differ in size or type."""
 
 
 class ResidentImageDataset(ImageDataset):
@@ -77,12 +86,40 @@ class ResidentImageDataset(ImageDataset):
             if i == 0:
                 images = torch.empty((len(self), *image.shape), dtype=image.dtype)
             if image.shape != images.shape[1:] or image.dtype != images.dtype:
-                raise InputError(
+                raise UnequalImagesError(
                     f"`device_resident` needs images of one size and type, but image 0 is {_describe(images[0])} and "
                     f"image {i} {_describe(image)}: resize them before, or leave it out."
                 )
             images[i] = image
         return images
+
+
+def resident_if_small(source: ImageDataset, device: torch.device, num_processes: int = 1) -> ImageDataset:
+    """The dataset on the device, if its images are all of one size and fit in a tenth of its memory; else as it is.
+
+    Args:
+        source: As for [`ResidentImageDataset`].
+        device: Where the images would be kept.
+        num_processes: That share a CPU's memory, and each keep all images.
+
+    Raises:
+        InputError: An image is bad.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif device.type == "cpu":
+        memory = psutil.virtual_memory().total // num_processes
+    else:
+        return source
+    image = source._read(0, lambda value, _: source._decode(value))
+    if len(source) * image.nbytes > SHARE_OF_MEMORY * memory:
+        return source
+    try:
+        resident = ResidentImageDataset(source, device)
+    except UnequalImagesError:
+        return source
+    logger.info("All training images are kept on %s (device_resident).", device)
+    return resident
 
 
 def _describe(image: torch.Tensor) -> str:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from clmae.training.data import DataArguments, ImageDataset, ResidentImageDataset, build_datasets
+from clmae.training.data import DataArguments, ImageDataset, ResidentImageDataset, build_datasets, resident_if_small
 
 from ..runs import assert_equal_weights, image_dataset, logged, tiny_model, tiny_trainer, weights
 from .samples import SETTINGS, arrays, memory
@@ -108,3 +111,27 @@ def test_built_from_options(tmp_path):
     train, evaluation, _ = build_datasets(args, tiny_model("mae").config)
     assert (train.device_resident, evaluation.device_resident) == (True, False)
     assert (len(train), len(evaluation)) == (18, 2)
+
+
+def test_small_sets_are_kept_on_the_device(monkeypatch):
+    source = image_dataset(5, device_resident=None)
+    kept = resident_if_small(source, torch.device("cpu"))
+    assert isinstance(kept, ResidentImageDataset)
+    enough = 10 * kept.images.nbytes
+    for total, processes, fits in ((enough, 1, True), (enough - 10, 1, False), (enough, 2, False)):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        dataset = resident_if_small(source, torch.device("cpu"), processes)
+        assert isinstance(dataset, ResidentImageDataset) if fits else dataset is source
+    monkeypatch.undo()
+    values = [np.zeros((20, 20 + i // 2), np.uint8).tolist() for i in range(3)]
+    mixed = ImageDataset(arrays(datasets.List(datasets.List(datasets.Value("uint8"))), values), "bands", **SETTINGS)
+    assert resident_if_small(mixed, torch.device("cpu")) is mixed
+
+
+@pytest.mark.parametrize(
+    ("device_resident", "workers", "expected"), [(None, 0, True), (None, 1, False), (False, 0, False)]
+)
+def test_unless_workers_are_asked_for(tmp_path, device_resident, workers, expected):
+    train = image_dataset(device_resident=device_resident)
+    trainer = tiny_trainer(tmp_path, "mae", train_dataset=train, dataloader_num_workers=workers)
+    assert isinstance(trainer.train_dataset, ResidentImageDataset) == expected
