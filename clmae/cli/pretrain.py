@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.hf_argparser import HfArg
 
 from clmae import FAMILIES
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     config, data, args, values = read_arguments(argv)
     checkpoint = _checkpoint(args)
     interrupt = InterruptCallback()
-    trainer = build_trainer(config, data, args, [interrupt])
+    trainer = build_trainer(config, data, args, [interrupt, _ResumeMessage()])
     online = OnlineEvaluationArguments(**{f.name: values[f.name] for f in fields(OnlineEvaluationArguments)})
     if trainer.is_world_process_zero():
         print(describe(trainer), flush=True)
@@ -81,6 +82,16 @@ def run(argv: Sequence[str]) -> int:
         print(text, flush=True)
     trainer.accelerator.end_training()
     return 0
+
+
+class _ResumeMessage(TrainerCallback):
+    """Says where a resumed run goes on."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Comes when the checkpoint has been read."""
+        if state.global_step and state.is_world_process_zero:
+            done = ": nothing is left to do" if state.global_step >= state.max_steps else ""
+            print(f"Going on from step {state.global_step:,} of {state.max_steps:,}{done}.", flush=True)
 
 
 def describe(trainer: CurriculumTrainer) -> str:
