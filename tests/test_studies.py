@@ -192,7 +192,7 @@ def test_time_runs_out(module):
 
 def test_wrong_use(study, home, module, tmp_path):
     with pytest.raises(SystemExit, match=r"`--scale` is 'tpu'; .*study\.yaml has cpu, gpu"):
-        module.main(["run", "cifar10_study", "--scale", "tpu"])
+        module.main(["run", "transfer_study", "--scale", "tpu"])
     with pytest.raises(SystemExit, match="`study` is 'mnist'"):
         module.main(["run", "mnist"])
     options = ("--seed", 0, "--protocol", "knn")
@@ -212,10 +212,9 @@ def test_wrong_use(study, home, module, tmp_path):
 @pytest.mark.parametrize(
     ("name", "scale", "expected"),
     [
-        # 3 seeds of 4 recipes in full or at two budgets, 4 ablations and the baselines; a point of the curve each.
-        ("cifar10_study", "cpu", 3 * (7 * (6 + 1) + 4 * (3 + 1) + 3 + 3) + 3),
-        ("cifar10_study", "gpu", 3 * (7 * (6 + 3) + 4 * (3 + 3) + 3 + 3) + 3),
-        ("cmae", "cpu", 3 * 13 * 2),
+        # 3 seeds of 4 pretrainings in full (CMAE counted as dear as MAE) and 2 by frozen features, and the baselines.
+        ("transfer_study", "cpu", 3 * (4 * (17 + 5) + 2 * (14 + 5) + 14 + 3) + 14),
+        ("transfer_study", "gpu", 3 * (4 * (17 + 15) + 2 * (14 + 15) + 14 + 3) + 14),
         ("curriculum", "cpu", 3 * 6 * 2),
         ("curriculum", "cpu-600", 3 * 5 * 2),
         ("curriculum", "cpu-4000", 3 * 2),
@@ -229,11 +228,13 @@ def test_the_studies_as_they_are(module, study, home, name, scale, expected):
     settings["pretraining"] |= {"eval_split": None, "num_held_out": 8, "max_train_samples": None}
     settings["pretraining"]["per_device_train_batch_size"] = 8
     settings["images_seen"] = 4096
+    for fields in settings["evaluations"].values():
+        fields |= {"dataset": "data", "test_split": None}
     plan = module.read_plan(settings, "data", home)
     assert len(plan.cells(plan.rows(), settings["seeds"])) == expected
     shapes = {(r.config.hidden_size, r.config.num_hidden_layers, r.args.learning_rate) for r in plan.recipes.values()}
     assert len(shapes) == 1
-    if name == "cifar10_study":
+    if name == "transfer_study":
         assert plan.recipes["cl_cmae"].config.learned_masks
         assert plan.recipes["cl_mae_authors"].config.soft_masking == "tokens"
-        assert list(plan.evaluations["cifar10"].finetuning) == ["finetune-100", "finetune-10", "finetune-1"]
+        assert "finetune-rsscn7" in plan.evaluations["rsscn7"].protocols
