@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from clmae.training import matmul
+from clmae.training import base, matmul
 from clmae.training.build import fastest_attention
 
 from .runs import EachStep, tiny_trainer
@@ -65,3 +65,20 @@ def test_a_precision_is_tried_out(monkeypatch):
 
     monkeypatch.setattr(nn.functional, "linear", rounded)
     assert not matmul.medium_is_float32.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "bf16", "warns"),
+    [
+        ({"architecture": "x86_64", "avx512_f": False}, True, True),
+        ({"architecture": "x86_64", "avx512_f": False}, False, False),
+        ({"architecture": "x86_64", "avx512_f": True}, True, False),
+        ({"architecture": "aarch64"}, True, False),
+    ],
+)
+def test_emulated_bf16_is_warned_of(tmp_path, monkeypatch, capabilities, bf16, warns):
+    messages = []
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(base.logger, "warning", messages.append)
+    tiny_trainer(tmp_path, "mae", bf16=bf16)
+    assert any("no AVX-512" in message for message in messages) == warns
