@@ -405,7 +405,7 @@ def memory_table() -> str:
     return markdown_table(pd.DataFrame(rows, columns=head))
 
 
-def run(name: str, output: Path, only: str | None, rounds: int) -> None:
+def run(name: str, output: Path, only: str | None, rounds: int, precisions: Sequence[str] = PRECISIONS) -> None:
     """Measures a preset and writes its tables."""
     preset = PRESETS[name]
     groups = {group: lines for group, lines in preset["groups"].items() if only is None or only in group}
@@ -414,13 +414,14 @@ def run(name: str, output: Path, only: str | None, rounds: int) -> None:
     if name == "gpu" and not torch.cuda.is_available():
         raise SystemExit("`--preset gpu` needs a GPU, and torch sees none; take `--preset cpu`.")
     device = torch.device("cuda" if name == "gpu" else "cpu")
-    peaks = {precision: matmul_peak(precision, device, preset["matrix"]) for precision in PRECISIONS}
+    peaks = {precision: matmul_peak(precision, device, preset["matrix"]) for precision in precisions}
     measured = ", ".join(f"{precision} {peak / 1e9:.0f}" for precision, peak in peaks.items())
     text = f"{describe(device)}\nMeasured matrix-product peak, GFLOP/s: {measured}. "
     text += f"Medians of {rounds} interleaved rounds.\n"
     for group, lines in groups.items():
         print(group, flush=True)
-        rows = compare_rows(measure_group(read_cases(lines), rounds, preset["steps"], device), peaks)
+        cases = [case for case in read_cases(lines) if case.precision in precisions]
+        rows = compare_rows(measure_group(cases, rounds, preset["steps"], device), peaks)
         text += group_to_markdown(group, rows)
         write_whole(output / f"{'-'.join(['step', name, *re.findall(r'[0-9A-Za-z_]+', only or '')])}.md", text)
         if device.type == "cuda":
@@ -436,13 +437,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results", help="Folder of the results.")
     parser.add_argument("--only", metavar="TEXT", help="Only groups with this in their names.")
     parser.add_argument("--rounds", type=int, default=5, help="Interleaved rounds.")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="Others are left out.")
     parser.add_argument("--cost", action="store_true", help="Print FLOPs and projected cost; measure nothing.")
     parser.add_argument("--memory", action="store_true", help="Print the memory of a step, counted without a device.")
     args = parser.parse_args()
     if args.cost or args.memory:
         print(cost_tables() if args.cost else memory_table())
     else:
-        run(args.preset, args.output, args.only, args.rounds)
+        run(args.preset, args.output, args.only, args.rounds, args.precisions)
 
 
 if __name__ == "__main__":
