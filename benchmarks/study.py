@@ -1,9 +1,9 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Runs the studies of this folder: pretrains, evaluates, makes tables and figures.
 
-    python benchmarks/study.py run cifar10_study --scale cpu --seeds 0 1
-    python benchmarks/study.py run cifar10_study --scale gpu --minutes 9     # exit code 75: call again
-    python benchmarks/study.py cell cmae --recipe all --budget images --seed 0 --protocol knn
+    python benchmarks/study.py run transfer_study --scale cpu --seeds 0 1
+    python benchmarks/study.py run transfer_study --scale gpu --minutes 9    # exit code 75: call again
+    python benchmarks/study.py cell transfer_study --recipe cmae --budget compute --seed 0 --protocol knn
     python benchmarks/study.py table curriculum --scale cpu-600
 
 A study is a folder with a `study.yaml`: recipes as options of `clmae pretrain` beside what all of a scale share
