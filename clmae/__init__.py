@@ -1,15 +1,6 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """Masked-image pretraining for transformers. Importing this registers the families with the Auto classes."""
 
-import os
-import sys
-from pathlib import Path
-
-if "clmae" in (Path(word).stem for word in sys.orig_argv[:3]):  # the command, not a program that imports this
-    # OpenMP's threads otherwise spin while they wait, and a step takes ten times as long beside other programs. It is
-    # read once, when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # What is public, `configuration` and the modules of `modeling` say by their `__all__`.
 # ruff: noqa: F403, F405
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -147,22 +144,3 @@ def test_a_model_that_is_not_there(error, command):
         assert message.startswith(f"{name} {path!r} cannot be loaded: ")
         assert reason in message
         assert not Path("out").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("command", "set_before", "expected"),
-    [
-        ("python venv/bin/clmae pretrain", None, "PASSIVE"),
-        ("python -m clmae pretrain", None, "PASSIVE"),
-        ("python -m clmae pretrain", "ACTIVE", "ACTIVE"),
-        ("python train.py", None, "None"),
-    ],
-)
-def test_the_command_lets_waiting_threads_sleep(command, set_before, expected):
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if set_before is None else {"OMP_WAIT_POLICY": set_before}
-    code = f"import os, sys; sys.orig_argv = {command.split()}; assert 'torch' not in sys.modules; import clmae; "
-    code += "print(os.environ.get('OMP_WAIT_POLICY'))"
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert result.stdout.split() == [expected]
