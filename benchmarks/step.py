@@ -283,7 +283,7 @@ def compare_rows(rows: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
     """With columns of what the rows of a group are beside others: the peak, ViTMAE and our own MAE."""
     at = ["shape", "batch"]
     same = [*at, "attention", "precision", "compiled", "checkpointing"]
-    vit_mae, mae = rows[rows["family"] == VIT_MAE], rows[rows["family"] == "mae"]
+    vit_mae, mae = rows[rows["family"] == VIT_MAE], rows[(rows["family"] == "mae") & (rows["prediction_ratio"] == 1)]
     defaults = vit_mae[(vit_mae[same[2:]] == ["sdpa", "fp32", False, False]).all(axis=1)]
     for name, others, keys in (
         ("defaults", defaults, at),
