@@ -52,7 +52,7 @@ def test_a_checkpoint_without_a_manifest_was_cut_off(capsys, trained):
 def without_manifest(kind, folder, family, make_model, trained):
     """A whole model without a manifest."""
     if kind == "shipped":
-        shutil.copytree(Path(model_cards.__file__).parent / "cl_mae_digits", folder)
+        shutil.copytree(Path(model_cards.__file__).parent / "cl_mae_mnist", folder)
     elif kind == "downloaded":  # what is pushed is what comes back
         source = trained(family)
         for name in hub_files(source):

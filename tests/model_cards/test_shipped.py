@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining,
 from clmae.model_cards import card
 from clmae.model_cards.card import write_card
 
-FOLDER = Path(card.__file__).parent / "cl_mae_digits"
+FOLDER = Path(card.__file__).parent / "cl_mae_mnist"
 
 
 def test_it_is_small_and_half_precision_on_disk():
@@ -45,11 +45,11 @@ def test_it_loads_and_reconstructs():
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torchvision", "pil"])
 def test_transformers_pipeline_takes_any_picture(backend, tmp_path):
-    digit = Image.fromarray((load_digits().images[3] * (255 / 16)).astype("uint8")).resize((32, 32), Image.BICUBIC)
+    digit = Image.fromarray((load_digits().images[3] * (255 / 16)).astype("uint8")).resize((28, 28), Image.BICUBIC)
     processor = AutoImageProcessor.from_pretrained(FOLDER, backend=backend)
     extract = pipeline("image-feature-extraction", model=str(FOLDER), image_processor=processor)
     tokens = torch.tensor(extract(digit))
-    assert tokens.shape == (1, 1 + 64, 96)
+    assert tokens.shape == (1, 1 + 49, 96)
     for mode in ("RGB", "P"):
         digit.convert(mode).save(tmp_path / "digit.png")
         torch.testing.assert_close(torch.tensor(extract(str(tmp_path / "digit.png"))), tokens)
