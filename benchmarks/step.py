@@ -405,7 +405,7 @@ def memory_table() -> str:
     return markdown_table(pd.DataFrame(rows, columns=head))
 
 
-def run(name: str, output: Path, only: str | None, rounds: int, precisions: Sequence[str] = PRECISIONS) -> None:
+def run(name: str, output: Path, only: str | None, rounds: int, precisions: Sequence[str]) -> None:
     """Measures a preset and writes its tables."""
     preset = PRESETS[name]
     groups = {group: lines for group, lines in preset["groups"].items() if only is None or only in group}

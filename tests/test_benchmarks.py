@@ -58,6 +58,12 @@ def test_step_benchmark_compares_what_is_of_one_shape(script):
             for family, seconds in zip((step.VIT_MAE, "mae"), times, strict=True)
         ]
     )
+    part = {**rows.iloc[1], "prediction_ratio": 0.5, "seconds": 1.0}  # faster than MAE, and not what others are beside
+    assert list(
+        step.compare_rows(step.pd.DataFrame([*rows.to_dict("records"), part]).assign(options=""), {"fp32": 3.0})[
+            "over_mae"
+        ]
+    ) == [2, 1, 0.8, 1, 0.5]
     rows["options"] = rows["family"]
     rows = step.compare_rows(rows, {"fp32": 3.0})
     assert list(rows["times_defaults"]) == [1, 2, 1, 0.8]

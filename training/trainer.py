@@ -110,7 +110,7 @@ class CurriculumTrainer(BaseTrainer):
         resident = getattr(train_dataset, "device_resident", False)
         if resident:
             train_dataset = ResidentImageDataset(train_dataset, args.device)
-        elif resident is None and not args.dataloader_num_workers:
+        elif resident is None and not args.dataloader_num_workers and data_collator is None:  # which gets whole batches
             train_dataset = resident_if_small(train_dataset, args.device, args.world_size)
         # Uint8 to the device, and normalised there; but an own collator gets the samples that it knows.
         self._normalizes = data_collator is None and isinstance(train_dataset, (ImageDataset, StreamingImageDataset))

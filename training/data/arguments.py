@@ -71,7 +71,7 @@ class DataArguments:
     device_resident: bool | None = _option(
         None,
         "Keep all training images, which must be of one size, on the training device and augment there, a batch at "
-        "once, without workers. If not given: where they fit in a tenth of its memory, and no workers are asked for.",
+        "once, without workers. If not given: where they fit in a tenth of its memory, without workers.",
     )
     crop_ratio: float | None = _option(
         None, "Share of the sides that evaluation shows; 0.875 from 160 pixels on, 1 for smaller images."

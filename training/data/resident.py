@@ -20,8 +20,8 @@ logger = logging.get_logger(__name__)
 SHARE_OF_MEMORY = 0.1
 
 
-class UnequalImagesError(InputError):
-    """The images differ in size or type."""
+class NotResidentError(InputError):
+    """The images are good, but cannot be kept on the device: they differ in size or type, or do not fit."""
 
 
 class ResidentImageDataset(ImageDataset):
@@ -36,7 +36,7 @@ class ResidentImageDataset(ImageDataset):
         device: Where the images are kept: 1 byte per value, or 4 if they have more than 8 bits.
 
     Raises:
-        InputError: The images differ in size or type, one is bad, or they do not fit on the device.
+        InputError: An image is bad, or, as [`NotResidentError`], the images differ in size or type, or do not fit.
     """
 
     def __init__(self, source: ImageDataset, device: torch.device | str):
@@ -50,7 +50,7 @@ class ResidentImageDataset(ImageDataset):
             peak = 255 if images.dtype == torch.uint8 else 1
             self._moments = (peak * torch.tensor([self.mean, self.std])).to(self.device)
         except torch.OutOfMemoryError as error:
-            raise InputError(
+            raise NotResidentError(
                 f"`device_resident` needs {images.nbytes / 1e9:.1f} GB on {self.device}, which does not have them; "
                 "leave it out."
             ) from error
@@ -86,7 +86,7 @@ class ResidentImageDataset(ImageDataset):
             if i == 0:
                 images = torch.empty((len(self), *image.shape), dtype=image.dtype)
             if image.shape != images.shape[1:] or image.dtype != images.dtype:
-                raise UnequalImagesError(
+                raise NotResidentError(
                     f"`device_resident` needs images of one size and type, but image 0 is {_describe(images[0])} and "
                     f"image {i} {_describe(image)}: resize them before, or leave it out."
                 )
@@ -116,7 +116,7 @@ def resident_if_small(source: ImageDataset, device: torch.device, num_processes:
         return source
     try:
         resident = ResidentImageDataset(source, device)
-    except UnequalImagesError:
+    except NotResidentError:
         return source
     logger.info("All training images are kept on %s (device_resident).", device)
     return resident

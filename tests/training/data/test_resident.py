@@ -10,6 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from transformers import default_data_collator
 
 from clmae.training.data import DataArguments, ImageDataset, ResidentImageDataset, build_datasets, resident_if_small
 
@@ -127,11 +128,24 @@ def test_small_sets_are_kept_on_the_device(monkeypatch):
     mixed = ImageDataset(arrays(datasets.List(datasets.List(datasets.Value("uint8"))), values), "bands", **SETTINGS)
     assert resident_if_small(mixed, torch.device("cpu")) is mixed
 
+    def full(self, *args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    assert resident_if_small(source, torch.device("cpu")) is source
+    with pytest.raises(ValueError, match=r"`device_resident` needs 0\.0 GB on cpu"):
+        ResidentImageDataset(source, "cpu")
+
 
 @pytest.mark.parametrize(
-    ("device_resident", "workers", "expected"), [(None, 0, True), (None, 1, False), (False, 0, False)]
+    ("device_resident", "options", "expected"),
+    [
+        (None, {}, True),
+        (None, {"dataloader_num_workers": 1}, False),
+        (None, {"data_collator": default_data_collator}, False),  # which gets samples, not whole batches
+        (False, {}, False),
+    ],
 )
-def test_unless_workers_are_asked_for(tmp_path, device_resident, workers, expected):
-    train = image_dataset(device_resident=device_resident)
-    trainer = tiny_trainer(tmp_path, "mae", train_dataset=train, dataloader_num_workers=workers)
+def test_unless_workers_or_another_collator_are_asked_for(tmp_path, device_resident, options, expected):
+    trainer = tiny_trainer(tmp_path, "mae", train_dataset=image_dataset(device_resident=device_resident), **options)
     assert isinstance(trainer.train_dataset, ResidentImageDataset) == expected
