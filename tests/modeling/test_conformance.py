@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
@@ -438,6 +439,8 @@ def test_unknown_keywords(build, family, head):
     for name, value in (unknown | ({"masking": "random"} if family == "mae" or head != "pretraining" else {})).items():
         with pytest.raises(ValueError, match=rf"`{name}` \(here a \w+\) is no .*{type(model).__name__}.* pixel_values"):
             model(**inputs, **{name: value})
+    annotation = str(inspect.signature(type(model).forward).parameters["kwargs"].annotation)
+    assert annotation == "Unpack[TransformersKwargs]"  # where generic code and editors look the others up
 
 
 @every_model
