@@ -73,7 +73,7 @@ class Evaluation:
     Attributes:
         dataset, config_name, ..., max_test_samples: As the arguments of [`evaluate_model`].
         protocols: Of `PROTOCOLS`, on frozen features; or keys of `finetuning`.
-        feature: For frozen features.
+        feature, bf16: For frozen features.
         finetuning: Fine-tuning protocols by name: fields of [`FinetuningArguments`], and `label_fraction` or
             `labels_per_class`.
         from_scratch: What differs of these fields for the baseline without pretraining.
@@ -89,6 +89,7 @@ class Evaluation:
     max_train_samples: int | None = None
     max_test_samples: int | None = None
     feature: str | None = None
+    bf16: bool = False
     finetuning: dict[str, dict[str, Any]] = field(default_factory=dict)
     from_scratch: dict[str, Any] = field(default_factory=dict)
 
@@ -108,10 +109,10 @@ class Evaluation:
             LabelledImages(images.dataset, dict, image_column=column, label_column=self.label_column)
 
     @property
-    def curve_protocol(self) -> str | None:
-        """The one by which the weights at intermediate steps are evaluated, if there is one on frozen features."""
+    def curve_protocols(self) -> list[str]:
+        """Those by which the weights at intermediate steps are evaluated: on frozen features, but for few-shot."""
         frozen = [protocol for protocol in self.protocols if protocol in PROTOCOLS]
-        return "knn" if "knn" in frozen else next(iter(frozen), None)
+        return [protocol for protocol in frozen if protocol != "fewshot"] or frozen
 
     def evaluate(
         self, model: Path, protocols: Sequence[str], run: Run, device: torch.device, folder: Path
@@ -128,7 +129,7 @@ class Evaluation:
         images: dict[str, Any] = {name: getattr(self, name) for name in IMAGES}
         row = BASELINES["raw"] if run.recipe == "raw" else "pretrained"
         if protocols[0] in PROTOCOLS:
-            images |= dict(feature=self.feature, seed=run.seed, device=device, progress=False)
+            images |= dict(feature=self.feature, bf16=self.bf16, seed=run.seed, device=device, progress=False)
             baselines = run.recipe == "raw"
             results = list(evaluate_model(model, self.dataset, protocols, **images, baselines=baselines).values())
         else:
@@ -272,9 +273,9 @@ class Plan:
             # Raw pixels are the same under every seed.
             run = Run(name, self.steps[budget][name] if budget else 0, 0 if name == "raw" else seed)
             protocols = [protocol for protocol in evaluation.protocols if self._applies(name, protocol)]
-            if evaluation.curve_protocol in protocols:
-                points = run.points(self.num_points)[:-1]
-                cells |= {Cell(run, step, dataset, evaluation.curve_protocol): None for step in points}
+            curve = [protocol for protocol in protocols if protocol in evaluation.curve_protocols]
+            points = run.points(self.num_points)[:-1]
+            cells |= {Cell(run, step, dataset, protocol): None for step in points for protocol in curve}
             cells |= {Cell(run, run.steps, dataset, protocol): None for protocol in protocols}
         return list(cells)
 
