@@ -29,7 +29,7 @@ from transformers import AutoModelForPreTraining, TrainerCallback, TrainerContro
 from clmae.configuration.errors import InputError
 from clmae.evaluation.plan import BASELINES, Cell, Plan, Run, choose, keep_plan
 from clmae.evaluation.report import PROTOCOLS
-from clmae.evaluation.tables import BUDGETS, curves_figure, headline, results_to_markdown, summarize
+from clmae.evaluation.tables import BUDGETS, curves_figure, headline, results_to_markdown, summarize, with_means
 from clmae.model_cards.files import write_whole
 from clmae.model_cards.record import RECORD_NAME, read_json
 from clmae.training.build import build_trainer
@@ -177,7 +177,8 @@ class Runner:
         """A line for each number that is there: accuracies in percent, and what `metrics` makes of training logs.
 
         Columns: budget, recipe, label, seed, step, images_seen, flops, dataset, protocol, column, value, and whether it
-        is `final` (or of an intermediate step). The protocol of what is no accuracy is `"training"`.
+        is `final` (or of an intermediate step). The protocol of what is no accuracy is `"training"`. Where there are
+        several datasets, their mean comes first.
         """
         records: list[dict[str, Any]] = []
         for budget, name in rows:
@@ -192,7 +193,7 @@ class Runner:
                 about = dict(budget=budget, recipe=name, label=label, seed=cell.run.seed, **self._cost(cell))
                 about |= dict(final=cell.step == cell.run.steps, dataset=cell.dataset, protocol=cell.protocol)
                 records += [{**about, "column": column, "value": value} for column, value in values.items()]
-        return pd.DataFrame(records)
+        return with_means(pd.DataFrame(records)) if records else pd.DataFrame()
 
     def _cost(self, cell: Cell) -> dict[str, int]:
         if not cell.step:

@@ -14,6 +14,7 @@ from matplotlib.ticker import EngFormatter
 from scipy.stats import t as student_t
 
 BUDGETS = {"images": "equal images seen", "compute": "equal compute"}
+MEAN = "mean of the datasets"
 LEVEL = 0.95  # of the intervals
 COSTS = {"images seen": ("images_seen", "{:,}"), "steps": ("step", "{:,}"), "FLOPs": ("flops", "{:.3g}")}
 
@@ -33,6 +34,16 @@ def headlines(results: pd.DataFrame) -> pd.DataFrame:
         for column in (columns if protocol in ("fewshot", "training") else [headline(protocol, columns)])
     }
     return results[[key in shown for key in zip(results["protocol"], results["column"], strict=True)]]
+
+
+def with_means(results: pd.DataFrame) -> pd.DataFrame:
+    """Before the results those of a further dataset, `MEAN`: of k-NN and linear probe, where a run has all datasets."""
+    scores = results[results["protocol"].isin(["knn", "linear"])]
+    datasets = scores.groupby("protocol")["dataset"].nunique()
+    keys = [column for column in results.columns if column not in ("dataset", "value")]
+    means = scores.groupby(keys, sort=False)["value"].agg(n="count", value="mean").reset_index().assign(dataset=MEAN)
+    count = means["protocol"].map(datasets)
+    return pd.concat([means[(means["n"] == count) & (count > 1)][results.columns], results], ignore_index=True)
 
 
 def summarize(results: pd.DataFrame, over: Sequence[str] = ("step", "images_seen", "flops")) -> pd.DataFrame:

@@ -158,7 +158,8 @@ def test_table(study, home, module):
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     # Equal compute was not run, but the reference is the same under both.
     budgets = ("Equal images seen", "Equal compute")
-    assert titles == [f"## {budget}, {dataset}" for dataset in ("photos", "others") for budget in budgets]
+    datasets = ("mean of the datasets", "photos", "others")
+    assert titles == [f"## {budget}, {dataset}" for dataset in datasets for budget in budgets]
     images = text.split("## Equal images seen, photos")[1].split("##")[0]
     assert "| Q2 | Q4 | mask_difficulty | s / step |" in images
     table = pd.read_csv(home / "results" / "cpu.csv", keep_default_na=False)
@@ -212,9 +213,10 @@ def test_wrong_use(study, home, module, tmp_path):
 @pytest.mark.parametrize(
     ("name", "scale", "expected"),
     [
-        # 3 seeds of 4 pretrainings in full (CMAE counted as dear as MAE) and 2 by frozen features, and the baselines.
-        ("transfer_study", "cpu", 3 * (4 * (17 + 5) + 2 * (14 + 5) + 14 + 3) + 14),
-        ("transfer_study", "gpu", 3 * (4 * (17 + 15) + 2 * (14 + 15) + 14 + 3) + 14),
+        # 3 seeds of 4 pretrainings in full (CMAE counted as dear as MAE), 2 by frozen features and 2 by probes alone, all
+        # with probes at 3 earlier points on 5 datasets; and the baselines.
+        ("transfer_study", "cpu", 3 * (4 * (17 + 30) + 2 * (14 + 30) + 2 * (10 + 30) + 14 + 3) + 14),
+        ("transfer_study", "gpu", 3 * (4 * (17 + 30) + 2 * (14 + 30) + 2 * (10 + 30) + 14 + 3) + 14),
         ("curriculum", "cpu", 3 * 6 * 2),
         ("curriculum", "cpu-600", 3 * 5 * 2),
         ("curriculum", "cpu-4000", 3 * 2),

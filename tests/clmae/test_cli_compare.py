@@ -101,7 +101,8 @@ def test_a_runs_folder_keeps_its_model(finished):
         assert "model" in left
         assert not [name for name in left if name.startswith("checkpoint") or name == "points"]
     points = sorted(path.name for path in (finished / "cells").glob("all-12-steps-seed-0-*"))
-    assert points == [f"all-12-steps-seed-0-photos-{end}.json" for end in ("knn-step-6", "knn", "linear")]
+    ends = ("knn-step-6", "knn", "linear-step-6", "linear")
+    assert points == [f"all-12-steps-seed-0-photos-{end}.json" for end in ends]
     state = json.loads((finished / "runs" / names[0] / "model" / "trainer_state.json").read_text())
     assert state["global_step"] == 12
 
@@ -121,7 +122,7 @@ def test_a_finished_comparison_is_not_done_again(finished, monkeypatch, capsys):
     monkeypatch.setattr(plan, "evaluate_model", None)  # calling it would raise
     monkeypatch.setattr(module, "CurriculumTrainer", None)
     assert main(command(finished, "--logging_steps", "7")) == 0  # an option without an effect
-    assert "13 of 13 results are there" in capsys.readouterr().out
+    assert "16 of 16 results are there" in capsys.readouterr().out
     assert table_without_seconds(finished) == before
 
 

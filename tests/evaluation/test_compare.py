@@ -237,9 +237,9 @@ def test_every_evaluation_once(recipe, labelled):
     names = [cell.name for cell in plan.cells(rows, [3, 4])]
     assert len(set(names)) == len(names)
     first = [name.partition("seed-3-")[2] for name in names if name.startswith("mae-10-steps-seed-3")]
-    # A curve by k-NN or, where it is not asked for, by the first protocol.
+    # Curves of the probes on frozen features.
     assert first == [
-        *("first-knn-step-5", "first-knn", "first-linear", "first-finetune-10"),
+        *("first-knn-step-5", "first-linear-step-5", "first-knn", "first-linear", "first-finetune-10"),
         *("second-linear-step-5", "second-linear"),
     ]
     rest = [name for name in names if not name.startswith("mae")]
@@ -284,6 +284,16 @@ def test_statistics_by_hand(results):
     assert np.isnan(alone["half_width"])
     three = pd.DataFrame([{**results.iloc[0], "seed": seed, "value": seed + 1.0} for seed in range(3)])
     assert tables.summarize(three)["half_width"].item() == pytest.approx(4.30265 / 3**0.5)
+
+
+def test_means_over_datasets(results):
+    assert tables.with_means(results).equals(results)  # of one dataset
+    others = results[(results["protocol"] == "knn") & (results["recipe"] != "raw")]
+    both = tables.with_means(pd.concat([results, others.assign(dataset="others", value=others["value"] + 4)]))
+    means = both[both["dataset"] == tables.MEAN]
+    assert set(means["recipe"]) == {"mae", "cl_mae"}  # raw pixels were evaluated on one of them alone
+    pd.testing.assert_series_equal(means["value"], others["value"] + 2, check_index=False)
+    assert both[len(means) : len(means) + len(results)].reset_index(drop=True).equals(results)
 
 
 def test_markdown_has_a_table_for_each_budget_and_dataset(results):
