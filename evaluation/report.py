@@ -55,6 +55,7 @@ class Scores:
         std: Of accuracies that are means over draws, the standard deviation.
         details: Whatever else is to be written down, as JSON.
         predictions: Classes of the test images, `(m,)` int64 on the CPU.
+        correct: A column, and of each test image whether it is right there, `(m,)` in [0, 1] (a mean over draws).
     """
 
     accuracies: dict[str, float] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class Scores:
     std: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     predictions: Tensor | None = None
+    correct: tuple[str, Tensor] | None = None
 
     def add_share(self, column: str, share: float, size: int) -> None:
         """An accuracy of `size` test images."""
@@ -88,7 +90,7 @@ def classifier_scores(top_classes: Tensor, labels: Tensor, num_classes: int) -> 
         num_classes: That the classifier tells apart.
     """
     correct = top_classes == labels[:, None]
-    scores = Scores(predictions=top_classes[:, 0])
+    scores = Scores(predictions=top_classes[:, 0], correct=("top-1", correct[:, 0]))
     scores.add_share("top-1", correct[:, 0].double().mean().item(), len(labels))
     if num_classes > TOP_K:
         scores.add_share(f"top-{TOP_K}", correct.any(1).double().mean().item(), len(labels))
@@ -121,6 +123,7 @@ class KNNProtocol:
         scores.add_share(f"Euclidean, majority of {euclidean_k}", euclidean.majority, queries)
         scores.add_share(f"Euclidean, any of {euclidean_k}", euclidean.any_correct, queries)
         scores.add_class_scores(data.test_labels, f", k = {max(ks)}")
+        scores.correct = (f"k = {max(ks)}", scores.predictions == data.test_labels.cpu())
         return scores
 
 
@@ -183,6 +186,7 @@ class FewShotProtocol:
             scores.accuracies[column] = float(np.mean(accuracies))
             scores.std[column] = float(np.std(accuracies, ddof=min(1, len(accuracies) - 1)))
             scores.intervals[column] = mean_interval(result.correct[n])
+            scores.correct = (column, result.correct[n])
             scores.details["draws"][column] = [_percent(accuracy) for accuracy in accuracies]
             scores.details["l2"][column] = result.l2[n]
         return scores
@@ -209,6 +213,8 @@ class EvaluationRow:
         name: `"pretrained"`, or that of a baseline: `"random encoder"`, `"raw pixels"`, `"from scratch"`.
         dimension: Width of the features.
         accuracies, details, intervals, std: See [`Scores`].
+        differences: Of a baseline, by column: by how many points the encoder is better on the same test images, and the
+            ends of the 95 % interval of that (bootstrap over the images).
     """
 
     name: str
@@ -217,6 +223,7 @@ class EvaluationRow:
     details: dict[str, Any] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)
     std: dict[str, float] = field(default_factory=dict)
+    differences: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def from_scores(cls, name: str, dimension: int, scores: Scores) -> EvaluationRow:
@@ -229,6 +236,14 @@ class EvaluationRow:
             {column: [_percent(low), _percent(high)] for column, (low, high) in scores.intervals.items()},
             {column: _percent(value) for column, value in scores.std.items()},
         )
+
+    def compare(self, encoder: Scores, baseline: Scores) -> None:
+        """Fills in `differences`; this is the row of `baseline`."""
+        if encoder.correct is not None and baseline.correct is not None:
+            column, correct = encoder.correct
+            difference = correct.double() - baseline.correct[1].double()
+            low, high = mean_interval(difference)
+            self.differences[column] = [_percent(value) for value in (difference.mean().item(), low, high)]
 
     def cell(self, column: str) -> str:
         """`"52.6 ± 0.4 [51.6, 53.6]"`: accuracy, standard deviation and interval, as far as there are such."""
@@ -259,6 +274,14 @@ class EvaluationResult:
         """A table with a row for each encoder, in percent."""
         cells = [{"encoder": row.name, **{c: row.cell(c) for c in self.rows[0].accuracies}} for row in self.rows]
         return markdown_table(pd.DataFrame(cells)).rstrip("\n")
+
+    def differences_to_markdown(self) -> str:
+        """A line for each baseline: how much better the encoder is on the same images, with the 95 % interval."""
+        return "".join(
+            f"- {self.rows[0].name} less {row.name}, {column}: {value:+.1f} points [{low:+.1f}, {high:+.1f}]\n"
+            for row in self.rows
+            for column, (value, low, high) in row.differences.items()
+        )
 
     def save_json(self, path: str | os.PathLike) -> None:
         """Writes all of it; the file appears complete or not at all."""
@@ -335,11 +358,16 @@ def evaluate_model(
     settings |= dict(feature=feature, layer=layer, random_encoder_seed=seed if baselines else None)
     settings |= dict(bf16=bf16, batch_size=batch_size, intervals=INTERVALS)
     results = {protocol.name: _empty_result(protocol, settings) for protocol in chosen}
+    encoder_scores: dict[str, Scores] = {}
     for name, represent in representations.items():
         data = represent()
         for protocol in chosen:
             scores, result = protocol.score(data), results[protocol.name]
             result.rows.append(EvaluationRow.from_scores(name, data.train_features.shape[1], scores))
+            if name == "pretrained":
+                encoder_scores[protocol.name] = scores
+            else:
+                result.rows[-1].compare(encoder_scores[protocol.name], scores)
             if scores.predictions is not None and name == "pretrained":
                 result.predictions = Predictions(scores.predictions, test.labels, train.class_names)
     return results

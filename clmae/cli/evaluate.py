@@ -177,6 +177,7 @@ def _check_training(protocol: str, args: ClassificationArguments) -> None:
 
 def _show(result: EvaluationResult, title: str, output: str | None, intervals: bool) -> None:
     table = f"## {title}, accuracy in %{' [95 % interval]' if intervals else ''}\n\n{result.to_markdown()}\n"
+    table += f"\nOn the same test images:\n\n{differences}" if (differences := result.differences_to_markdown()) else ""
     print(f"\n{table}")
     if output is not None:
         path = Path(output)

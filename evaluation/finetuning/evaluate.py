@@ -24,6 +24,7 @@ from clmae.evaluation.metrics.classes import Predictions
 from clmae.evaluation.report import (
     EvaluationResult,
     EvaluationRow,
+    Scores,
     classifier_scores,
     describe_run,
 )
@@ -100,7 +101,10 @@ def finetune(
     rows = [row]
     if baselines:
         name = "random encoder" if is_probe else "from scratch"
-        rows.append(_run(name, from_scratch(model, args), data, args, settings)[0])
+        baseline, others = _run(name, from_scratch(model, args), data, args, settings)
+        scores = (Scores(correct=("top-1", classes == test.labels.cpu())) for classes in (predictions, others))
+        baseline.compare(*scores)
+        rows.append(baseline)
     settings = {**describe_run(encoder, test, test), **settings}
     return EvaluationResult(args.protocol, rows, settings, Predictions(predictions, test.labels, train.class_names))
 

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTImageProcessor, ViTModel
 import clmae
 from clmae.evaluation import FewShotProtocol, KNNProtocol, LinearProtocol, evaluate_model
 from clmae.evaluation.finetuning import FinetuningArguments, LinearLarsArguments, finetune, load_classifier
-from clmae.evaluation.report import EvaluationResult, EvaluationRow
+from clmae.evaluation.report import EvaluationResult, EvaluationRow, Scores
 from clmae.training.data import make_image_processor
 
 COLOURS = {"blue": (30, 30, 200), "red": (200, 30, 30)}
@@ -84,7 +84,12 @@ def test_whole_path(model_folder, image_folder, tmp_path):
     columns += ["mean per class, k = 20", "macro F1, k = 20"]
     assert results["knn"].rows[2].accuracies == dict.fromkeys(columns, 100.0)
     assert results["linear"].rows[2].accuracies == {"top-1": 100.0, "mean per class": 100.0, "macro F1": 100.0}
-    for result in results.values():
+    for result, column in zip(results.values(), ("k = 20", "top-1"), strict=True):
+        encoder, *others = result.rows
+        for row in others:
+            difference, low, high = row.differences[column]
+            assert difference == pytest.approx(encoder.accuracies[column] - row.accuracies[column], abs=0.011)
+            assert low <= difference <= high
         for row in result.rows:
             assert row.intervals.keys() == row.accuracies.keys()
             assert all(low <= row.accuracies[column] <= high for column, (low, high) in row.intervals.items())
@@ -175,6 +180,18 @@ def test_table_with_intervals_and_spread():
     row = EvaluationRow("pretrained", 8, intervals={"n = 1": (51.66, 53.62), "n = 2": (59.04, 61.0)}, **scores)
     table = EvaluationResult("fewshot", [row], {}).to_markdown().splitlines()
     assert table[2] == "| pretrained | 52.6 ± 1.2 [51.7, 53.6] | 60.0 [59.0, 61.0] |"
+
+
+def test_difference_on_the_same_images():
+    encoder, baseline = EvaluationRow("pretrained", 8, {}), EvaluationRow("raw pixels", 3, {})
+    right = [torch.arange(1000) % 10 < number for number in (6, 5)]  # 100 images are right by the encoder alone
+    baseline.compare(*(Scores(correct=("top-1", correct)) for correct in right))
+    ((difference, low, high),) = baseline.differences.values()
+    assert difference == 10.0
+    # The standard error of pairs is sqrt(0.1 * 0.9 / 1000) = 0.95 points; of unrelated images it would be 2.2.
+    assert (low, high) == (pytest.approx(10 - 1.96 * 0.95, abs=0.2), pytest.approx(10 + 1.96 * 0.95, abs=0.2))
+    text = EvaluationResult("linear", [encoder, baseline], {}).differences_to_markdown()
+    assert text == f"- pretrained less raw pixels, top-1: +10.0 points [{low:+.1f}, {high:+.1f}]\n"
 
 
 @pytest.mark.slow

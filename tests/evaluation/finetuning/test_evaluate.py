@@ -46,6 +46,9 @@ def test_separable_classes_are_told_apart(saved, dataset, arguments, tmp_path, k
     assert result.settings["num_test"] == 30
     low, high = result.rows[0].intervals["top-1"]
     assert low <= result.rows[0].accuracies["top-1"] <= high
+    assert result.rows[1].differences["top-1"][0] == pytest.approx(
+        result.rows[0].accuracies["top-1"] - result.rows[1].accuracies["top-1"], abs=0.011
+    )
     result.save_json(tmp_path / "result.json")
     assert json.loads((tmp_path / "result.json").read_text())["rows"][0]["name"] == "pretrained"
 
