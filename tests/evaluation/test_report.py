@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import datasets
 import numpy as np
@@ -192,6 +193,25 @@ def test_difference_on_the_same_images():
     assert (low, high) == (pytest.approx(10 - 1.96 * 0.95, abs=0.2), pytest.approx(10 + 1.96 * 0.95, abs=0.2))
     text = EvaluationResult("linear", [encoder, baseline], {}).differences_to_markdown()
     assert text == f"- pretrained less raw pixels, top-1: +10.0 points [{low:+.1f}, {high:+.1f}]\n"
+
+
+@pytest.mark.slow
+def test_shuffled_labels_give_chance(model_folder, tmp_path):
+    # The colours are as easy as ever, so that a protocol which sees the labels of test images would tell.
+    order = np.random.default_rng(0).permutation(600) % 2
+    data = in_memory(600).remove_columns("label").add_column("label", order.tolist())
+    split = {"train": data.select(range(400)), "test": data.select(range(400, 600))}
+    protocols = ["knn", "linear", FewShotProtocol(shots=(16,))]
+    results = list(evaluate_model(model_folder, split, protocols, progress=False).values())
+    for kind in (FinetuningArguments, LinearLarsArguments):
+        args = kind(output_dir=str(tmp_path / kind.__name__), max_steps=10, use_cpu=True, report_to="none")
+        results.append(finetune(model_folder, split, args))
+    bound = 3.3 * 50 / math.sqrt(200)  # 99.9 % of what 200 tosses of a coin give
+    for result in results:
+        for row in result.rows:
+            for column in {"k = 20", "top-1", "n = 16"} & row.accuracies.keys():
+                assert abs(row.accuracies[column] - 50) < bound, (result.protocol, row.name, column)
+    assert [result.protocol for result in results] == ["knn", "linear", "fewshot", "finetune", "linear-lars"]
 
 
 @pytest.mark.slow
