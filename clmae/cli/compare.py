@@ -39,6 +39,7 @@ WITHOUT_EFFECT = {
     *("output_dir", "seed", "run_name", "disable_tqdm", "logging_steps", "report_to", "resume_from_checkpoint"),
     *("save_strategy", "save_steps", "save_total_limit", "eval_strategy", "eval_steps", "per_device_eval_batch_size"),
     *("difficulty_steps", "picture_steps", "num_probe_images", "max_eval_samples"),
+    *("knn_dataset", "knn_split", "knn_steps", "knn_max_samples"),
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("num_train_epochs", "max_steps"),  # the numbers of steps are in the plan
 }
