@@ -141,7 +141,7 @@ class PictureCallback(PeriodicCallback):
         title = f"step {state.global_step}"
         factor = self.trainer.curriculum_factor(state.global_step) if self.trainer.has_masking_module else None
         figure = reconstruction_figure(
-            self.trainer.model, **batch, image_mean=mean, image_std=std, title=title, curriculum_factor=factor
+            self.trainer.model, **batch, image_mean=mean, image_std=std, title=title, curriculum_factors=[factor]
         )
         if not state.is_world_process_zero:
             return

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +76,21 @@ def reconstruction_figure(
     image_mean: list[float] | None = None,
     image_std: list[float] | None = None,
     title: str | None = None,
-    curriculum_factor: float | None = None,
+    curriculum_factors: Sequence[float | None] = (None,),
 ) -> Figure:
     """A row each of originals, masked images, reconstructions and, where masks are learned, what they are learned by.
 
     `image_mean` and `image_std` are those that `pixel_values` `(B, C, H, W)` were normalised by; without them the
-    pixels are drawn as if in [0, 1].
+    pixels are drawn as if in [0, 1]. With several `curriculum_factors` there are masks and reconstructions of each.
     """
-    parts = reconstruct(model, pixel_values, noise, curriculum_factor)
-    mask = parts["mask"].cpu()
     images = _displayable(pixel_values, image_mean, image_std)
-    reconstructions = _displayable(parts["reconstruction"], image_mean, image_std)
-    masked = mask.permute(0, 2, 3, 1).numpy()
-    rows: list[tuple[str, np.ndarray, dict[str, Any]]] = [
-        ("image", images, {}),
-        ("visible", images * (1 - masked) + _GREY * masked, {}),
-        ("reconstruction", reconstructions, {}),
-    ]
+    rows: list[tuple[str, np.ndarray, dict[str, Any]]] = [("image", images, {})]
+    for factor in curriculum_factors:
+        parts = reconstruct(model, pixel_values, noise, factor)
+        masked = parts["mask"].cpu().permute(0, 2, 3, 1).numpy()
+        at = f"\nat λ = {factor:g}" if factor is not None and len(curriculum_factors) > 1 else ""
+        rows.append((f"visible{at}", images * (1 - masked) + _GREY * masked, {}))
+        rows.append((f"reconstruction{at}", _displayable(parts["reconstruction"], image_mean, image_std), {}))
     if "keep_probabilities" in parts:
         keep = parts["keep_probabilities"].cpu().numpy()
         rows.append(("keep probability", keep, {"vmin": 0, "vmax": 1, "cmap": "viridis"}))

@@ -34,7 +34,7 @@ class VisualizeArguments:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Draws images, masks, reconstructions and keep probabilities into one PNG file."""
+    """Draws images, masks, reconstructions and what masks are learned by into one PNG file."""
     (args,) = CommandParser("clmae visualize", __doc__, {"options": VisualizeArguments}).read(argv)
     from clmae.training.data import center_view, decode_image, normalize, sample_generator  # the help does not wait
     from clmae.training.pictures import reconstruction_figure, save_figure
@@ -56,6 +56,9 @@ def run(argv: Sequence[str]) -> int:
             raise InputError(f"`images`: {path}: {error}") from error
     num_patches = math.prod(size) // math.prod(pair(model.config.patch_size))  # of any ViTMAE, ours or transformers'
     noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))
-    figure = reconstruction_figure(model, torch.stack(views), noise, mean, std)
+    # Masks drawn by predicted errors differ along the curriculum: first those of the partner, then of the adversary.
+    by_errors = getattr(model.config, "learns_masks", False) and model.config.masker_objective == "error"
+    factors = (model.config.curriculum_start, model.config.curriculum_end) if by_errors else (None,)
+    figure = reconstruction_figure(model, torch.stack(views), noise, mean, std, curriculum_factors=factors)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0

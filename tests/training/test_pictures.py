@@ -168,6 +168,19 @@ def test_figure_of_a_masking_module_has_a_fourth_row_on_a_fixed_scale():
     assert figure.get_suptitle() == "step 7"
 
 
+def test_figure_of_partner_and_adversary():
+    model = tiny_model("cl_mae", masker_objective="error").eval()
+    pixels, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    _, *rows, errors = shown(reconstruction_figure(model, pixels, noise, curriculum_factors=(1.0, -1.0)))
+    assert len(rows) == 4
+    for factor, (visible, reconstruction) in ((1.0, rows[:2]), (-1.0, rows[2:])):
+        ((_, expected, whole, _),) = [shown(reconstruction_figure(model, pixels, noise, curriculum_factors=[factor]))]
+        np.testing.assert_array_equal(visible, expected)
+        np.testing.assert_array_equal(reconstruction, whole)
+    assert not np.array_equal(rows[0], rows[2])
+    np.testing.assert_allclose(np.stack(errors), reconstruct(model, pixels, noise)["predicted_errors"].numpy())
+
+
 def test_figure_to_array_and_file_agree_on_what_is_seen(tmp_path):
     figure = reconstruction_figure(tiny_model("mae"), torch.rand(2, 3, 16, 16), torch.rand(2, 16))
     array = figure_to_array(figure)
