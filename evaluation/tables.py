@@ -146,11 +146,16 @@ def accuracy_figure(results: pd.DataFrame) -> Figure:
 
 
 def curves_figure(results: pd.DataFrame) -> Figure:
-    """Accuracy while training, over images seen at equal images and over FLOPs at equal compute; a row each dataset."""
+    """Accuracy while training, over images seen at equal images and over FLOPs at equal compute.
+
+    A row for each dataset and protocol, or for the mean of the datasets alone where there is one. Where one budget was
+    run for a single recipe, the other's runs take its place.
+    """
     table = summarize(headlines(results[results["protocol"] != "training"]))
     points = table[~table["final"]]
+    points = points[points["dataset"] == MEAN] if MEAN in set(points["dataset"]) else points
     keys = (table[:1] if points.empty else points)[["dataset", "protocol"]].drop_duplicates().values.tolist()
-    budgets = [budget for budget in table["budget"].unique() if budget]
+    recipes = table[table["budget"] != ""].groupby("budget", sort=False)["recipe"].nunique()
     figure = Figure(figsize=(9, 4 * len(keys)), layout="constrained")
     axes = figure.subplots(len(keys), 2, sharey="row", squeeze=False)
     panels = (("images", "images_seen", "images seen"), ("compute", "flops", "compute (FLOPs)"))
@@ -158,7 +163,7 @@ def curves_figure(results: pd.DataFrame) -> Figure:
         measured = table[(table["dataset"] == dataset) & (table["protocol"] == protocol)]
         measured = measured[measured["column"] == measured["column"].iloc[0]]
         for axis, (budget, unit, label) in zip(row, panels, strict=True):
-            shown = budget if budget in budgets else budgets[0]
+            shown = budget if recipes.get(budget, 0) > 1 else recipes.idxmax()
             for recipe, curve in measured[measured["budget"] == shown].groupby("label", sort=False):
                 curve = curve.sort_values("step")
                 half, color = curve["half_width"].fillna(0), f"C{list(table['label'].unique()).index(recipe)}"

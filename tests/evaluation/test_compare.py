@@ -333,3 +333,11 @@ def test_figures(results):
     assert [text.get_text() for text in left.figure.legends[0].get_texts()] == ["MAE", "CL-MAE", "raw pixels"]
     (panel,) = tables.accuracy_figure(results).axes
     assert panel.get_title() == "data: knn, accuracy in %"
+    # Several datasets have one curve each, of their mean; what was run for one recipe alone has no panel.
+    several = pd.concat([results, results.assign(dataset="other", value=results["value"] + 4)])
+    several = several[(several["budget"] != "images") | (several["recipe"] == "mae")]
+    left, right = tables.curves_figure(tables.with_means(several)).axes
+    for axis in (left, right):
+        assert axis.get_title() == "mean of the datasets: runs at equal compute"
+        assert list(axis.lines[1].get_ydata()) == [18, 23]
+    assert list(left.lines[1].get_xdata()) == [20, 40]
