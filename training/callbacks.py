@@ -91,6 +91,7 @@ class PeriodicCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.interval(args) == 0 or state.global_step == state.max_steps:
+            self.trainer.finite.check()  # nothing is measured or drawn of what is nan
             self.act(args, state, control)
 
     def interval(self, args: Any) -> int:

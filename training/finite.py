@@ -16,6 +16,9 @@ from clmae.training.integrity import checkpoints, is_sealed
 logger = logging.get_logger(__name__)
 
 _CHECK_STEPS = 100  # after which values are read back where nothing is logged, so that they do not pile up
+_OVERFLOWS = (
+    50  # steps in a row that a loss scaler may skip; it halves the scale at each, and 2**16 is what it starts from
+)
 _GRADIENT = math.inf  # as the number of a micro-batch: after all of them
 
 
@@ -27,7 +30,8 @@ class FiniteCallback(RunComponent):
     """Raises [`NonFiniteError`] where a loss or a gradient is nan or inf, before anything of it is logged or saved.
 
     Values stay on the device until they are read back together. Where the arguments have `max_skipped_steps`, up to so
-    many of these steps are left out instead; then the device is waited for at every step.
+    many of these steps are left out instead; then the device is waited for at every step. Under a loss scaler (fp16),
+    which skips steps with such gradients by itself, these count only where it skips 50 in a row.
     """
 
     def __init__(self, trainer: Any):
@@ -38,7 +42,7 @@ class FiniteCallback(RunComponent):
         """Forgets an earlier run."""
         # By optimiser step (from 0), micro-batch and name.
         self._values: dict[tuple[int, float, str], torch.Tensor] = {}
-        self.num_skipped = 0
+        self.num_skipped = self.num_overflows = 0
 
     def add_losses(self, losses: dict[str, torch.Tensor]) -> None:
         """0-d losses of the next micro-batch of the running step; the trainer's `compute_loss` hands them over."""
@@ -65,6 +69,12 @@ class FiniteCallback(RunComponent):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Checks where the loss is read back anyway, and before anything is saved."""
+        accelerator = self.trainer.accelerator
+        skipped = accelerator.scaler is not None and accelerator.optimizer_step_was_skipped
+        self.num_overflows = self.num_overflows + 1 if skipped else 0
+        if self.num_overflows == _OVERFLOWS:
+            problem = f"Step {state.global_step}: the gradient is not finite, as in the {_OVERFLOWS - 1} steps before."
+            raise self._error(problem)
         if state.global_step % _CHECK_STEPS == 0 or control.should_training_stop:
             self.check()
         self.on_epoch_end(args, state, control)
@@ -124,9 +134,8 @@ class FiniteCallback(RunComponent):
         last = (
             f"The last checkpoint from before is {complete[-1]}" if complete else "There is no checkpoint from before"
         )
-        remedy = (
-            "Take a smaller learning_rate, clip gradients (`max_grad_norm`), leave out fp16, or look at these images"
-        )
+        remedy = "Take a smaller learning_rate, clip gradients (`max_grad_norm`), leave out fp16"
+        remedy += ", or look at these images" if " images, by" in problem else ""
         if any(field.name == "max_skipped_steps" for field in fields(args)):
             remedy += "; `max_skipped_steps` lets a few such steps be skipped"
         return NonFiniteError(f"{problem} {last}. {remedy}.")

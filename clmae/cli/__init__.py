@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
 from collections.abc import Sequence
@@ -40,6 +41,18 @@ commands:
 """
 
 
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory that a step on a CPU frees for the next step, if its C library is glibc.
+
+    By default glibc gives it back to the system, and page faults take a seventh of a small model's step.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code: 0 done, 1 something is wrong, 2 wrong use or bad input, 130 or 143 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -54,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
         # Imported only now: the help does not wait for matplotlib and datasets.
-        return importlib.import_module(f"clmae.cli.{name}").run(rest)
+        command = importlib.import_module(f"clmae.cli.{name}")
+        keep_freed_memory()
+        return command.run(rest)
     except InputError as error:
         print(f"clmae: error: {error}", file=sys.stderr)
         return 2

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import clmae
-from clmae.cli import COMMANDS, main
+from clmae.cli import COMMANDS, keep_freed_memory, main
 
 # The options of each command (of `clmae pretrain`: some of each group), all of which its whole help explains.
 COMMON = "--model --dataset --dataset_config_name --train_split --test_split --image_column --label_column --output "
@@ -110,6 +112,28 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, command):
     monkeypatch.setattr(f"clmae.cli.{command}.run", run)
     with pytest.raises(ValueError, match="shapes do not match"):
         main([command])
+
+
+def _page_faults(path, keep):
+    """Writes how many page faults repeated steps cause that allocate 128 MB and free it."""
+    import resource
+
+    if keep:
+        keep_freed_memory()
+    counts = []
+    for _ in range(6):
+        counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        torch.stack([torch.ones(2**22) for _ in range(8)])
+    Path(path).write_text(str(counts[-1] - counts[1]))  # the first step is the one that needs new memory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
+def test_freed_memory_is_kept(processes, tmp_path):
+    started = [processes.start(_page_faults, str(tmp_path / name), name == "kept") for name in ("kept", "given back")]
+    assert [process.wait() for process in started] == [0, 0]
+    kept, given_back = (int((tmp_path / name).read_text()) for name in ("kept", "given back"))
+    assert 10 * kept < given_back
 
 
 # What a command calls its model, and the command up to it.

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from clmae.training.finite import NonFiniteError
 from clmae.training.integrity import checkpoints, verify
@@ -185,3 +186,24 @@ def test_the_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path, max_g
         assert all(norm <= max_grad_norm * 1.001 < values[step] for step, norm in norms.items())
     else:
         assert values == pytest.approx(norms, rel=1e-5)
+
+
+def test_a_loss_scaler_may_not_skip_every_step(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=100)
+    for skipped in [True] * 49 + [False] + [True] * 49:
+        trainer.accelerator = SimpleNamespace(scaler=object(), optimizer_step_was_skipped=skipped)
+        trainer.finite.on_step_end(trainer.args, TrainerState(global_step=1), TrainerControl())
+    with pytest.raises(NonFiniteError, match="Step 7: the gradient is not finite, as in the 49 steps before"):
+        trainer.finite.on_step_end(trainer.args, TrainerState(global_step=7), TrainerControl())
+
+
+@pytest.mark.slow
+def test_nothing_is_drawn_of_a_model_that_is_nan(tmp_path):
+    trainer = tiny_trainer(tmp_path, "mae", max_steps=4, logging_steps=4, picture_steps=1)
+    Poison(trainer, 2)
+    with pytest.raises(NonFiniteError, match="Step 2"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "pictures").glob("step-*")) == [
+        "step-000000.png",
+        "step-000001.png",
+    ]
