@@ -55,7 +55,7 @@ class Scores:
         std: Of accuracies that are means over draws, the standard deviation.
         details: Whatever else is to be written down, as JSON.
         predictions: Classes of the test images, `(m,)` int64 on the CPU.
-        correct: A column, and of each test image whether it is right there, `(m,)` in [0, 1] (a mean over draws).
+        correct: By column, of each test image whether it is right, `(m,)` in [0, 1] (a mean over draws).
     """
 
     accuracies: dict[str, float] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Scores:
     std: dict[str, float] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     predictions: Tensor | None = None
-    correct: tuple[str, Tensor] | None = None
+    correct: dict[str, Tensor] = field(default_factory=dict)
 
     def add_share(self, column: str, share: float, size: int) -> None:
         """An accuracy of `size` test images."""
@@ -90,7 +90,7 @@ def classifier_scores(top_classes: Tensor, labels: Tensor, num_classes: int) -> 
         num_classes: That the classifier tells apart.
     """
     correct = top_classes == labels[:, None]
-    scores = Scores(predictions=top_classes[:, 0], correct=("top-1", correct[:, 0]))
+    scores = Scores(predictions=top_classes[:, 0], correct={"top-1": correct[:, 0]})
     scores.add_share("top-1", correct[:, 0].double().mean().item(), len(labels))
     if num_classes > TOP_K:
         scores.add_share(f"top-{TOP_K}", correct.any(1).double().mean().item(), len(labels))
@@ -123,7 +123,7 @@ class KNNProtocol:
         scores.add_share(f"Euclidean, majority of {euclidean_k}", euclidean.majority, queries)
         scores.add_share(f"Euclidean, any of {euclidean_k}", euclidean.any_correct, queries)
         scores.add_class_scores(data.test_labels, f", k = {max(ks)}")
-        scores.correct = (f"k = {max(ks)}", scores.predictions == data.test_labels.cpu())
+        scores.correct[f"k = {max(ks)}"] = scores.predictions == data.test_labels.cpu()
         return scores
 
 
@@ -186,7 +186,7 @@ class FewShotProtocol:
             scores.accuracies[column] = float(np.mean(accuracies))
             scores.std[column] = float(np.std(accuracies, ddof=min(1, len(accuracies) - 1)))
             scores.intervals[column] = mean_interval(result.correct[n])
-            scores.correct = (column, result.correct[n])
+            scores.correct[column] = result.correct[n]
             scores.details["draws"][column] = [_percent(accuracy) for accuracy in accuracies]
             scores.details["l2"][column] = result.l2[n]
         return scores
@@ -239,9 +239,8 @@ class EvaluationRow:
 
     def compare(self, encoder: Scores, baseline: Scores) -> None:
         """Fills in `differences`; this is the row of `baseline`."""
-        if encoder.correct is not None and baseline.correct is not None:
-            column, correct = encoder.correct
-            difference = correct.double() - baseline.correct[1].double()
+        for column, correct in encoder.correct.items():
+            difference = correct.double() - baseline.correct[column].double()
             low, high = mean_interval(difference)
             self.differences[column] = [_percent(value) for value in (difference.mean().item(), low, high)]
 

@@ -102,7 +102,7 @@ def finetune(
     if baselines:
         name = "random encoder" if is_probe else "from scratch"
         baseline, others = _run(name, from_scratch(model, args), data, args, settings)
-        scores = (Scores(correct=("top-1", classes == test.labels.cpu())) for classes in (predictions, others))
+        scores = (Scores(correct={"top-1": classes == test.labels.cpu()}) for classes in (predictions, others))
         baseline.compare(*scores)
         rows.append(baseline)
     settings = {**describe_run(encoder, test, test), **settings}

@@ -186,7 +186,7 @@ def test_table_with_intervals_and_spread():
 def test_difference_on_the_same_images():
     encoder, baseline = EvaluationRow("pretrained", 8, {}), EvaluationRow("raw pixels", 3, {})
     right = [torch.arange(1000) % 10 < number for number in (6, 5)]  # 100 images are right by the encoder alone
-    baseline.compare(*(Scores(correct=("top-1", correct)) for correct in right))
+    baseline.compare(*(Scores(correct={"top-1": correct}) for correct in right))
     ((difference, low, high),) = baseline.differences.values()
     assert difference == 10.0
     # The standard error of pairs is sqrt(0.1 * 0.9 / 1000) = 0.95 points; of unrelated images it would be 2.2.
