@@ -117,13 +117,14 @@ class KNNProtocol:
         predictions = knn_predict(*data[:3], ks=ks, temperature=self.temperature, chunk_size=self.chunk_size)
         scores = Scores(predictions=predictions[max(ks)].cpu())
         for k, classes in predictions.items():
-            correct = classes == data.test_labels.to(classes.device)
+            correct = torch.eq(classes, data.test_labels.to(classes.device))
             scores.add_share(f"k = {k}", correct.double().mean().item(), queries)
+            if k == max(ks):
+                scores.correct[f"k = {k}"] = correct
         euclidean = knn_euclidean_accuracy(*data, k=euclidean_k, chunk_size=self.chunk_size)
         scores.add_share(f"Euclidean, majority of {euclidean_k}", euclidean.majority, queries)
         scores.add_share(f"Euclidean, any of {euclidean_k}", euclidean.any_correct, queries)
         scores.add_class_scores(data.test_labels, f", k = {max(ks)}")
-        scores.correct[f"k = {max(ks)}"] = scores.predictions == data.test_labels.cpu()
         return scores
 
 
