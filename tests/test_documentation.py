@@ -42,6 +42,7 @@ NOT_RUN = (
         "clmae app ",
         "clmae convert mae_pretrain_vit_base.pth ",
         "python benchmarks/study.py ",
+        "python CLMAE/benchmarks/study.py ",
         "python examples/",
         "for scale in ",
         "done",
@@ -88,7 +89,8 @@ def run_command(line: str) -> None:
     if "--resume_from_checkpoint" in arguments:
         place = arguments.index("--resume_from_checkpoint")
         begin = arguments[:place] + arguments[place + 2 :]
-        assert main([command, *begin, *options, "--save_strategy", "steps", "--save_steps", "1"]) == 0
+        if not any(Path(arguments[arguments.index("--output_dir") + 1]).glob("checkpoint-*")):
+            assert main([command, *begin, *options, "--save_strategy", "steps", "--save_steps", "1"]) == 0
         options += ["--max_steps", "2"]
     assert main([command, *arguments, *options]) == 0, line
 
