@@ -98,7 +98,7 @@ def _protocol_notes(result: dict[str, Any]) -> str:
     settings = result["settings"]
     parts = [
         f"{settings['num_train']:,} labelled images to learn from" if settings.get("num_train") else "",
-        f"judged on {settings['num_test']:,} ({settings.get('test_split')})" if settings.get("num_test") else "",
+        f"evaluated on {settings['num_test']:,} ({settings.get('test_split')})" if settings.get("num_test") else "",
         f"features: {settings['feature']}" if settings.get("feature") else "",
         *(f"{name} = {value}" for name, value in settings.get("parameters", {}).items() if name != "chunk_size"),
     ]

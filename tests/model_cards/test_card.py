@@ -83,10 +83,10 @@ def test_it_shows_what_the_run_recorded(finished_run):
     weights = load_file(finished_run / "model.safetensors")
     assert f"| parameters | {sum(w.numel() for w in weights.values()):,}, of which" in text
     assert "| optimiser steps | 4 |" in text
-    assert "| images seen | 16 (4 a step) |" in text
+    assert "| images seen | 16 (4 per step) |" in text
     assert "| training | `learning_rate` | `0.001` |" in text
     assert "| data | `min_crop_scale` | `0.5` |" in text
-    assert "data set: “holiday”, a local one" in text
+    assert "dataset: “holiday”, a local one" in text
     assert "- images trained on: 16, without labels\n" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
     last = next(entry for entry in reversed(state["log_history"]) if "reconstruction_loss" in entry)
@@ -224,7 +224,7 @@ def test_scores_with_their_protocol_and_intervals(folder):
     write_evaluation(folder, intervals={"k = 5": [39.0, 41.5]}, std={"k = 20": 0.4})
     write_card(folder)
     assert "| k = 5 | 40.25 [39.0, 41.5] | 33.00 |\n| k = 20 | 41.50 ± 0.4 | 41.50 |" in card(folder)
-    assert "5,000 labelled images to learn from; judged on 1,000" in card(folder)
+    assert "5,000 labelled images to learn from; evaluated on 1,000" in card(folder)
     assert "temperature = 0.07" in card(folder)
     assert "on uoft-cs/cifar10: not above random encoder in k = 20." in card(folder)
     entries = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results/clmae.yaml").read_text()))
