@@ -43,7 +43,7 @@ class FamilyArguments:
     """Which model to train."""
 
     family: str = HfArg(
-        default="cl_mae", help="mae (random masks), cl_mae (masks learned under a curriculum) or cmae (encoder tasks)."
+        default="cmae", help="mae (random masks), cl_mae (masks learned under a curriculum) or cmae (contrast of views)."
     )
     model_size: str | None = HfArg(default=None, help=f"{', '.join(SIZES)}; options below override parts. [base]")
 
