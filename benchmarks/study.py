@@ -166,7 +166,7 @@ def table(options: argparse.Namespace, settings: dict[str, Any], folder: Path) -
     text += "is behind each row and column is in study.yaml.\n\n"
     text += results_to_markdown(results, settings["compared_with"])
     write_whole(base.with_suffix(".md"), text)
-    write_whole(base.with_suffix(".csv"), summarize(results[results["final"]]).to_csv(index=False))
+    write_whole(base.with_suffix(".csv"), summarize(results).to_csv(index=False))
     save_figure(accuracy_figure(results), base.with_suffix(".png"))
     save_figure(curves_figure(results), base.with_name(f"{base.name}-curves.png"))
     print(text)

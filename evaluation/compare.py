@@ -193,7 +193,9 @@ class Runner:
                 about = dict(budget=budget, recipe=name, label=label, seed=cell.run.seed, **self._cost(cell))
                 about |= dict(final=cell.step == cell.run.steps, dataset=cell.dataset, protocol=cell.protocol)
                 records += [{**about, "column": column, "value": value} for column, value in values.items()]
-        return with_means(pd.DataFrame(records)) if records else pd.DataFrame()
+        evaluations = self.plan.evaluations.values()
+        num_datasets = {name: sum(name in e.protocols for e in evaluations) for name in ("knn", "linear")}
+        return with_means(pd.DataFrame(records), num_datasets) if records else pd.DataFrame()
 
     def _cost(self, cell: Cell) -> dict[str, int]:
         if not cell.step:

@@ -36,13 +36,12 @@ def headlines(results: pd.DataFrame) -> pd.DataFrame:
     return results[[key in shown for key in zip(results["protocol"], results["column"], strict=True)]]
 
 
-def with_means(results: pd.DataFrame) -> pd.DataFrame:
-    """Before the results those of a further dataset, `MEAN`: of k-NN and linear probe, where a run has all datasets."""
-    scores = results[results["protocol"].isin(["knn", "linear"])]
-    datasets = scores.groupby("protocol")["dataset"].nunique()
+def with_means(results: pd.DataFrame, num_datasets: dict[str, int]) -> pd.DataFrame:
+    """Before the results those of a further dataset, `MEAN`, of runs that have all of `num_datasets` (by protocol)."""
+    scores = results[results["protocol"].isin(num_datasets)]
     keys = [column for column in results.columns if column not in ("dataset", "value")]
     means = scores.groupby(keys, sort=False)["value"].agg(n="count", value="mean").reset_index().assign(dataset=MEAN)
-    count = means["protocol"].map(datasets)
+    count = means["protocol"].map(num_datasets)
     return pd.concat([means[(means["n"] == count) & (count > 1)][results.columns], results], ignore_index=True)
 
 
@@ -148,12 +147,13 @@ def accuracy_figure(results: pd.DataFrame) -> Figure:
 def curves_figure(results: pd.DataFrame) -> Figure:
     """Accuracy while training, over images seen at equal images and over FLOPs at equal compute.
 
-    A row for each dataset and protocol, or for the mean of the datasets alone where there is one. Where one budget was
-    run for a single recipe, the other's runs take its place.
+    A row for each dataset and protocol, or for the mean of the datasets alone where a protocol has it. Where one budget
+    was run for a single recipe, the other's runs take its place.
     """
     table = summarize(headlines(results[results["protocol"] != "training"]))
     points = table[~table["final"]]
-    points = points[points["dataset"] == MEAN] if MEAN in set(points["dataset"]) else points
+    averaged = set(points.loc[points["dataset"] == MEAN, "protocol"])
+    points = points[(points["dataset"] == MEAN) | ~points["protocol"].isin(averaged)]
     keys = (table[:1] if points.empty else points)[["dataset", "protocol"]].drop_duplicates().values.tolist()
     recipes = table[table["budget"] != ""].groupby("budget", sort=False)["recipe"].nunique()
     figure = Figure(figsize=(9, 4 * len(keys)), layout="constrained")

@@ -136,7 +136,7 @@ class FiniteCallback(RunComponent):
         )
         remedy = "Take a smaller learning_rate, clip gradients (`max_grad_norm`), leave out fp16"
         remedy += ", or look at these images" if " images, by" in problem else ""
-        if any(field.name == "max_skipped_steps" for field in fields(args)):
+        if self.num_overflows < _OVERFLOWS and any(field.name == "max_skipped_steps" for field in fields(args)):
             remedy += "; `max_skipped_steps` lets a few such steps be skipped"
         return NonFiniteError(f"{problem} {last}. {remedy}.")
 

@@ -43,7 +43,8 @@ class FamilyArguments:
     """Which model to train."""
 
     family: str = HfArg(
-        default="cmae", help="mae (random masks), cl_mae (masks learned under a curriculum) or cmae (contrast of views)."
+        default="cmae",
+        help="mae (random masks), cl_mae (masks learned under a curriculum) or cmae (contrast of views).",
     )
     model_size: str | None = HfArg(default=None, help=f"{', '.join(SIZES)}; options below override parts. [base]")
 

@@ -30,7 +30,7 @@ class VisualizeArguments:
     model: str = HfArg(help="Folder or Hub id of a pretrained masked autoencoder.")
     images: list[str] = HfArg(help="Image files.")
     output: str = HfArg(default="masks.png", help="PNG file to write.")
-    seed: int = HfArg(default=0, help="Seed of the random masks, for a model that learns none.")
+    seed: int = HfArg(default=0, help="Seed of the masks, where they are drawn.")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -58,7 +58,9 @@ def run(argv: Sequence[str]) -> int:
     noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))
     # Masks drawn by predicted errors differ along the curriculum: first those of the partner, then of the adversary.
     by_errors = getattr(model.config, "learns_masks", False) and model.config.masker_objective == "error"
-    factors = (model.config.curriculum_start, model.config.curriculum_end) if by_errors else (None,)
+    factors: tuple[float | None, ...] = (None,)
+    if by_errors and model.config.curriculum_shape != "constant":
+        factors = (model.config.curriculum_start, model.config.curriculum_end)
     figure = reconstruction_figure(model, torch.stack(views), noise, mean, std, curriculum_factors=factors)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0

@@ -287,9 +287,11 @@ def test_statistics_by_hand(results):
 
 
 def test_means_over_datasets(results):
-    assert tables.with_means(results).equals(results)  # of one dataset
+    assert tables.with_means(results, {"knn": 1, "linear": 0}).equals(results)
     others = results[(results["protocol"] == "knn") & (results["recipe"] != "raw")]
-    both = tables.with_means(pd.concat([results, others.assign(dataset="others", value=others["value"] + 4)]))
+    both = pd.concat([results, others.assign(dataset="others", value=others["value"] + 4)], ignore_index=True)
+    assert tables.with_means(both, {"knn": 3}).equals(both)  # not of a part of the datasets
+    both = tables.with_means(both, {"knn": 2, "linear": 1})
     means = both[both["dataset"] == tables.MEAN]
     assert set(means["recipe"]) == {"mae", "cl_mae"}  # raw pixels were evaluated on one of them alone
     pd.testing.assert_series_equal(means["value"], others["value"] + 2, check_index=False)
@@ -336,7 +338,7 @@ def test_figures(results):
     # Several datasets have one curve each, of their mean; what was run for one recipe alone has no panel.
     several = pd.concat([results, results.assign(dataset="other", value=results["value"] + 4)])
     several = several[(several["budget"] != "images") | (several["recipe"] == "mae")]
-    left, right = tables.curves_figure(tables.with_means(several)).axes
+    left, right = tables.curves_figure(tables.with_means(several, {"knn": 2})).axes
     for axis in (left, right):
         assert axis.get_title() == "mean of the datasets: runs at equal compute"
         assert list(axis.lines[1].get_ydata()) == [18, 23]

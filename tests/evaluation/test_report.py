@@ -201,7 +201,7 @@ def test_shuffled_labels_give_chance(model_folder, tmp_path):
     order = np.random.default_rng(0).permutation(600) % 2
     data = in_memory(600).remove_columns("label").add_column("label", order.tolist())
     split = {"train": data.select(range(400)), "test": data.select(range(400, 600))}
-    protocols = ["knn", "linear", FewShotProtocol(shots=(16,))]
+    protocols = [KNNProtocol(ks=(1, 20)), "linear", FewShotProtocol(shots=(16,))]
     results = list(evaluate_model(model_folder, split, protocols, progress=False).values())
     for kind in (FinetuningArguments, LinearLarsArguments):
         args = kind(output_dir=str(tmp_path / kind.__name__), max_steps=10, use_cpu=True, report_to="none")
@@ -209,7 +209,7 @@ def test_shuffled_labels_give_chance(model_folder, tmp_path):
     bound = 3.3 * 50 / math.sqrt(200)  # 99.9 % of what 200 tosses of a coin give
     for result in results:
         for row in result.rows:
-            for column in {"k = 20", "top-1", "n = 16"} & row.accuracies.keys():
+            for column in {"k = 1", "k = 20", "top-1", "n = 16"} & row.accuracies.keys():
                 assert abs(row.accuracies[column] - 50) < bound, (result.protocol, row.name, column)
     assert [result.protocol for result in results] == ["knn", "linear", "fewshot", "finetune", "linear-lars"]
 
