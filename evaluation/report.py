@@ -262,13 +262,22 @@ class EvaluationResult:
         protocol: Its name.
         rows: The encoder first, then the baselines.
         settings: Everything needed to repeat it: parameters, data, model, seeds, versions, date.
-        predictions: The encoder's, for tables by class; not in the JSON file.
+        predictions, scores: The encoder's, for tables by class and for differences; not in the JSON file.
     """
 
     protocol: str
     rows: list[EvaluationRow]
     settings: dict[str, Any]
     predictions: Predictions | None = field(default=None, repr=False, compare=False)
+    scores: Scores | None = field(default=None, repr=False, compare=False)
+
+    def add_row(self, name: str, dimension: int, scores: Scores) -> None:
+        """The encoder's row, if it is the first, or a baseline's, which is compared with it."""
+        self.rows.append(EvaluationRow.from_scores(name, dimension, scores))
+        if self.scores is None:
+            self.scores = scores
+        else:
+            self.rows[-1].compare(self.scores, scores)
 
     def to_markdown(self) -> str:
         """A table with a row for each encoder, in percent."""
@@ -358,16 +367,11 @@ def evaluate_model(
     settings |= dict(feature=feature, layer=layer, random_encoder_seed=seed if baselines else None)
     settings |= dict(bf16=bf16, batch_size=batch_size, intervals=INTERVALS)
     results = {protocol.name: _empty_result(protocol, settings) for protocol in chosen}
-    encoder_scores: dict[str, Scores] = {}
     for name, represent in representations.items():
         data = represent()
         for protocol in chosen:
             scores, result = protocol.score(data), results[protocol.name]
-            result.rows.append(EvaluationRow.from_scores(name, data.train_features.shape[1], scores))
-            if name == "pretrained":
-                encoder_scores[protocol.name] = scores
-            else:
-                result.rows[-1].compare(encoder_scores[protocol.name], scores)
+            result.add_row(name, data.train_features.shape[1], scores)
             if scores.predictions is not None and name == "pretrained":
                 result.predictions = Predictions(scores.predictions, test.labels, train.class_names)
     return results
