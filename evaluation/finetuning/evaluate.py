@@ -100,10 +100,9 @@ def finetune(
     row, predictions = _run("pretrained", model, data, args, settings)
     rows = [row]
     if baselines:
-        name = "random encoder" if is_probe else "from scratch"
-        baseline, others = _run(name, from_scratch(model, args), data, args, settings)
-        scores = (Scores(correct={"top-1": classes == test.labels.cpu()}) for classes in (predictions, others))
-        baseline.compare(*scores)
+        kind = "random encoder" if is_probe else "from scratch"
+        baseline, others = _run(kind, from_scratch(model, args), data, args, settings)
+        baseline.compare(*(Scores(correct={"top-1": each == test.labels.cpu()}) for each in (predictions, others)))
         rows.append(baseline)
     settings = {**describe_run(encoder, test, test), **settings}
     return EvaluationResult(args.protocol, rows, settings, Predictions(predictions, test.labels, train.class_names))
