@@ -2,8 +2,8 @@
 # What is measured on one GPU, for machines that are lent by the minute and have no network:
 #
 #   pip download --dest wheels --no-deps datasets evaluate simplejpeg ...    # beforehand: what `check` says is missing
-#   benchmarks/gpu.sh check  OUTPUT WHEELS           # installs, runs the models' fast tests and one short CUDA training
-#   benchmarks/gpu.sh step   OUTPUT                  # speed, memory, kernels, synchronisations -> docs/speed.md
+#   benchmarks/gpu.sh check  OUTPUT WHEELS           # installs, runs the models' fast tests, times each family's trainer
+#   benchmarks/gpu.sh step   OUTPUT GROUP            # a group of step.yaml, "batch 256": speed, memory, kernels, waits
 #   benchmarks/gpu.sh study  OUTPUT DATA [MINUTES]   # the transfer study; DATA holds its datasets. Code 75: call again
 set -euo pipefail
 part=$1 output=$(realpath -m "$2")
@@ -20,9 +20,7 @@ check)
     done | tee "$output/bench.txt"
     ;;
 step)
-    for group in "batch 256" "batches" "patches" "ViT-L" "ViT-H"; do
-        timeout 540 python3 benchmarks/step.py --preset gpu --only "$group" --output "$output" || echo "$group: not finished"
-    done
+    python3 benchmarks/step.py --preset gpu --only "$3" --output "$output"
     ;;
 study)
     mkdir -p "$output/study"

@@ -240,3 +240,18 @@ def test_the_studies_as_they_are(module, study, home, name, scale, expected):
         assert plan.recipes["cl_cmae"].config.learned_masks
         assert plan.recipes["cl_mae_authors"].config.soft_masking == "tokens"
         assert "finetune-rsscn7" in plan.evaluations["rsscn7"].protocols
+
+
+def test_near_duplicates(benchmark, tmp_path):
+    module = benchmark("transfer_study.duplicates")
+    images = pil_dataset(24, size=40)
+    copies = [image.convert("RGB").resize((60, 60)) for image in images.select(range(3))["image"]]
+    for i, copy in enumerate(copies):
+        copy.save(tmp_path / f"{i}.jpg", quality=50)
+    split = datasets.Dataset.from_dict({"image": [str(tmp_path / f"{i}.jpg") for i in range(3)]})
+    others = images.select(range(12, 24))
+    queries = datasets.concatenate_datasets([split.cast_column("image", datasets.Image()), others])
+    similarity = module.most_similar(
+        module.thumbnails(queries, "train"), module.thumbnails(images.select(range(12)), "train")
+    )
+    assert (similarity >= 0.98).tolist() == [True] * 3 + [False] * 12

@@ -16,9 +16,8 @@ from clmae.training.integrity import checkpoints, is_sealed
 logger = logging.get_logger(__name__)
 
 _CHECK_STEPS = 100  # after which values are read back where nothing is logged, so that they do not pile up
-_OVERFLOWS = (
-    50  # steps in a row that a loss scaler may skip; it halves the scale at each, and 2**16 is what it starts from
-)
+# Steps in a row that a loss scaler may skip; it starts from 2**16 and halves the scale at each.
+_OVERFLOWS = 50
 _GRADIENT = math.inf  # as the number of a micro-batch: after all of them
 
 

@@ -8,6 +8,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from clmae import __version__
 from clmae.cli.options import nearest
 from clmae.configuration.errors import InputError
@@ -68,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
         # Imported only now: the help does not wait for matplotlib and datasets.
         command = importlib.import_module(f"clmae.cli.{name}")
-        keep_freed_memory()
+        if not torch.accelerator.is_available():
+            keep_freed_memory()
         return command.run(rest)
     except InputError as error:
         print(f"clmae: error: {error}", file=sys.stderr)
