@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import threading
@@ -263,11 +264,33 @@ def _start_shielded(initialize: Callable[[int], None] | None, worker_id: int) ->
         initialize(worker_id)
 
 
+class _ShieldedProcess(multiprocessing.Process):
+    """A process that starts with SIGTERM blocked: torch's handler in a worker would end it before it is shielded."""
+
+    def start(self) -> None:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+class _ShieldedContext(multiprocessing.context.BaseContext):
+    """The default way to start processes, of which each is a `_ShieldedProcess`."""
+
+    Process = _ShieldedProcess
+
+    def get_context(self, method: str | None = None) -> Any:
+        return multiprocessing.get_context(method)
+
+
 def shield_workers(loader: DataLoader) -> DataLoader:
     """Lets a loader's workers outlive a SIGTERM to the whole group, or the run could not finish its step and save."""
     for part in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's, which wraps torch's
         if getattr(part.worker_init_fn, "func", None) is not _start_shielded:
             part.worker_init_fn = functools.partial(_start_shielded, part.worker_init_fn)
+        if part.num_workers and hasattr(signal, "sigwaitinfo"):
+            part.multiprocessing_context = _ShieldedContext()
     return loader
 
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -211,6 +212,23 @@ def test_workers_outlive_a_sigterm_to_the_whole_group(tmp_path):
     trainer.train()
     assert interrupt.received == signal.SIGTERM
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def _exit_with_1_unless_sigterm_is_blocked():
+    sys.exit(signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+@pytest.mark.parametrize("kind", ["train", "eval", "test"])
+def test_sigterm_is_blocked_in_a_worker_from_its_start(tmp_path, kind):
+    trainer = tiny_trainer(tmp_path, dataloader_num_workers=1)
+    dataset = [] if kind == "train" else [trainer.eval_dataset]
+    loader = getattr(trainer, f"get_{kind}_dataloader")(*dataset)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    process = loader.multiprocessing_context.Process(target=_exit_with_1_unless_sigterm_is_blocked)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.slow
