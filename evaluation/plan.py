@@ -361,16 +361,17 @@ def _check_recipes(recipes: Sequence[Recipe]) -> None:
 
 
 def keep_plan(plan: Plan, path: Path) -> None:
-    """Writes the plan, or checks that it is the one that was written.
+    """Writes the plan, or checks that it is the one that was written, to which recipes may have been added.
 
     Raises:
         InputError: It is another; the message names what differs.
     """
     new, old = plan.to_json(), read_json(path)
-    if old is None:
+    grown = old and {**old, "recipes": {**new["recipes"], **old["recipes"]}}
+    if grown in (None, new):
         write_whole(path, json.dumps(new, indent=2) + "\n")
-    elif old != new:
-        before, now = (pd.json_normalize(content).to_dict("records")[0] for content in (old, new))
+    else:
+        before, now = (pd.json_normalize(content).to_dict("records")[0] for content in (grown, new))
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         changed = "; ".join(f"{name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in names)
         raise InputError(
