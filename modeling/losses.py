@@ -29,7 +29,10 @@ def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid_size: tu
 
 def patch_moments(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation `(B, N, 1)` of each patch, the latter √(unbiased variance + 1e-6) (MAE's code)."""
-    return patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
+    mean = patches.mean(-1, keepdim=True)
+    # Not `var`, which takes 15 times as long on a CPU: 2 % of a small model's step.
+    variance = (patches - mean).square().sum(-1, keepdim=True) / (patches.shape[-1] - 1)
+    return mean, (variance + 1e-6).sqrt()
 
 
 def patch_targets(pixel_values: torch.Tensor, patch_size: tuple[int, int], norm_pix_loss: bool) -> torch.Tensor:
