@@ -50,7 +50,9 @@ class CLMAEConfig(MAEConfig):
         diversity_scale (`float`, *optional*, defaults to 0.1): Factor of the distance in that term's exponent.
         curriculum_shape (`str`, *optional*, defaults to `"linear"`): How the factor λ_CL goes from start to end over
             the run: `"linear"`, `"cosine"`, or `"constant"` (stays at `curriculum_start`).
-        curriculum_start (`float`, *optional*, defaults to 1.0): λ_CL at the first step; positive is a partner.
+        curriculum_start (`float`, *optional*): λ_CL at the first step; positive is a partner. With `"soft"` the
+            paper's 1 if not given; with `"error"` 0, random masks, from which the same compute teaches more
+            (docs/transfer.md).
         curriculum_end (`float`, *optional*, defaults to -1.0): λ_CL at the last step; negative is an adversary.
 
     Raises:
@@ -74,7 +76,7 @@ class CLMAEConfig(MAEConfig):
     diversity_loss_weight: float = 0.5
     diversity_scale: float = 0.1
     curriculum_shape: str = "linear"
-    curriculum_start: float = 1.0
+    curriculum_start: float = None  # type: ignore[assignment]
     curriculum_end: float = -1.0
 
     _rules: ClassVar[tuple[tuple[Rule, str], ...]] = (
@@ -122,6 +124,8 @@ class CLMAEConfig(MAEConfig):
             self.masker_hidden_size = -(-self.hidden_size // (2 * step)) * step if by_errors else self.hidden_size
         if self.masker_intermediate_size is None:
             self.masker_intermediate_size = (2 if by_errors else 4) * self.masker_hidden_size
+        if self.curriculum_start is None:
+            self.curriculum_start = 0.0 if by_errors else 1.0
         if self.kl_loss_weight is None:
             self.kl_loss_weight = 25.6 if self.kl_reduction == "mean" else 0.1
 

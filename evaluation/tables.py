@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -119,10 +120,11 @@ def accuracy_figure(results: pd.DataFrame) -> Figure:
     table = summarize(headlines(results[results["final"] & (results["protocol"] != "training")]))
     # The reference is one run under both budgets.
     table = table.drop_duplicates(["recipe", "step", "dataset", "protocol", "column"])
-    table["name"] = table["label"].where(table["budget"] != "compute", table["label"] + ", equal compute")
+    names = table["label"].where(table["budget"] != "compute", table["label"] + ", equal compute")
+    table["name"] = names.map(lambda name: textwrap.fill(name, 24))
     panels = list(table.groupby(["dataset", "protocol"], sort=False))
     height = -(-len(panels) // 3)
-    figure = Figure(figsize=(13, 1 + height * (1.4 + 0.22 * table["name"].nunique())), layout="constrained")
+    figure = Figure(figsize=(13, 1 + height * (1.4 + 0.3 * table["name"].nunique())), layout="constrained")
     axes = figure.subplots(height, min(3, len(panels)), squeeze=False).ravel()
     for axis, ((dataset, protocol), panel) in zip(axes, panels, strict=False):
         several = panel["column"].nunique() > 1  # images per class of the few-shot probe
@@ -176,8 +178,8 @@ def curves_figure(results: pd.DataFrame) -> Figure:
             axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
             axis.grid(alpha=0.3)
         row[0].set_ylabel(f"{protocol}, {measured['column'].iloc[0]}: accuracy in %")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), frameon=False)
+    shown = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(3, len(shown)), frameon=False)
     return figure
 
 

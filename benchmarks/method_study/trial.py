@@ -57,6 +57,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "error_3_blocks": dict(masks="error", beta=3.0, granularity=2),
     "error_1_adversary": dict(masks="error", beta=1.0, start=0.0),
     "error_3_adversary": dict(masks="error", beta=3.0, start=0.0),
+    "error_1_raw_adversary": dict(masks="error", beta=1.0, start=0.0, raw_errors=True),
+    "error_3_raw_adversary": dict(masks="error", beta=3.0, start=0.0, raw_errors=True),
     "error_3_small_decoder": dict(masks="error", beta=3.0, decoder=SMALL_DECODER),
     "cmae_01": dict(decoder=SMALL_DECODER, contrast=0.1),
     "cmae_01_jitter": dict(decoder=SMALL_DECODER, contrast=0.1, jitter=True),

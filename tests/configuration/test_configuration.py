@@ -173,6 +173,7 @@ def test_the_masking_module_follows_its_objective():
     config = CLMAEConfig(hidden_size=96, num_attention_heads=4)
     assert (config.masker_objective, config.masker_num_hidden_layers) == ("error", 1)
     assert (config.masker_hidden_size, config.masker_intermediate_size) == (48, 96)
+    assert (config.curriculum_start, config.curriculum_end) == (0, -1)  # from random masks to the hardest
 
 
 @pytest.mark.parametrize("family", [CLMAEConfig, CMAEConfig])

@@ -859,7 +859,7 @@ def test_resume_of_data_without_noise(tmp_path):
 @pytest.mark.slow
 def test_masks_by_predicted_errors_are_easier_then_harder(tmp_path):
     """A partner's masks are easier than random ones, an adversary's harder; patches differ in how hard they are."""
-    model = tiny_model("cl_mae-error", norm_pix_loss=False)
+    model = tiny_model("cl_mae-error", norm_pix_loss=False, curriculum_start=1.0)
     images = plain_dataset(64)
     for sample in images:
         sample["pixel_values"][..., :8] = 0.0  # one half is flat, the other is noise
