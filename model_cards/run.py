@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
 
 from clmae.configuration.errors import InputError
 from clmae.model_cards.record import RECORD_NAME, read_json
@@ -96,6 +97,8 @@ def read_model_config(model_path: str | os.PathLike, name: str = "`model`", **kw
     if Path(path).is_dir():
         if not Path(path, "config.json").is_file():
             problem = "there is no config.json in this folder."
+            if newest := get_last_checkpoint(path):
+                problem += f" The run in it has not ended; its newest checkpoint is {newest}."
     elif Path(path).exists():
         problem = "it is a file; give the folder of a model (`clmae convert` makes one of a checkpoint)."
     else:

@@ -32,6 +32,7 @@ OPTIONS = {
     "pretrain": STEP,
     "compare": MODEL + "--seeds 0 --dataset ./my_labelled_photos --images_seen 8 --num_points 1 --protocols knn "
     "--per_device_train_batch_size 4 --num_held_out 2 --picture_steps 0",
+    "finetune": "--labels_per_class 2 --max_steps 1 --use_cpu true --report_to none ",
     "bench": MODEL + "--batch_sizes 2 --num_steps 1",
 }
 # Lines of the shell that need a network, another program or more than one process; those that name a recipe are parsed.
@@ -78,7 +79,7 @@ def reader(offline, tmp_path, monkeypatch):
 def run_command(line: str) -> None:
     """Runs `clmae ...` with small sizes; a run to be resumed is begun first."""
     _, command, *arguments = shlex.split(line, comments=True)
-    options = OPTIONS.get(command, "").split()
+    options = OPTIONS.get("finetune" if "finetune" in arguments else command, "").split()
     if command == "pretrain" and not {"./my_photos", "./my_icons", "./photos"} & {*arguments}:
         options += ["--dataset", "./my_icons"]  # instead of the recipe's
     if "--init" in arguments:  # a stand-in for the released weights

@@ -4,7 +4,9 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_xla_available
 
 from clmae.configuration.errors import InputError
 
@@ -56,6 +58,8 @@ class ScaledRateArguments(TrainingArguments):
         computed_rate = self.learning_rate is None
         if computed_rate:
             self.learning_rate = self.base_learning_rate
+        if self.bf16 and not torch.accelerator.is_available() and not is_torch_xla_available():
+            self.use_cpu = True  # or transformers refuses bf16
         super().__post_init__()
         if self.world_size > 1 and not self.accelerator_config.even_batches:
             raise InputError(

@@ -132,10 +132,13 @@ def _evaluate_trained(protocol: str, argv: Sequence[str]) -> tuple[EvaluateArgum
     if options.output is not None and args.output_dir == type(args).output_dir:
         args.output_dir = str(Path(options.output).with_suffix(""))
     try:
-        return options, _call(finetune, options, args=args)
+        result = _call(finetune, options, args=args)
     except KeyboardInterrupt:
         print("Stopped. Go on with the same command and\n  --resume_from_checkpoint last")
         raise
+    if is_first_process():
+        print(f"The classifier is in {Path(str(args.output_dir), 'pretrained')}.")
+    return options, result
 
 
 def _read(

@@ -62,7 +62,10 @@ class ClassificationArguments(ScaledRateArguments):
         "validation_share": "(0, 1)",
         "min_crop_scale": "(0, 1]",
     }
-    output_dir: str | None = HfArg(default="outputs/trained", help="Folder for checkpoints and the trained models.")
+    output_dir: str | None = HfArg(
+        default="outputs/trained",
+        help="Folder for checkpoints and the trained models; of the command, what `output` is called.",
+    )
     base_learning_rate: float = HfArg(
         default=5e-4, help="Learning rate for a total batch of 256 images; scaled linearly with the total batch."
     )

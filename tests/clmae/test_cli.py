@@ -149,8 +149,8 @@ MODEL_COMMANDS = {
 
 @pytest.mark.parametrize("command", MODEL_COMMANDS)
 def test_a_model_that_is_not_there(error, command):
-    for name in ("empty", "broken"):
-        Path(name).mkdir()
+    for name in ("empty", "broken", "stopped/checkpoint-8", "stopped/checkpoint-12"):
+        Path(name).mkdir(parents=True)
     Path("broken/config.json").write_text("{")
     Path("weights.pth").write_bytes(b"")
     name, argv = MODEL_COMMANDS[command]
@@ -160,6 +160,7 @@ def test_a_model_that_is_not_there(error, command):
         ("./missing", "there is no such folder."),
         ("../a/b/missing", "there is no such folder."),
         ("empty", "there is no config.json in this folder."),
+        ("stopped", "The run in it has not ended; its newest checkpoint is stopped/checkpoint-12."),
         ("weights.pth", "it is a file; give the folder of a model (`clmae convert` makes one of a checkpoint)."),
         ("broken", "config.json"),
     ):

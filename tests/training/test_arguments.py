@@ -4,6 +4,7 @@
 import math
 
 import pytest
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from clmae import MAEForPreTraining
@@ -104,6 +105,14 @@ def test_unknown_masker_schedule_is_refused(make):
 )
 def test_bounds_themselves_are_accepted(make, field, value):
     assert getattr(make(**{field: value}), field) == value
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+def test_bf16_runs_on_the_cpu_where_there_is_nothing_else(tmp_path):
+    args = PretrainingArguments(output_dir=str(tmp_path), bf16=True)
+    assert args.use_cpu
+    assert args.device.type == "cpu"
+    assert not PretrainingArguments(output_dir=str(tmp_path)).use_cpu  # left to transformers
 
 
 def test_hf_argument_parser(tmp_path):
