@@ -33,7 +33,7 @@ def sample_state(seed: int, epoch: Integers, key: Integers, view: Integers = 0) 
         seed: Of the run.
         epoch, key, view: From 0, below 2^32; `key` is the sample's index, or a checksum of it.
     """
-    return _mix(_mix(_start(seed) + _wrap(((epoch << 32) | key) * _GOLDEN)) + _wrap(view * _GOLDEN))
+    return _mix(_mix(_start(seed) + ((((epoch << 32) | key) * _GOLDEN) & _MASK)) + ((view * _GOLDEN) & _MASK))
 
 
 def uniform(state: Integers, position: Integers) -> Numbers:
@@ -42,19 +42,15 @@ def uniform(state: Integers, position: Integers) -> Numbers:
     SplitMix64 (Steele et al. 2014). Any position costs the same, so that a sample computes only what it uses, and NumPy
     computes a batch's at once.
     """
-    return (_mix(state + _wrap((position + 1) * _GOLDEN)) >> 40) * 2.0**-24
+    return (_mix(state + (((position + 1) * _GOLDEN) & _MASK)) >> 40) * 2.0**-24
 
 
 def _mix(z: Integers) -> Integers:
-    """SplitMix64's output function."""
-    z = _wrap(z)
-    z = _wrap((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9)
-    z = _wrap((z ^ (z >> 27)) * 0x94D049BB133111EB)
+    """SplitMix64's output function; the mask is for Python's integers, which do not overflow."""
+    z = z & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
-
-
-def _wrap(z: Integers) -> Integers:
-    return z & _MASK if isinstance(z, int) else z  # uint64 overflows by itself
 
 
 @functools.cache
