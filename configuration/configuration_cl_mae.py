@@ -51,8 +51,7 @@ class CLMAEConfig(MAEConfig):
         curriculum_shape (`str`, *optional*, defaults to `"linear"`): How the factor λ_CL goes from start to end over
             the run: `"linear"`, `"cosine"`, or `"constant"` (stays at `curriculum_start`).
         curriculum_start (`float`, *optional*): λ_CL at the first step; positive is a partner. With `"soft"` the
-            paper's 1 if not given; with `"error"` 0, random masks, from which the same compute teaches more
-            (docs/transfer.md).
+            paper's 1 if not given; with `"error"` 0, random masks (docs/transfer.md).
         curriculum_end (`float`, *optional*, defaults to -1.0): λ_CL at the last step; negative is an adversary.
 
     Raises:

@@ -178,8 +178,8 @@ def curves_figure(results: pd.DataFrame) -> Figure:
             axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
             axis.grid(alpha=0.3)
         row[0].set_ylabel(f"{protocol}, {measured['column'].iloc[0]}: accuracy in %")
-    shown = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=min(3, len(shown)), frameon=False)
+    lines = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
     return figure
 
 

@@ -135,7 +135,9 @@ def test_trained_result_is_printed_and_written(inputs, capsys, protocol, options
     assert (result["settings"]["num_train"], result["settings"]["num_test"]) == (12 if len(options) > 4 else 24, 12)
     assert parameters.items() <= result["settings"]["parameters"].items()
     assert "| pretrained |" in table
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table in printed
+    assert "The classifier is in results/out/pretrained.\n" in printed
     assert Path("results/out-classes.csv").read_text().count("\n") == 4
     assert Path("results/out/pretrained/model.safetensors").is_file()  # in a folder called like the result
 

@@ -86,14 +86,8 @@ NO_RISE = "Since step 100 k-NN has risen by no more than chance explains."
             [0.2, 0.3, 0.4, 0.5],
             "k-NN 20.0%, 50.0%; linear 30.0%, 60.0%. k-NN still rises: a longer run should give more.",
         ),
-        (
-            [0.2, 0.5, 0.49, 0.51],
-            f"51.0%; linear 30.0%, 61.0%. {NO_RISE}",
-        ),
-        (
-            [0.2, 0.5, 0.4, 0.3],
-            f"30.0%; linear 30.0%, 40.0%. {NO_RISE}",
-        ),
+        ([0.2, 0.5, 0.49, 0.51], f"51.0%; linear 30.0%, 61.0%. {NO_RISE}"),
+        ([0.2, 0.5, 0.4, 0.3], f"30.0%; linear 30.0%, 40.0%. {NO_RISE}"),
     ],
 )
 def test_whether_it_still_rises(accuracies, sentence):
