@@ -40,18 +40,24 @@ def random_resized_crop_box(
     log-uniform in `ratio`; if none fits, the largest central box with an aspect ratio inside `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    box, found = np.array(largest_crop_box(height, width, ratio), dtype=np.float64), np.bool_(False)
+    box, found = np.array(0), np.bool_(False)
     for first in range(0, 4 * _TRIES, 4):
-        side = np.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * draw(first)))
-        stretch = np.exp((low + (high - low) * draw(first + 1)) / 2)
-        box_height, box_width = np.rint(side / stretch), np.rint(side * stretch)
-        fits = (box_height > 0) & (box_height <= height) & (box_width > 0) & (box_width <= width) & ~found
+        share = draw(first)
+        xp: Any = math if isinstance(share, float) else np  # NumPy takes several times as long for one number
+        side = xp.sqrt(height * width * (scale[0] + (scale[1] - scale[0]) * share))
+        stretch = xp.exp((low + (high - low) * draw(first + 1)) / 2)
+        box_height, box_width = (side / stretch + 0.5) // 1, (side * stretch + 0.5) // 1
+        fits = (box_height > 0) & (box_height <= height) & (box_width > 0) & (box_width <= width)
+        if xp is math and not fits:
+            continue
         top, left = draw(first + 2) * (height - box_height + 1), draw(first + 3) * (width - box_width + 1)
-        box = np.where(fits[..., None], np.array((top, left, box_height, box_width)).T, box)
-        found = found | fits
+        tried = np.array((top, left, box_height, box_width), dtype=np.int64)  # which rounds the corner down
+        if xp is math:
+            return tried
+        box, found = np.where((fits & ~found)[:, None], tried.T, box), found | fits
         if found.all():
-            break
-    return box.astype(np.int64)  # which rounds the corner down
+            return box
+    return np.where(found[..., None], box, largest_crop_box(height, width, ratio))
 
 
 def contrastive_crop_box(

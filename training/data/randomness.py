@@ -46,10 +46,14 @@ def uniform(state: Integers, position: Integers) -> Numbers:
 
 
 def _mix(z: Integers) -> Integers:
-    """SplitMix64's output function; the mask is for Python's integers, which do not overflow."""
-    z = z & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    """SplitMix64's output function."""
+    if isinstance(z, int):  # Python's integers do not overflow, and NumPy's cost less without the masks
+        z &= _MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    else:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return z ^ (z >> 31)
 
 
