@@ -40,7 +40,7 @@ def random_resized_crop_box(
     log-uniform in `ratio`; if none fits, the largest central box with an aspect ratio inside `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    box, found = np.zeros(4), np.zeros((), dtype=bool)
+    box, found = np.zeros(4, dtype=np.int64), np.zeros((), dtype=bool)
     for first in range(0, 4 * _TRIES, 4):
         share = draw(first)
         xp: Any = math if isinstance(share, float) else np  # NumPy takes several times as long for one number
