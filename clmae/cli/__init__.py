@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils.logging import disable_progress_bar
 
 from clmae import __version__
 from clmae.cli.options import nearest
@@ -72,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = importlib.import_module(f"clmae.cli.{name}")
         if not torch.accelerator.is_available():
             keep_freed_memory()
+        disable_progress_bar()  # of each file of weights, in between the bar of the training
+        enable_progress_bars()  # of downloads
         return command.run(rest)
     except InputError as error:
         print(f"clmae: error: {error}", file=sys.stderr)

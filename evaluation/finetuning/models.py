@@ -1,9 +1,10 @@
 # Copyright 2026 The clmae authors. Licensed under the Apache License, Version 2.0.
 """A pretrained encoder with a new classifier, and the same from random initialisation."""
 
+import contextlib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,27 @@ def load_classifier(
     options: dict[str, Any] = {"dtype": torch.float32}
     if fastest_attention(args.device) == "eager":  # which every model has
         options["attn_implementation"] = "eager"
-    model, info = (encoder_class if isinstance(args, LinearLarsArguments) else classifier_class).from_pretrained(
-        model_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
-    )
+    loader = encoder_class if isinstance(args, LinearLarsArguments) else classifier_class
+    with _no_load_report():
+        model, info = loader.from_pretrained(
+            model_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
     _check_loaded(model_path, model, info["missing_keys"])
     if isinstance(args, LinearLarsArguments):
         model = LinearProbe(model, num_classes, args.feature)
     _new_head(model, args)
     return model
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Without transformers' warning that the classifier is new; [`_check_loaded`] looks at what else is."""
+    logger = logging.get_logger("transformers.modeling_utils")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def from_scratch(model: nn.Module, args: ClassificationArguments) -> nn.Module:
