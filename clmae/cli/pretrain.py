@@ -20,7 +20,7 @@ from transformers.hf_argparser import HfArg
 from clmae import FAMILIES
 from clmae.cli.options import MOST_USED, CommandParser, config_options, given, nearest, peek, read_recipe
 from clmae.configuration import MAEConfig
-from clmae.configuration.configuration_mae import SIZES
+from clmae.configuration.configuration_mae import SIZES, pair
 from clmae.configuration.errors import InputError
 from clmae.evaluation.online import OnlineEvaluationArguments, OnlineEvaluationCallback, trend
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments, build_trainer
@@ -107,6 +107,12 @@ def describe(trainer: CurriculumTrainer) -> str:
         images = len(trainer.train_dataset)
         epochs = args.num_train_epochs if args.max_steps <= 0 else args.max_steps * args.total_train_batch_size / images
         text += f" {images:,} images to learn from, {held_out:,} to evaluate on; {epochs:,.4g} epochs."
+        first, size = trainer.train_dataset.first_size, pair(model.config.image_size)
+        if first[0] < size[0] and first[1] < size[1]:
+            text += (
+                f" The first image has {first[0]} x {first[1]} pixels, and is enlarged: a smaller --image_size, and "
+            )
+            text += "a --patch_size that divides it, take less time."
     if sizes["decoder"] > sizes["vit"]:
         text += " The decoder is larger than the encoder, and takes most of the time: see the `decoder_…` options."
     return text

@@ -31,7 +31,7 @@ from clmae.configuration.errors import InputError
 from clmae.model_cards.card import CARD_NAME, EditedCardError, author_section, is_edited
 from clmae.model_cards.hub import check_card, check_folder, hub_files, upload
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # ./folder is none
 SPACE_README = """\
 ---
 title: {name}

@@ -8,7 +8,7 @@ examples:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class VisualizeArguments:
     """What to draw."""
 
     model: str = HfArg(help="Folder or Hub id of a pretrained masked autoencoder.")
-    images: list[str] = HfArg(help="Image files.")
+    images: list[str] = HfArg(help="Image files, or folders of which the first 8 are drawn.")
     output: str = HfArg(default="masks.png", help="PNG file to write.")
     seed: int = HfArg(default=0, help="Seed of the masks, where they are drawn.")
 
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"`model` {args.model!r} has no image processor: {error}") from error
     size, mean, std = pair(model.config.image_size), processor.image_mean, processor.image_std
     views = []
-    for path in args.images:
+    for path in _files(args.images):
         try:
             views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
         except InputError as error:
@@ -64,3 +64,15 @@ def run(argv: Sequence[str]) -> int:
     figure = reconstruction_figure(model, torch.stack(views), noise, mean, std, curriculum_factors=factors)
     print(f"wrote {save_figure(figure, args.output)}")
     return 0
+
+
+def _files(names: Sequence[str]) -> Iterator[str]:
+    """The images' paths, those of a folder in its place."""
+    for name in names:
+        if not Path(name).is_dir():
+            yield name
+            continue
+        from clmae.training.data import load_image_dataset  # the help does not wait
+
+        dataset, column = load_image_dataset(name)
+        yield from (image["path"] for image in dataset[:8][column])

@@ -149,8 +149,9 @@ def test_a_broken_image_is_named_or_skipped_and_counted(capsys, error, recipe, s
     message = error(*argv)
     assert "05.png" in message
     assert "`on_bad_image`" in message
-    assert main([*argv, "--on_bad_image", "skip"]) == 0
+    assert main([*argv, "--on_bad_image", "skip", "--image_size", "32"]) == 0
     printed = capsys.readouterr().out
+    assert "The first image has 20 x 24 pixels, and is enlarged" in printed
     assert "1 broken images were skipped" in printed
     assert "clmae visualize --model out --images" in printed  # what comes next
     assert json.loads(Path("out/pretrain_results.json").read_text())["num_bad_images"] == 1

@@ -149,6 +149,13 @@ def test_somebody_elses_name(hub, push, folder, repo_id):
     assert repo_id not in hub.repos
 
 
+@pytest.mark.parametrize("name", ["./folder", "folder", "org/a/b", "../x"])
+def test_what_is_no_name_on_the_hub(hub, push, folder, name):
+    code, output = push(folder, name)
+    assert code == 2
+    assert f"ID {name!r} is no name on the Hub; give owner/name." in output
+
+
 def test_without_a_token_nothing_is_done(hub, push, folder, repo_id):
     before, requests = snapshot(folder), len(hub.requests)
     code, output = push(folder, repo_id, token=None)

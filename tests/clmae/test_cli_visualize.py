@@ -45,6 +45,16 @@ def test_a_picture(capsys, saved, save_image, family):
     assert (other == first) == (family == "cl_mae")  # learned masks are not drawn at random
 
 
+def test_a_folder_is_its_images(saved, save_image):
+    saved("mae")
+    Path("folder").mkdir()
+    for i in range(2):
+        save_image(f"folder/{i}.png", seed=i)
+    for name, images in (("folder.png", ["folder"]), ("files.png", ["folder/0.png", "folder/1.png"])):
+        assert main(["visualize", "--model", "model", "--images", *images, "--output", name]) == 0
+    assert Path("folder.png").read_bytes() == Path("files.png").read_bytes()
+
+
 def test_wrong_use(error, saved, save_image):
     saved("mae")
     Path("broken.png").write_bytes(b"no picture")

@@ -206,6 +206,9 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
         color_jitter: Whether the last view of a training sample has other colours (see [`jitter_colours`]).
         on_bad_image: `"raise"`, or `"skip"`: the next readable image takes the place of a bad one.
 
+    Attributes:
+        first_size: Height and width of the first image, as it is stored.
+
     Raises:
         InputError: When constructed: the dataset is empty, or its first image (with `"skip"`: every image) is bad.
             When indexed: the image is bad, and `on_bad_image` is `"raise"`.
@@ -227,7 +230,7 @@ class ImageDataset(ImageViews, torch.utils.data.Dataset[Any]):
         self.bad_images = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         if contrastive_crop:  # in shared memory, so that persistent workers see new boxes
             self.crop_boxes = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(len(dataset), 1).share_memory_()
-        self.whole_image(0)
+        self.first_size: tuple[int, int] = self._read(0, lambda value, _: self._decode(value).shape[:2])
 
     def __len__(self) -> int:
         return len(self.bad_images)
