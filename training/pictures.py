@@ -109,6 +109,9 @@ def reconstruction_figure(
             figure.colorbar(shown, ax=axes[row].tolist(), fraction=0.02, pad=0.01)
     if title:
         figure.suptitle(title)
+    if getattr(model.config, "norm_pix_loss", False):
+        note = "masked patches: the pattern is predicted, brightness and contrast are the original's"
+        figure.supxlabel(note, fontsize="x-small")
     return figure
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModelForPreTraining
@@ -49,11 +50,11 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"`model` {args.model!r} has no image processor: {error}") from error
     size, mean, std = pair(model.config.image_size), processor.image_mean, processor.image_std
     views = []
-    for path in _files(args.images):
+    for name, image in _images(args.images):
         try:
-            views.append(normalize(center_view(decode_image(path, model.config.num_channels), size), mean, std))
+            views.append(normalize(center_view(decode_image(image, model.config.num_channels), size), mean, std))
         except InputError as error:
-            raise InputError(f"`images`: {path}: {error}") from error
+            raise InputError(f"`images`: {name}: {error}") from error
     num_patches = math.prod(size) // math.prod(pair(model.config.patch_size))  # of any ViTMAE, ours or transformers'
     noise = torch.rand(len(views), num_patches, generator=sample_generator(args.seed, 0, 0))
     # Masks drawn by predicted errors differ along the curriculum: first those of the partner, then of the adversary.
@@ -66,13 +67,13 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _files(names: Sequence[str]) -> Iterator[str]:
-    """The images' paths, those of a folder in its place."""
-    for name in names:
-        if not Path(name).is_dir():
-            yield name
-            continue
-        from clmae.training.data import load_image_dataset  # the help does not wait
+def _images(names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """What messages call each image, and what `decode_image` takes; those of a folder in its place."""
+    from clmae.training.data import load_image_dataset  # the help does not wait
 
-        dataset, column = load_image_dataset(name)
-        yield from (image["path"] for image in dataset[:8][column])
+    for name in names:
+        if Path(name).is_dir():
+            dataset, column = load_image_dataset(name)
+            yield from ((f"image {i} of {name}", image) for i, image in enumerate(dataset[:8][column]))
+        else:
+            yield name, name
