@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers.utils import logging
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.labels import stratified_part
@@ -24,6 +26,7 @@ from clmae.training.data import (
     AnyDataset,
     ImageDecodeError,
     array_dtype,
+    check_on_bad_image,
     decode_image,
     find_label_column,
     load_image_dataset,
@@ -31,6 +34,9 @@ from clmae.training.data import (
     undecoded,
 )
 
+logger = logging.get_logger(__name__)
+
+_REMEDY = " Remove or replace it, or set `on_bad_image` to skip."
 TEST_SHARE = 0.2  # of a dataset without a test split
 
 
@@ -128,11 +134,23 @@ class LabelledImages(Dataset):
         except ImageDecodeError as error:
             path = value.get("path") if isinstance(value, dict) else None
             raise InputError(
-                f"image {index}{f' ({path})' if path else ''} of `dataset` cannot be used: {error} "
-                "Remove or replace it."
+                f"image {index}{f' ({path})' if path else ''} of `dataset` cannot be used: {error}{_REMEDY}"
             ) from error
         # Processors divide by 255, whatever the type.
         return image if image.dtype == np.uint8 else image * np.float32(255)
+
+
+def readable_images(dataset: datasets.Dataset, image_column: str | None, num_channels: int) -> list[int]:
+    """The indices of the images that can be decoded; warns of each of the others."""
+    images = LabelledImages(dataset, None, image_column=image_column, num_channels=num_channels, ignore_labels=True)
+    good = []
+    for i in tqdm(range(len(dataset)), desc="looking for bad images"):
+        try:
+            images._decode(i, images.dataset[i][images.image_column])
+            good.append(i)
+        except InputError as error:
+            logger.warning(f"left out: {str(error).removesuffix(_REMEDY)}")
+    return good
 
 
 def find_class_column(dataset: datasets.Dataset, name: str | None = None) -> str:
@@ -203,6 +221,7 @@ def load_labelled_images(
     label_column: str | None = None,
     image_column: str | None = None,
     config_name: str | None = None,
+    on_bad_image: str = "raise",
 ) -> tuple[LabelledImages, LabelledImages, dict[str, Any]]:
     """Training and test images as a saved model sees them, and what is written down of where they come from.
 
@@ -214,19 +233,24 @@ def load_labelled_images(
             each class of the training split, which is then not learnt from.
         max_train_samples, max_test_samples: At most so many, drawn with a fixed seed.
         label_column: Where the classes are, if there are several such columns.
+        on_bad_image: `"skip"` leaves out images that cannot be decoded, for which all are read once before.
 
     Raises:
         InputError: There is no such model, split or column; both splits are the same images, or their classes differ.
     """
     read_model_config(model_path)  # what is wrong is reported before anything is loaded
+    check_on_bad_image(on_bad_image)
     columns = dict(label_column=label_column, image_column=image_column)
     *splits, tested_on = _load_splits(dataset_source, train_split, test_split, config_name, **columns)
     processor, num_channels = load_image_processor(model_path)
     options: dict[str, Any] = dict(num_channels=num_channels, **columns)
-    train = LabelledImages(take_samples(splits[0], max_train_samples), processor, **options)
+    parts = [take_samples(splits[0], max_train_samples), take_samples(splits[1], max_test_samples)]
+    if on_bad_image == "skip":
+        parts = [part.select(readable_images(part, image_column, num_channels)) for part in parts]
+    train = LabelledImages(parts[0], processor, **options)
     # A test set of words is numbered as the training set, without whose names it cannot be.
     options["class_names"] = train.class_names or ()
-    test = LabelledImages(take_samples(splits[1], max_test_samples), processor, **options)
+    test = LabelledImages(parts[1], processor, **options)
     if train.class_names != test.class_names:
         names = [f"{part.class_names[:5]}..." if part.class_names else "numbers" for part in (train, test)]
         raise InputError(

@@ -35,11 +35,11 @@ from transformers.hf_argparser import HfArg
 from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
 from clmae.evaluation.features import default_feature, model_fingerprint, stream_features
-from clmae.evaluation.images import LabelledImages, load_image_processor
+from clmae.evaluation.images import LabelledImages, load_image_processor, readable_images
 from clmae.model_cards.files import replacing, write_whole
 from clmae.model_cards.record import read_json
 from clmae.model_cards.run import read_model_config
-from clmae.training.data import LABEL_NAMES, load_image_dataset, take_samples
+from clmae.training.data import LABEL_NAMES, check_on_bad_image, load_image_dataset, take_samples
 from clmae.training.integrity import run_lock
 from clmae.training.pictures import save_figure
 
@@ -57,6 +57,7 @@ class EmbedArguments:
     image_column: str | None = HfArg(default=None, help="Column of the images, if there are several.")
     label_column: str | None = HfArg(default=None, help="Column of the labels, if there are several.")
     max_samples: int | None = HfArg(default=None, help="At most this many images, drawn with a fixed seed.")
+    on_bad_image: str = HfArg(default="raise", help="raise, or skip: leave out broken images; reads all once before.")
     feature: str | None = HfArg(default=None, help="pooler_output (our default), cls (others'), mean or cls+mean.")
     layer: int | None = HfArg(default=None, help="Take tokens after this block, before the last LayerNorm; -1: last.")
     batch_size: int = HfArg(default=256, help="Images per forward pass.")
@@ -104,6 +105,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _check(args: EmbedArguments) -> None:
+    check_on_bad_image(args.on_bad_image)
     if Path(args.output).suffix not in (".parquet", ".npy"):
         raise InputError(f"`output` is {args.output!r}; give the name of a .parquet or .npy file.")
     if args.plot == "umap" and importlib.util.find_spec("umap") is None:
@@ -136,6 +138,9 @@ def _load_data(model: str, source: str, args: EmbedArguments) -> EmbedData:
         processor, num_channels = load_image_processor(model)
     except OSError as error:
         raise InputError(f"MODEL {model!r} has no image processor: {error}") from error
+    if args.on_bad_image == "skip":
+        good = readable_images(dataset, image_column, num_channels)
+        dataset, index = dataset.select(good), index.select(good)
     options: dict[str, Any] = dict(image_column=image_column, num_channels=num_channels, ignore_labels=True)
     images = LabelledImages(dataset, processor, **options)
     columns = {"index": index}

@@ -64,6 +64,7 @@ class EvaluateArguments:
     label_column: str | None = HfArg(default=None, help="Column of the classes, if there are several.")
     max_train_samples: int | None = HfArg(default=None, help="Learn from at most this many images.")
     max_test_samples: int | None = HfArg(default=None, help="Test on at most this many images.")
+    on_bad_image: str = HfArg(default="raise", help="raise, or skip: leave out broken images; reads all once before.")
     output: str | None = HfArg(default=None, help="JSON file for result and settings; tables (.md, .csv) beside it.")
     baselines: bool = HfArg(default=True, help="Evaluate the same without pretraining, too.")
 

@@ -33,7 +33,7 @@ class AugmentedImages(ImageDataset):
         InputError: As [`ImageDataset`]; or RandAugment is to be done on images with other than 1 or 3 channels.
     """
 
-    _name, _remedy = "the training images", "Remove or replace it."
+    _name, _remedy = "the training images", "Remove or replace it, or evaluate with `on_bad_image` `skip`."
 
     def __init__(
         self,

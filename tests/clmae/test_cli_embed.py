@@ -265,9 +265,12 @@ def test_a_broken_image_is_named_and_nothing_left(model, save_image, error, smal
     message = error(*argv)
     assert "image 2 (images/2.png)" in message
     assert {path.name for path in Path().iterdir()} == {"images"}
+    assert main([*argv, "--on_bad_image=skip"]) == 0
+    skipped = pq.read_table("f.parquet")
+    assert skipped["path"].to_pylist() == [f"images/{i}.png" for i in (0, 1, 3, 4, 5)]
     Path("images/2.png").unlink()
     assert main(argv) == 0
-    assert len(pq.read_table("f.parquet")) == 5
+    assert pq.read_table("f.parquet").equals(skipped)
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,7 @@ def test_a_broken_image_is_named_and_nothing_left(model, save_image, error, smal
     [
         (["--output=f.csv"], "`output` is 'f.csv'; give the name of a .parquet or .npy file"),
         (["--output=f.npy", "--batch_size=0"], "`batch_size` is 0"),
+        (["--output=f.npy", "--on_bad_image=drop"], "`on_bad_image` is 'drop'; choose one of raise, skip"),
         (["--output=f.npy", "--max_samples=0"], "`max_samples` is 0"),
         (["--output=f.npy", "--feature=pool"], "`feature` is 'pool'"),
         (["--output=f.npy", "--label_column=klass"], "`label_column` is 'klass'"),

@@ -314,6 +314,21 @@ def test_a_small_set_is_evaluated_by_the_neighbours_it_has(model_folder):
     assert list(row.accuracies)[:4] == ["k = 5", "k = 10", "Euclidean, majority of 5", "Euclidean, any of 5"]
 
 
+def test_broken_images_are_left_out_with_their_labels(model_folder):
+    images = in_memory(12).cast_column("image", datasets.Image(decode=False))
+    rows = [dict(row, image={"bytes": b"no image", "path": None}) if i == 3 else row for i, row in enumerate(images)]
+    broken = datasets.Dataset.from_list(rows, features=images.features)
+    with pytest.raises(ValueError, match="image 3 of `dataset` cannot be used.*set `on_bad_image` to skip"):
+        evaluate_model(model_folder, {"train": broken, "test": in_memory(6)}, ["linear"], progress=False)
+    whole = images.select([i for i in range(12) if i != 3])
+    skipped, expected = (
+        evaluate_model(model_folder, {"train": train, "test": in_memory(6)}, ["linear"], progress=False, **options)
+        for train, options in ((broken, {"on_bad_image": "skip"}), (whole, {}))
+    )
+    assert skipped["linear"].rows == expected["linear"].rows
+    assert skipped["linear"].settings["num_train"] == 11
+
+
 def test_classes_must_agree(model_folder):
     other = in_memory(6).cast_column("label", datasets.ClassLabel(names=["red", "blue"]))
     with pytest.raises(ValueError, match="classes of the training and the test set differ"):
@@ -332,6 +347,7 @@ def test_classes_must_agree(model_folder):
         (dict(protocols=[KNNProtocol(ks=(50,))]), "`k` is 50; give numbers from 1 to 12"),
         (dict(protocols=[LinearProtocol(l2_grid=())]), "`l2_grid`"),
         (dict(feature="tokens"), "`feature` is 'tokens'"),
+        (dict(on_bad_image="drop"), "`on_bad_image` is 'drop'; choose one of raise, skip"),
     ],
 )
 def test_bad_options(model_folder, change, message):

@@ -11,7 +11,7 @@ from clmae.training.data.batches import ImageCollator, unnormalized
 from clmae.training.data.columns import LABEL_NAMES, AnyDataset, ImageSource, array_dtype, find_label_column
 from clmae.training.data.contrastive_crop import heat_map_box, object_heat_map, refresh_epochs
 from clmae.training.data.crops import contrastive_crop_box, random_resized_crop_box
-from clmae.training.data.dataset import ImageDataset
+from clmae.training.data.dataset import ImageDataset, check_on_bad_image
 from clmae.training.data.decoding import ImageDecodeError, content_key, decode_image, undecoded
 from clmae.training.data.pixels import (
     center_view,
@@ -39,6 +39,7 @@ __all__ = [
     "array_dtype",
     "build_datasets",
     "center_view",
+    "check_on_bad_image",
     "content_key",
     "contrastive_crop_box",
     "crop_and_resize",

@@ -15,7 +15,7 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
 from clmae.configuration.errors import InputError
 from clmae.training.data.columns import AnyDataset, ImageSource, array_dtype
-from clmae.training.data.dataset import ON_BAD_IMAGE, ImageDataset
+from clmae.training.data.dataset import ImageDataset, check_on_bad_image
 from clmae.training.data.decoding import content_key, undecoded
 from clmae.training.data.pixels import make_image_processor
 from clmae.training.data.sources import SAMPLING_SEED, check_count, hold_out, load_image_dataset, take_samples
@@ -78,8 +78,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.on_bad_image not in ON_BAD_IMAGE:
-            raise InputError(f"`on_bad_image` is {self.on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+        check_on_bad_image(self.on_bad_image)
         if self.streaming:
             self._refuse_stream()
         check_count("num_held_out", self.num_held_out, minimum=0)

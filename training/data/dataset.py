@@ -30,10 +30,15 @@ from clmae.training.data.pixels import center_view, crop_and_resize, normalize
 from clmae.training.data.randomness import Integers, sample_state, uint64, uniform
 from clmae.training.data.sources import check_count
 
-ON_BAD_IMAGE = ("raise", "skip")
 # Least number of source pixels per pixel of a view, along a side, where a JPEG is decoded at reduced size. On
 # photographs at 64 pixels the views then differ from those of the whole image by 1.9/255 on average; with 1 it is 5.9.
 _DETAIL = 2.0
+
+
+def check_on_bad_image(value: str) -> None:
+    """InputError unless it is `"raise"` or `"skip"`."""
+    if value not in ("raise", "skip"):
+        raise InputError(f"`on_bad_image` is {value!r}; choose one of raise, skip.")
 
 
 class ImageViews:
@@ -62,8 +67,7 @@ class ImageViews:
         color_jitter: bool = False,
         on_bad_image: str = "raise",
     ) -> None:
-        if on_bad_image not in ON_BAD_IMAGE:
-            raise InputError(f"`on_bad_image` is {on_bad_image!r}; choose one of {', '.join(ON_BAD_IMAGE)}.")
+        check_on_bad_image(on_bad_image)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise InputError(f"`crop_scale` is {crop_scale}; give two shares of the area, 0 < low <= high <= 1.")
         if not 0 < crop_ratio <= 1:
