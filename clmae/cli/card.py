@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
-from clmae.model_cards.card import write_card
+from clmae.model_cards.card import CARD_NAME, DEFAULT_LICENSE, write_card
 from clmae.model_cards.run import read_run
 
 
@@ -47,4 +47,6 @@ def make_card(folder: str, repo_id: str | None = None, license: str | None = Non
     history = read_run(folder).state.get("log_history")
     if history:
         save_figure(curves_figure(history), Path(folder, "pictures", "curves.png"))
+    if license is None and not Path(folder, CARD_NAME).exists():
+        print(f"the weights' licence is {DEFAULT_LICENSE}, because no --license was given")
     return write_card(folder, repo_id, license, force)

@@ -74,7 +74,8 @@ def confusion_figure(matrix: pd.DataFrame) -> Figure:
     Up to 20 classes have that percentage in their cells, and from 50 on only some classes are named.
     """
     size = len(matrix)
-    percent = 100 * matrix.to_numpy() / matrix.to_numpy().sum(1, keepdims=True).clip(min=1)
+    counts = matrix.to_numpy()
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
     side = min(3 + 0.42 * size, 12)
     figure = Figure(figsize=(side + 1, side), layout="compressed")
     axis = figure.subplots()
@@ -87,7 +88,8 @@ def confusion_figure(matrix: pd.DataFrame) -> Figure:
     fontsize = 9 if size <= _MAX_NUMBERED else 7
     axis.set_xticks(ticks, names, rotation=90, fontsize=fontsize)
     axis.set_yticks(ticks, names, fontsize=fontsize)
-    axis.set(xlabel="predicted", ylabel="true")
+    title = f"{counts.trace() / counts.sum():.1%} of {counts.sum():,} images right"
+    axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
 

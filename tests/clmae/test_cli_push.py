@@ -66,6 +66,8 @@ def snapshot(folder):
 
 
 def test_card(folder, capsys, error):
+    assert main(["card", str(folder)]) == 0
+    assert "licence is apache-2.0, because no --license was given" in capsys.readouterr().out
     assert main(["card", str(folder), "--repo_id", "org/tiny", "--license", "mit"]) == 0
     assert capsys.readouterr().out == f"wrote {folder / 'README.md'}\n"
     text = (folder / "README.md").read_text(encoding="utf-8")
