@@ -318,7 +318,7 @@ def test_broken_images_are_left_out_with_their_labels(model_folder):
     images = in_memory(12).cast_column("image", datasets.Image(decode=False))
     rows = [dict(row, image={"bytes": b"no image", "path": None}) if i == 3 else row for i, row in enumerate(images)]
     broken = datasets.Dataset.from_list(rows, features=images.features)
-    with pytest.raises(ValueError, match="image 3 of `dataset` cannot be used.*set `on_bad_image` to skip"):
+    with pytest.raises(ValueError, match=r"image 3 of `dataset` cannot be used.*set `on_bad_image` to skip"):
         evaluate_model(model_folder, {"train": broken, "test": in_memory(6)}, ["linear"], progress=False)
     whole = images.select([i for i in range(12) if i != 3])
     skipped, expected = (
