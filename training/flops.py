@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForPreTraining
 
 from clmae.configuration import MAEConfig
@@ -122,21 +121,6 @@ def _pass_b(config: MAEConfig) -> int:
 # -- counted ----------------------------------------------------------------------------------------------------------
 
 
-class FlopCounter(TorchDispatchMode):
-    """Adds up in `flops` what runs within its context; with tensors of a `FakeTensorMode` nothing is computed."""
-
-    # torch's FlopCounterMode gives the same, and more slowly: it also tracks modules, by hooks.
-    flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=output)
-        return output
-
-
 def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
     """FLOPs of an optimiser step in all processes: forward and backward pass, counted from the real shapes.
 
@@ -152,9 +136,9 @@ def count_step_flops(config: MAEConfig, args: PretrainingArguments) -> float:
             model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").train()
             if not config.learns_masks:
                 inputs = {}
-            with FlopCounter() as counter:
+            with FlopCounterMode(display=False) as counter:
                 model(pixel_values=torch.zeros(shape), **inputs).loss.backward()
-        return counter.flops
+        return counter.get_total_flops()
 
     interval = args.masker_update_interval
     flops: float = count(curriculum_factor=1.0, compute_masker_loss=True)
@@ -167,9 +151,9 @@ def count_encoder_flops(config: MAEConfig) -> int:
     """FLOPs of the encoder's forward pass over one whole image."""
     with FakeTensorMode(), torch.no_grad():
         model = AutoModelForPreTraining.from_config(config, attn_implementation="eager").eval()
-        with FlopCounter() as counter:
+        with FlopCounterMode(display=False) as counter:
             model.vit(torch.zeros(1, config.num_channels, *pair(config.image_size)))
-    return counter.flops
+    return counter.get_total_flops()
 
 
-__all__ = ["FlopCounter", "count_encoder_flops", "count_step_flops", "step_flops", "step_flops_by_part"]
+__all__ = ["count_encoder_flops", "count_step_flops", "step_flops", "step_flops_by_part"]
