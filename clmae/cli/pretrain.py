@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState
 from transformers.hf_argparser import HfArg
 
 from clmae import FAMILIES
@@ -23,7 +23,9 @@ from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import SIZES, pair
 from clmae.configuration.errors import InputError
 from clmae.evaluation.online import OnlineEvaluationArguments, OnlineEvaluationCallback, trend
+from clmae.model_cards.record import read_json
 from clmae.training import CurriculumTrainer, InterruptCallback, PretrainingArguments, build_trainer
+from clmae.training.callbacks import RunComponent
 from clmae.training.data import DataArguments, ImageDataset
 from clmae.training.initial import initial_config
 from clmae.training.integrity import checkpoints
@@ -85,14 +87,26 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-class _ResumeMessage(TrainerCallback):
-    """Says where a resumed run goes on."""
+class _ResumeMessage(RunComponent):
+    """Says where a resumed run goes on, and whether that is another schedule."""
+
+    max_steps: int | None = None  # of the run that is resumed
+
+    def start(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.max_steps = (read_json(Path(checkpoint, "trainer_state.json")) or {}).get("max_steps")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Comes when the checkpoint has been read."""
-        if state.global_step and state.is_world_process_zero:
-            done = ": nothing is left to do" if state.global_step >= state.max_steps else ""
-            print(f"Going on from step {state.global_step:,} of {state.max_steps:,}{done}.", flush=True)
+        if not state.global_step or not state.is_world_process_zero:
+            return
+        done = ": nothing is left to do" if state.global_step >= state.max_steps else ""
+        print(f"Going on from step {state.global_step:,} of {state.max_steps:,}{done}.", flush=True)
+        if self.max_steps not in (None, state.max_steps) and not done:
+            text = (
+                f"It was begun as a run of {self.max_steps:,} steps: learning rate and curriculum jump to where they "
+            )
+            print(f"{text}are in one of {state.max_steps:,}.", flush=True)
 
 
 def describe(trainer: CurriculumTrainer) -> str:

@@ -183,7 +183,7 @@ def test_signals_leave_a_checkpoint_from_which_the_run_ends(capsys, recipe, phot
     assert json.loads(Path("out/trainer_state.json").read_text())["global_step"] == step + 2
     assert main(["verify", "out"]) == 0
     printed = capsys.readouterr().out
-    assert f"Going on from step {step:,} of {step + 2:,}.\n" in printed
+    assert f"Going on from step {step:,} of {step + 2:,}.\nIt was begun as a run of 9,000 steps" in printed
     assert "out: whole" in printed
     assert main([*command, "--resume_from_checkpoint", "last", "--max_steps", str(step + 2)]) == 0
     assert f"from step {step + 2:,} of {step + 2:,}: nothing is left to do." in capsys.readouterr().out
