@@ -329,21 +329,17 @@ class InterruptCallback(RunComponent):
             control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Restores the signal handlers."""
-        self.restore()
+        """For a `Trainer` that calls no [`RunComponent`]."""
+        self.stop()
 
     def stop(self) -> None:
-        """Restores the signal handlers where an exception ended the run."""
-        self.restore()
-
-    def restore(self) -> None:
-        """Restores the signal handlers; for trainers that do not call [`InterruptCallback.stop`]."""
+        """Restores the signal handlers."""
         while self._previous:
             signal.signal(*self._previous.popitem())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.interrupted and number == signal.SIGINT:
-            self.restore()
+            self.stop()
             raise KeyboardInterrupt
         self.received = self.received or number
         logger.warning("Interrupted: finishing this step and saving a checkpoint. Ctrl-C stops at once.")

@@ -69,10 +69,7 @@ def run(argv: Sequence[str]) -> int:
     evaluation = OnlineEvaluationCallback.from_arguments(trainer, online) if online.knn_dataset else None
     if evaluation is not None:
         trainer.add_callback(evaluation)
-    try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.restore()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     if interrupt.received is not None:
         if trainer.is_world_process_zero():
             print(f"Stopped at step {trainer.state.global_step}. Go on with the same command and")
