@@ -100,10 +100,7 @@ class _ResumeMessage(RunComponent):
         done = ": nothing is left to do" if state.global_step >= state.max_steps else ""
         print(f"Going on from step {state.global_step:,} of {state.max_steps:,}{done}.", flush=True)
         if self.max_steps not in (None, state.max_steps) and not done:
-            text = (
-                f"It was begun as a run of {self.max_steps:,} steps: learning rate and curriculum jump to where they "
-            )
-            print(f"{text}are in one of {state.max_steps:,}.", flush=True)
+            print(f"It was begun as a run of {self.max_steps:,} steps: learning rate and curriculum jump.", flush=True)
 
 
 def describe(trainer: CurriculumTrainer) -> str:
@@ -120,10 +117,8 @@ def describe(trainer: CurriculumTrainer) -> str:
         text += f" {images:,} images to learn from, {held_out:,} to evaluate on; {epochs:,.4g} epochs."
         first, size = trainer.train_dataset.first_size, pair(model.config.image_size)
         if first[0] < size[0] and first[1] < size[1]:
-            text += (
-                f" The first image has {first[0]} x {first[1]} pixels, and is enlarged: a smaller --image_size, and "
-            )
-            text += "a --patch_size that divides it, take less time."
+            text += f" The first image has {first[0]} x {first[1]} pixels, and is enlarged:"
+            text += " a smaller --image_size, and a --patch_size that divides it, take less time."
     if sizes["decoder"] > sizes["vit"]:
         text += " The decoder is larger than the encoder, and takes most of the time: see the `decoder_…` options."
     return text
