@@ -252,6 +252,3 @@ def compare(
     write_whole(base.with_suffix(".md"), text)
     save_figure(curves_figure(results), Path(output_dir, "accuracy.png"))
     return text
-
-
-__all__ = ["Runner", "compare", "last_difficulty"]

@@ -67,6 +67,3 @@ def _resample(counts: np.ndarray) -> np.ndarray:
 def _percentiles(resampled: np.ndarray) -> Interval:
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-__all__ = ["INTERVALS", "Interval", "class_score_intervals", "mean_interval", "share_interval"]

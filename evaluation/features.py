@@ -336,15 +336,3 @@ def _reduced_size(num_channels: int, height: int, width: int) -> tuple[int, int]
     reduced_height = max(1, min(math.floor(height * scale + 1e-6), MAX_PIXELS // num_channels))
     reduced_width = max(1, min(math.floor(width * scale + 1e-6), MAX_PIXELS // (num_channels * reduced_height)))
     return reduced_height, reduced_width
-
-
-__all__ = [
-    "FEATURES",
-    "default_feature",
-    "extract_features",
-    "is_first_process",
-    "model_fingerprint",
-    "random_encoder",
-    "raw_pixels",
-    "stream_features",
-]

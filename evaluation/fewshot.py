@@ -113,6 +113,3 @@ def _possible_shots(shots: Sequence[int], smallest_class: int) -> list[int]:
             "that many, or leave out that class."
         )
     return possible
-
-
-__all__ = ["FEW_SHOT_L2_GRID", "NUM_DRAWS", "ONE_SHOT_L2", "SHOTS", "FewShotResult", "few_shot_probe"]

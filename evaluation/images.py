@@ -316,6 +316,3 @@ def _load_splits(
         )
     parts = (train.select(part.nonzero().flatten().numpy()) for part in (~held_out, held_out))
     return *parts, f"{TEST_SHARE:.0%} of each class of {train_split}, held out at random"
-
-
-__all__ = ["LabelledImages", "load_image_processor", "load_labelled_images"]

@@ -129,6 +129,3 @@ def _vote(neighbours: Tensor, weights: Tensor) -> Tensor:
     rank = torch.arange(neighbours.shape[1], 0, -1, device=votes.device)
     winner = ((votes == votes.amax(1, keepdim=True)) * rank).argmax(1, keepdim=True)
     return neighbours.gather(1, winner)[:, 0]
-
-
-__all__ = ["EuclideanKNNResult", "knn_euclidean_accuracy", "knn_predict"]

@@ -100,6 +100,3 @@ def check_inputs(
             f"`test_features` is {test_features.shape[1]} wide and `train_features` {train_features.shape[1]}; extract "
             "both with the same model."
         )
-
-
-__all__ = ["check_inputs", "label_subset", "random_ranks", "stratified_part"]

@@ -228,15 +228,3 @@ def choose_l2(
     best = max(l2_grid, key=lambda l2: (correct[l2], -loss[l2], l2))
     size = sum(int(held_out.sum()) for held_out in folds)
     return best, {l2: correct[l2] / size for l2 in l2_grid}, models[best]
-
-
-__all__ = [
-    "L2_GRID",
-    "LinearProbeResult",
-    "LogisticRegression",
-    "check_l2_grid",
-    "choose_l2",
-    "linear_probe",
-    "regularization_path",
-    "standardize",
-]

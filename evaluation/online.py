@@ -126,6 +126,3 @@ def trend(log_history: list[dict[str, float]], num_queries: int) -> str | None:
     if max(entry["knn_accuracy"] for entry in entries[split:]) > before["knn_accuracy"] + error:
         return f"{text} k-NN still rises: a longer run should give more."
     return f"{text} Since step {before['step']:.0f} k-NN has risen by no more than chance explains."
-
-
-__all__ = ["OnlineEvaluationArguments", "OnlineEvaluationCallback", "trend"]

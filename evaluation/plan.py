@@ -378,6 +378,3 @@ def keep_plan(plan: Plan, path: Path) -> None:
             f"`output_dir` {str(path.parent)!r} holds another comparison ({changed}). Choose another folder, or go on "
             "with the same settings."
         )
-
-
-__all__ = ["BASELINES", "BUDGETS", "Cell", "Cost", "Evaluation", "Plan", "Recipe", "Run", "keep_plan", "make_plan"]

@@ -415,19 +415,3 @@ def describe_run(model: PreTrainedModel, train: LabelledImages, test: LabelledIm
         "versions": versions,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-__all__ = [
-    "PROTOCOLS",
-    "TOP_K",
-    "EvaluationResult",
-    "EvaluationRow",
-    "FewShotProtocol",
-    "KNNProtocol",
-    "LinearProtocol",
-    "Scores",
-    "SplitFeatures",
-    "classifier_scores",
-    "describe_run",
-    "evaluate_model",
-]

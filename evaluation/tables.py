@@ -181,6 +181,3 @@ def curves_figure(results: pd.DataFrame) -> Figure:
     lines = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(3, len(lines)), frameon=False)
     return figure
-
-
-__all__ = ["BUDGETS", "accuracy_figure", "curves_figure", "markdown_table", "results_to_markdown", "summarize"]

@@ -219,6 +219,3 @@ def write_card(
         scores_path.unlink(missing_ok=True)
     write_whole(path, text)
     return path
-
-
-__all__ = ["CARD_NAME", "EditedCardError", "author_section", "is_edited", "render_card", "write_card"]

@@ -34,6 +34,3 @@ def write_whole(path: str | os.PathLike[str], text: str) -> None:
     """Writes a text file (UTF-8, line ends as they are): it appears complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
-
-
-__all__ = ["replacing", "write_whole"]

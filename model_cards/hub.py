@@ -162,6 +162,3 @@ def upload(
         operations += [CommitOperationDelete(name) for name in stale if name not in names]
     # Not by `upload_folder`, which may take several commits for many or large files.
     return api.create_commit(repo_id, operations, commit_message=commit_message, token=token, revision=revision)
-
-
-__all__ = ["check_card", "check_folder", "code_files", "hub_files", "missing_files", "upload", "weight_problems"]

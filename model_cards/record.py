@@ -172,6 +172,3 @@ def read_json(path: str | os.PathLike) -> Any:
         return None
     except ValueError as error:
         raise InputError(f"{path} is no JSON file ({error}); remove or restore it.") from error
-
-
-__all__ = ["RECORD_NAME", "RunRecord", "changed_arguments", "describe_data", "read_json"]

@@ -141,17 +141,3 @@ def count_parameters(folder: Path) -> tuple[int, int]:
         total += sum(sizes.values())
         encoder += sum(size for key, size in sizes.items() if key.startswith("vit."))
     return total, encoder or total
-
-
-__all__ = [
-    *(
-        "FAMILIES",
-        "INDEX_NAME",
-        "WEIGHTS_NAME",
-        "Run",
-        "count_parameters",
-        "read_model_config",
-        "read_run",
-        "weight_files",
-    )
-]

@@ -333,6 +333,3 @@ def is_decayed(parameter: torch.Tensor) -> bool:
     MAE's rule for pretraining, which is followed in fine-tuning, too.
     """
     return parameter.ndim > 1
-
-
-__all__ = ["BaseTrainer", "EpochSampler", "is_decayed", "seal_model"]

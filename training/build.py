@@ -40,6 +40,3 @@ def fastest_attention(device: torch.device) -> str:
     At these lengths the fused kernel is up to twice as slow on a CPU as plain attention; on a GPU it is the faster.
     """
     return "eager" if device.type == "cpu" else "sdpa"
-
-
-__all__ = ["build_trainer", "fastest_attention"]

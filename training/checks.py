@@ -124,6 +124,3 @@ def _describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a dict with {', '.join(map(repr, value)) or 'nothing'}"
     return f"a {type(value).__name__}"
-
-
-__all__ = ["check_samples", "check_setup"]

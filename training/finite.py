@@ -138,6 +138,3 @@ class FiniteCallback(RunComponent):
         if self.num_overflows < _OVERFLOWS and any(field.name == "max_skipped_steps" for field in fields(args)):
             remedy += "; `max_skipped_steps` lets a few such steps be skipped"
         return NonFiniteError(f"{problem} {last}. {remedy}.")
-
-
-__all__ = ["FiniteCallback", "NonFiniteError"]

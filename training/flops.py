@@ -154,6 +154,3 @@ def count_encoder_flops(config: MAEConfig) -> int:
         with FlopCounterMode(display=False) as counter:
             model.vit(torch.zeros(1, config.num_channels, *pair(config.image_size)))
     return counter.get_total_flops()
-
-
-__all__ = ["count_encoder_flops", "count_step_flops", "step_flops", "step_flops_by_part"]

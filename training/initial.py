@@ -93,6 +93,3 @@ def _read_config(source: str) -> Any:
             "`clmae convert` makes one of the checkpoints of timm, of MAE's and of CL-MAE's authors."
         )
     return config
-
-
-__all__ = ["initial_config", "load_initial_weights"]

@@ -82,6 +82,3 @@ class LogMeans(RunComponent):
             if kind not in self._warned and not (kind == "collapsed" and few_images):
                 self._warned.add(kind)
                 logger.warning(f"Step {self.trainer.state.global_step}: {message}")
-
-
-__all__ = ["LogMeans"]

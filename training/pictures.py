@@ -172,6 +172,3 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return Path(path)
-
-
-__all__ = ["curves_figure", "figure_to_array", "reconstruct", "reconstruction_figure", "save_figure"]

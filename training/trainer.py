@@ -418,6 +418,3 @@ def _reads_in_parts(args: PretrainingArguments) -> bool:
     by_epoch = "epoch" in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     config = args.accelerator_config
     return args.world_size > 1 and config.dispatch_batches is None and not config.split_batches and not by_epoch
-
-
-__all__ = ["CurriculumTrainer"]

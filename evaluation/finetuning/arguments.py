@@ -209,13 +209,3 @@ PROTOCOLS: dict[str, type[ClassificationArguments]] = {
     "partial": FinetuningArguments,
     "linear-lars": LinearLarsArguments,
 }
-
-
-__all__ = [
-    "MAX_RANDAUGMENT",
-    "PROTOCOLS",
-    "ClassificationArguments",
-    "FinetuningArguments",
-    "LinearLarsArguments",
-    "check_range",
-]

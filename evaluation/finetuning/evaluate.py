@@ -209,6 +209,3 @@ def _read_record(record: Path, settings: dict[str, Any], resume: bool) -> dict[s
                 f"{old.get(changed[0])!r} and is {new.get(changed[0])!r}. Take the same, or another `output_dir`."
             )
     return saved
-
-
-__all__ = ["finetune"]

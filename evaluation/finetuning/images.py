@@ -104,6 +104,3 @@ class MixingCollator:
             with _drawing_from(sample_generator(self.seed, 0, keys[0][0], "mixing")):
                 batch = self.mixers[int(torch.randint(len(self.mixers), ()))](*batch)
         return {"pixel_values": batch[0], "labels": batch[1]}
-
-
-__all__ = ["AugmentedImages", "MixingCollator"]

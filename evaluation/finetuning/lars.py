@@ -63,6 +63,3 @@ class LARS(torch.optim.Optimizer):
                 velocity = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
                 weight.add_(velocity.mul_(group["momentum"]).add_(update), alpha=-group["lr"])
         return loss
-
-
-__all__ = ["LARS"]

@@ -170,6 +170,3 @@ def _new_head(model: nn.Module, args: ClassificationArguments) -> None:
         classifier.bias.zero_()
     if isinstance(args, FinetuningArguments) and args.trained_blocks is not None:
         freeze_all_but_last(model, args.trained_blocks)
-
-
-__all__ = ["LinearProbe", "from_scratch", "load_classifier"]

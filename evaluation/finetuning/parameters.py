@@ -80,6 +80,3 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
     if parameters and not any(parameter.requires_grad for parameter in parameters):
         return [model]
     return [part for child in model.children() for part in frozen_modules(child)] if parameters else []
-
-
-__all__ = ["freeze_all_but_last", "frozen_modules", "layer_ids", "layer_lr_scales", "parameter_groups"]

@@ -184,6 +184,3 @@ def _top_classes(logits: Tensor, labels: Tensor) -> Tensor:
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Of predictions that are the likeliest classes `(n, k)`, the best first."""
     return {"accuracy": float((prediction.predictions[:, 0] == prediction.label_ids).mean())}
-
-
-__all__ = ["ClassificationTrainer", "EMACallback"]

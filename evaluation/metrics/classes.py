@@ -91,6 +91,3 @@ def confusion_figure(matrix: pd.DataFrame) -> Figure:
     title = f"{counts.trace() / counts.sum():.1%} of {counts.sum():,} images right"
     axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure
-
-
-__all__ = ["Predictions", "confusion_figure"]

@@ -86,6 +86,3 @@ class MacroF1(_ClassificationMetric):
 
     def _score(self, predictions: np.ndarray, references: np.ndarray) -> float:
         return f1_score(references, _classes(predictions), average="macro")
-
-
-__all__ = ["MacroF1", "MeanPerClassAccuracy", "Top1Accuracy", "Top5Accuracy"]
