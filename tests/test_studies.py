@@ -216,7 +216,7 @@ def test_wrong_use(study, home, module, tmp_path):
         # 3 seeds of 5 pretrainings in full (CMAE counted as dear as MAE), 2 by frozen features and 2 by probes
         # alone, all with probes at 3 earlier points on 5 datasets; and the baselines.
         ("transfer_study", "cpu", 3 * (5 * (17 + 30) + 2 * (14 + 30) + 2 * (10 + 30) + 14 + 3) + 14),
-        ("transfer_study", "cpu-confirmation", 3 * 2 * (17 + 30)),
+        ("transfer_study", "cpu-confirmation", 3 * 3 * (17 + 30)),
         ("transfer_study", "cpu-long", 3 * (17 + 30)),
         ("transfer_study", "gpu", 3 * (5 * (17 + 30) + 2 * (14 + 30) + 2 * (10 + 30) + 14 + 3) + 14),
         ("curriculum", "cpu", 3 * 6 * 2),
