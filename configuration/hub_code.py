@@ -41,17 +41,17 @@ def hub_auto_map(config_class: type[Any]) -> dict[str, str]:
 def hub_code(model_type: str) -> dict[str, str]:
     """Flat file names and sources of all that a family needs, the entry module first."""
     root = _HERE if _FLAT else _HERE.parent / "modeling"
-    waiting, found = [root / f"modeling_{model_type}.py"], {}
-    while waiting:
-        path = waiting.pop(0)
-        if path.name in found:
+    pending, sources = [root / f"modeling_{model_type}.py"], {}
+    while pending:
+        path = pending.pop(0)
+        if path.name in sources:
             continue
         source = path.read_text(encoding="utf-8")
-        for _, rooms, module in _IMPORT.findall(source):
-            room = _HERE if _FLAT else _HERE.parent.joinpath(*rooms.split("."))
-            waiting.append(room / f"{module}.py")
-        found[path.name] = _IMPORT.sub(r"\1.\3", source)
-    return found
+        for _, packages, module in _IMPORT.findall(source):
+            folder = _HERE if _FLAT else _HERE.parent.joinpath(*packages.split("."))
+            pending.append(folder / f"{module}.py")
+        sources[path.name] = _IMPORT.sub(r"\1.\3", source)
+    return sources
 
 
 def write_hub_code(model_type: str, folder: str | os.PathLike) -> None:
