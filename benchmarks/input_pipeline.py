@@ -96,7 +96,7 @@ def difference(source: ImageSource, size: int, count: int) -> float:
         image = ImageOps.exif_transpose(_pil(source, i))
         # The box that the dataset draws for this image.
         draw = functools.partial(uniform, sample_state(0, 0, i))
-        box = random_resized_crop_box(image.height, image.width, draw, SCALE).tolist()
+        box = random_resized_crop_box(image.height, image.width, draw, SCALE)
         theirs = np.array(resized_crop(image, *box, [size, size], InterpolationMode.BICUBIC), dtype=np.float32)
         differences.append(np.abs(ours[i]["pixel_values"].permute(1, 2, 0).numpy() - theirs).mean())
     return float(np.mean(differences))

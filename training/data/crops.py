@@ -2,7 +2,7 @@
 """Which part of an image is shown: the boxes of random crops, of crops around an object, and of the centre.
 
 A box is `(top, left, height, width)` in pixels. Random ones come from `draw`, which gives uniform numbers in [0, 1) by
-position: floats for one crop, arrays `(N,)` for as many crops; boxes are then int64 `(4,)` or `(N, 4)`. One function
+position: floats for one crop, arrays `(N,)` for as many crops, which are then a [`Box`] or int64 `(N, 4)`. One function
 serves a worker, which crops an image at a time, and the device-resident path, which crops a batch.
 """
 
@@ -33,14 +33,15 @@ def random_resized_crop_box(
     draw: Draw,
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
+) -> Any:
     """A random part of an image, drawn as torchvision's `RandomResizedCrop` does.
 
     Ten tries at a box whose share of the area is uniform in `scale` and whose aspect ratio (width / height) is
     log-uniform in `ratio`; if none fits, the largest central box with an aspect ratio inside `ratio`.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    box, found = np.zeros(4, dtype=np.int64), np.zeros((), dtype=bool)
+    box: Any = largest_crop_box(height, width, ratio)
+    found = np.False_
     for first in range(0, 4 * _TRIES, 4):
         share = draw(first)
         xp: Any = math if isinstance(share, float) else np  # NumPy takes several times as long for one number
@@ -51,13 +52,13 @@ def random_resized_crop_box(
         if xp is math and not fits:
             continue
         top, left = draw(first + 2) * (height - box_height + 1), draw(first + 3) * (width - box_width + 1)
-        tried = np.array((top, left, box_height, box_width), dtype=np.int64)  # which rounds the corner down
         if xp is math:
-            return tried
+            return int(top), int(left), int(box_height), int(box_width)
+        tried = np.array((top, left, box_height, box_width), dtype=np.int64)  # which rounds the corner down
         box, found = np.where((fits & ~found)[:, None], tried.T, box), found | fits
         if found.all():
-            return box
-    return np.where(found[..., None], box, largest_crop_box(height, width, ratio))
+            break
+    return box
 
 
 def contrastive_crop_box(
@@ -68,7 +69,7 @@ def contrastive_crop_box(
     scale: tuple[float, float] = (0.2, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     alpha: float = 0.6,
-) -> np.ndarray:
+) -> Any:
     """A random part of an image around the object in it (ContrastiveCrop, Peng et al., CVPR 2022).
 
     As large as [`random_resized_crop_box`] draws it; its centre is drawn inside `object_box`, `([N,] 4)` as `(top,
@@ -77,13 +78,14 @@ def contrastive_crop_box(
     """
     # Whether a size fits depends on the size alone, and the place is drawn apart from it: leaving out the place leaves
     # the distribution of the size as it is.
-    size = random_resized_crop_box(height, width, draw, scale, ratio)[..., 2:]
+    size = np.asarray(random_resized_crop_box(height, width, draw, scale, ratio))[..., 2:]
     u, v = (np.array((draw(first), draw(first + 2))).T for first in (_CENTRE, _CENTRE + 1))
     object_box, extent = np.asarray(object_box, dtype=np.float64), np.array((height, width))
     start, end = object_box[..., :2], object_box[..., 2:]
     corner = np.rint(extent * (start + (end - start) * _symmetric_beta(u, v, alpha)) - size / 2)
     corner = np.minimum(np.maximum(corner, 0), extent - size)
-    return np.concatenate((corner.astype(np.int64), size), axis=-1)
+    box = np.concatenate((corner.astype(np.int64), size), axis=-1)
+    return tuple(box.tolist()) if box.ndim == 1 else box
 
 
 def _symmetric_beta(u: np.ndarray, v: np.ndarray, alpha: float) -> np.ndarray:

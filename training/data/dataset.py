@@ -90,8 +90,8 @@ class ImageViews:
         self.color_jitter = color_jitter
         self.crop_boxes: torch.Tensor | None = None
         self.on_bad_image = on_bad_image
-        self._noise_positions = uint64(np.arange(NOISE, NOISE + num_patches))
-        self._colour_positions = uint64(np.arange(COLOURS, COLOURS + NUM_DRAWS))
+        self._noise_positions = range(NOISE, NOISE + num_patches)
+        self._colour_positions = range(COLOURS, COLOURS + NUM_DRAWS)
 
     @property
     def num_bad_images(self) -> int:
@@ -105,7 +105,7 @@ class ImageViews:
     def _state(self, epoch: Integers, key: Integers, view: Integers) -> Integers:
         return sample_state(self.seed, epoch if self.train else 0, key, view)  # the same masks at every evaluation
 
-    def _crop(self, height: int, width: int, state: Integers, object_box: Any) -> tuple[np.ndarray, Any]:
+    def _crop(self, height: int, width: int, state: Integers, object_box: Any) -> tuple[Any, Any]:
         """Which part a view shows of an image of this size, and whether it is mirrored."""
         draw = functools.partial(uniform, state)
         if object_box is None:
@@ -163,7 +163,7 @@ class ImageViews:
         crops = []
         for view in range(self.num_views):
             box, flipped = self._crop(height, width, self._state(epoch, key, view), object_box)
-            crops.append((tuple(box.tolist()), bool(flipped)))
+            crops.append((box, bool(flipped)))
         return crops
 
     def _reduction(self, height: float, width: float) -> float:

@@ -36,13 +36,21 @@ def sample_state(seed: int, epoch: Integers, key: Integers, view: Integers = 0) 
     return _mix(_mix(_start(seed) + ((((epoch << 32) | key) * _GOLDEN) & _MASK)) + ((view * _GOLDEN) & _MASK))
 
 
-def uniform(state: Integers, position: Integers) -> Numbers:
+def uniform(state: Integers, position: int | range) -> Numbers:
     """Number `position` (from 0) after a state: uniform in [0, 1), a multiple of 2^-24, which float32 can hold.
 
     SplitMix64 (Steele et al. 2014). Any position costs the same, so that a sample computes only what it uses, and NumPy
-    computes a batch's at once.
+    computes a batch's at once. A `range` of n positions gives `(n,)` of one state, `(B, n)` of states `(B, 1)`.
     """
-    return (_mix(state + (((position + 1) * _GOLDEN) & _MASK)) >> 40) * 2.0**-24
+    return (_mix(state + _steps(position)) >> 40) * 2.0**-24
+
+
+@functools.cache
+def _steps(position: int | range) -> Integers:
+    """What SplitMix64 has added to its state at a position."""
+    if isinstance(position, range):
+        return uint64([_steps(one) for one in position])
+    return ((position + 1) * _GOLDEN) & _MASK
 
 
 def _mix(z: Integers) -> Integers:
