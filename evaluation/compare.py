@@ -85,7 +85,8 @@ class Runner:
             KeyboardInterrupt: Ctrl-C or a signal; another call goes on from there.
         """
         missing = self._missing(cells)
-        self.log(f"{len(cells) - len(missing)} of {len(cells)} results are there; delete a file to have it made again")
+        done = len(cells) - len(missing)
+        self.log(f"{done} of {len(cells)} results are there; delete the file of a run's end to have it made again")
         (self.folder / "locks").mkdir(parents=True, exist_ok=True)
         for blocking in (False, True):  # at last waits for other processes, and does what they left when they ended
             for run, group in itertools.groupby(self._missing(missing), key=operator.attrgetter("run")):

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from clmae.configuration import MAEConfig
 from clmae.configuration.configuration_mae import pair
@@ -31,6 +32,7 @@ from clmae.training.data.sources import check_count
 
 FEATURES = ("pooler_output", "cls", "mean", "cls+mean")
 MAX_PIXELS = 3072  # 32 * 32 * 3
+_AFTER_THE_BLOCKS = ("pooler.", "layernorm.", "norm.")  # what a checkpoint of pretraining or a classifier may lack
 
 
 # -- features -------------------------------------------------------------------------------------------------------
@@ -45,6 +47,25 @@ def default_feature(model: PreTrainedModel, layer: int | None = None) -> str:
     if not isinstance(model.config, MAEConfig):
         return "cls"
     return "pooler_output" if layer is None else model.config.pooling
+
+
+def load_encoder(model_path: str | os.PathLike, argument: str = "`model`") -> PreTrainedModel:
+    """What `AutoModel` loads; `argument` is what messages call `model_path`.
+
+    Raises:
+        InputError: It cannot be loaded, or lacks weights of its encoder, which transformers would draw at random.
+    """
+    try:
+        model, report = AutoModel.from_pretrained(model_path, output_loading_info=True)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{argument} {os.fspath(model_path)!r} cannot be loaded: {error}") from error
+    lacking = sorted(name for name in report["missing_keys"] if not name.startswith(_AFTER_THE_BLOCKS))
+    if lacking:
+        raise InputError(
+            f"{argument} {os.fspath(model_path)!r} lacks {len(lacking)} weights of its encoder, {lacking[0]} among "
+            "them, which would be random; give a complete checkpoint."
+        )
+    return model
 
 
 def extract_features(

@@ -70,7 +70,7 @@ def knn_predict(
     labels = train_labels.to(references.device, torch.int64)[nearest]
     # Relative to the nearest neighbour, which changes no comparison and cannot overflow at low temperatures.
     weights = torch.exp((similarity - similarity[:, :1]) / temperature)
-    return {k: _vote(labels[:, :k], weights[:, :k]) for k in ks}
+    return {k: _vote(labels[:, :k], weights[:, :k], chunk_size) for k in ks}
 
 
 def knn_euclidean_accuracy(
@@ -101,7 +101,7 @@ def knn_euclidean_accuracy(
     )
     labels = train_labels.to(references.device, torch.int64)[nearest]
     truth = test_labels.to(references.device)
-    majority = _vote(labels, torch.ones_like(labels)) == truth
+    majority = _vote(labels, torch.ones_like(labels), chunk_size) == truth
     any_correct = (labels == truth[:, None]).any(1)
     return EuclideanKNNResult(*(correct.double().mean().item() for correct in (majority, any_correct)))
 
@@ -121,8 +121,13 @@ def _search(
     return torch.cat(values), torch.cat(indices)
 
 
-def _vote(neighbours: Tensor, weights: Tensor) -> Tensor:
+def _vote(neighbours: Tensor, weights: Tensor, chunk_size: int) -> Tensor:
     """Class with the largest sum of weights; `neighbours` and `weights` `(m, k)`, the nearest first; gives `(m,)`."""
+    chunks = zip(neighbours.split(chunk_size), weights.split(chunk_size), strict=True)
+    return torch.cat([_vote_of_chunk(*chunk) for chunk in chunks])
+
+
+def _vote_of_chunk(neighbours: Tensor, weights: Tensor) -> Tensor:
     same = neighbours[:, :, None] == neighbours[:, None, :]
     votes = (same * weights[:, None, :]).sum(2)  # of each neighbour's class
     # The first neighbour whose class has the most votes: the nearest one settles ties, on every device alike.

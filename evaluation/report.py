@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 from sklearn.metrics import f1_score, recall_score
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 from clmae.configuration.errors import InputError
 from clmae.evaluation.confidence import INTERVALS, Interval, class_score_intervals, mean_interval, share_interval
-from clmae.evaluation.features import default_feature, extract_features, random_encoder, raw_pixels
+from clmae.evaluation.features import default_feature, extract_features, load_encoder, random_encoder, raw_pixels
 from clmae.evaluation.fewshot import FEW_SHOT_L2_GRID, NUM_DRAWS, ONE_SHOT_L2, SHOTS, few_shot_probe
 from clmae.evaluation.images import LabelledImages, load_labelled_images
 from clmae.evaluation.knn import CHUNK_SIZE, EUCLIDEAN_K, KS, TEMPERATURE, knn_euclidean_accuracy, knn_predict
@@ -348,7 +348,7 @@ def evaluate_model(
     """
     chosen = _choose_protocols(protocols)  # what is wrong is reported before anything is loaded
     train, test, settings = load_labelled_images(model_path, dataset_source, **images)
-    model = AutoModel.from_pretrained(model_path)
+    model = load_encoder(model_path)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     feature = feature or default_feature(model, layer)
     reading = dict(batch_size=batch_size, num_workers=num_workers, cache_dir=cache_dir, progress=progress)

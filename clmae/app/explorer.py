@@ -304,7 +304,8 @@ class Explorer:
         nearest = []
         for similarity, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             row = self.rows[index]
-            name = label.int2str(self.dataset[row]["label"]) if isinstance(label, datasets.ClassLabel) else ""
+            number = self.dataset[row]["label"] if isinstance(label, datasets.ClassLabel) else None
+            name = "" if number is None or number < 0 else label.int2str(number)  # -1: without a class
             nearest += [(row, similarity, name)] if similarity > -2 else []
         return nearest
 

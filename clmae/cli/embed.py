@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
-from transformers import AutoModel, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from clmae.cli.options import CommandParser
 from clmae.configuration.errors import InputError
-from clmae.evaluation.features import default_feature, model_fingerprint, stream_features
+from clmae.evaluation.features import default_feature, load_encoder, model_fingerprint, stream_features
 from clmae.evaluation.images import LabelledImages, load_image_processor, readable_images
 from clmae.model_cards.files import replacing, write_whole
 from clmae.model_cards.record import read_json
@@ -118,10 +118,7 @@ def _check(args: EmbedArguments) -> None:
 
 def _load_model(name: str, device: str | None) -> PreTrainedModel:
     set_seed(0)  # of layers that a checkpoint lacks, as a pooler, so that the model is the same when it goes on
-    try:
-        model = AutoModel.from_pretrained(name)
-    except OSError as error:
-        raise InputError(f"MODEL {name!r} cannot be loaded: {error}") from error
+    model = load_encoder(name, "MODEL")
     try:
         return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     except (RuntimeError, AssertionError) as error:  # torch's, of a name and of a device that is not there

@@ -188,7 +188,7 @@ def test_a_broken_checkpoint_leaves_the_session_as_it_was(make_model):
     session.pictures()
 
 
-def test_nearest_images(session, explorer):
+def test_nearest_images(session, explorer, monkeypatch):
     assert len(explorer.rows) == 12  # without the broken one
     row = explorer.rows[4]
     image = explorer.read_row(row)
@@ -199,6 +199,11 @@ def test_nearest_images(session, explorer):
     (first, similarity, name), *others = session.neighbors
     assert (first, name) == (row, "even")
     assert all(similarity >= other > -1 for _, other, _ in others)
+    # As of a test split without classes.
+    unlabelled = explorer.dataset.map(lambda row: {"label": -1}, features=explorer.dataset.features)
+    monkeypatch.setattr(explorer, "dataset", unlabelled)
+    session.open(image)
+    assert {name for *_, name in session.neighbors} == {""}
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

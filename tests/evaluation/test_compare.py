@@ -336,6 +336,14 @@ def test_markdown_has_a_table_for_each_budget_and_dataset(results):
     assert text.count("| CL-MAE | 21.00 ± 12.71 | 1.100 ± 0.000 |") == 4
 
 
+def test_seeds_are_those_that_were_run(results):
+    """Raw pixels are kept under seed 0 whatever the seeds are."""
+    other = results[(results["seed"] == 1) | (results["recipe"] == "raw")]
+    text = tables.results_to_markdown(other, compared_with="mae")
+    assert text.startswith("Accuracy in percent; seed 1.\n")
+    assert "Less MAE" not in text
+
+
 def test_figures(results):
     left, right = tables.curves_figure(results).axes
     assert left.get_xlabel() == "images seen"

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 import clmae
@@ -64,6 +66,20 @@ def test_a_model_that_is_not_there_is_reported_before_the_images(tmp_path, kind)
     ):
         with pytest.raises(ValueError, match=f"`model` .*{kind}' cannot be loaded: {reason}"):
             evaluate()
+
+
+@pytest.mark.parametrize("damage", ["renamed", "cut"])
+def test_incomplete_weights_are_refused_and_not_drawn_at_random(model_folder, tmp_path, damage):
+    shutil.copytree(model_folder, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    if damage == "renamed":  # as DistributedDataParallel names them
+        save_file({f"module.{name}": value for name, value in load_file(path).items()}, path, {"format": "pt"})
+        message = "`model` '.*' lacks .* weights of its encoder, .*give a complete checkpoint"
+    else:
+        path.write_bytes(path.read_bytes()[:1000])
+        message = "`model` '.*' cannot be loaded"
+    with pytest.raises(ValueError, match=message):
+        evaluate_model(tmp_path / "model", in_memory(), ["knn"], progress=False)
 
 
 def in_memory(n: int = 12) -> datasets.Dataset:
